@@ -1,0 +1,15 @@
+// One instruction set's copy of every kernel. The anonymous namespace keeps each copy private: a
+// shared inline function would let the linker hand AVX-512 code to a machine without it.
+#include "kernels.h"
+
+namespace gradsafe {
+namespace {
+#include "moments_impl.inl"
+}  // namespace
+
+const CpuKernels& GRADSAFE_KERNELS() {
+  static constexpr CpuKernels table{&moments_tile};
+  return table;
+}
+
+}  // namespace gradsafe

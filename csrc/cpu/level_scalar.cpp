@@ -1,0 +1,3 @@
+#include "vec_scalar.h"
+#define GRADSAFE_KERNELS kernels_scalar
+#include "level.inl"

@@ -1,0 +1,82 @@
+// Sixteen float32 lanes in two AVX2 registers; see vec_avx512.h for the order of sums.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace gradsafe {
+namespace {
+
+constexpr int kLanes = 16;
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+struct Vec {
+  __m256 lo, hi;
+};
+
+inline Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+inline Vec fma(Vec a, Vec b, Vec c) {
+  return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
+}
+
+inline Vec bit_and(Vec a, uint32_t mask) {
+  const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(mask)));
+  return {_mm256_and_ps(a.lo, m), _mm256_and_ps(a.hi, m)};
+}
+
+inline __m256 widen_bf16(__m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+
+inline Vec load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+inline Vec load(const bf16* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {widen_bf16(_mm_loadu_si128(q)), widen_bf16(_mm_loadu_si128(q + 1))};
+}
+inline Vec load(const f16* p) {
+  const __m128i* q = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+
+template <class T>
+inline Vec load_first(const T* p, int n) {
+  T padded[kLanes] = {};
+  for (int i = 0; i < n; ++i) padded[i] = p[i];
+  return load(padded);
+}
+
+inline void store(float* p, Vec a) {
+  _mm256_storeu_ps(p, a.lo);
+  _mm256_storeu_ps(p + 8, a.hi);
+}
+
+// Quarters of the sixteen lanes as float64: lanes 0-3, 4-7, 8-11, 12-15.
+inline __m256d quarter(Vec a, int which) {
+  const __m256 half = which < 2 ? a.lo : a.hi;
+  return _mm256_cvtps_pd(which % 2 ? _mm256_extractf128_ps(half, 1) : _mm256_castps256_ps128(half));
+}
+
+inline void add_to(double* p, Vec a) {
+  for (int q = 0; q < 4; ++q) {
+    _mm256_storeu_pd(p + 4 * q, _mm256_add_pd(_mm256_loadu_pd(p + 4 * q), quarter(a, q)));
+  }
+}
+
+inline double sum(Vec a) {
+  const __m256d s8_low = _mm256_add_pd(quarter(a, 0), quarter(a, 2));   // lanes 0-3 of s8
+  const __m256d s8_high = _mm256_add_pd(quarter(a, 1), quarter(a, 3));  // lanes 4-7 of s8
+  const __m256d s4 = _mm256_add_pd(s8_low, s8_high);
+  const __m128d s2 = _mm_add_pd(_mm256_castpd256_pd128(s4), _mm256_extractf128_pd(s4, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s2, _mm_unpackhi_pd(s2, s2)));
+}
+
+inline void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+
+}  // namespace
+}  // namespace gradsafe

@@ -1,0 +1,78 @@
+// Sixteen float32 lanes in one AVX-512 register. Every level has the same sixteen virtual lanes and
+// the same order of sums, so that results are equal bit by bit between AVX2 and AVX-512.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace gradsafe {
+namespace {
+
+constexpr int kLanes = 16;
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+struct Vec {
+  __m512 v;
+};
+
+inline Vec zero() { return {_mm512_setzero_ps()}; }
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+
+// `mask` is all ones, or all ones but the sign bit.
+inline Vec bit_and(Vec a, uint32_t mask) {
+  return {_mm512_castsi512_ps(
+      _mm512_and_si512(_mm512_castps_si512(a.v), _mm512_set1_epi32(static_cast<int>(mask))))};
+}
+
+inline Vec widen_bf16(__m256i bits) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+
+inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const bf16* p) {
+  return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline Vec load(const f16* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+// The first n of sixteen elements, zeros behind them; never touches memory past n.
+inline Vec load_first(const float* p, int n) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1u), p)};
+}
+inline Vec load_first(const bf16* p, int n) {
+  return widen_bf16(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p));
+}
+inline Vec load_first(const f16* p, int n) {
+  return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p))};
+}
+
+inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+
+inline __m512d low(Vec a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)); }
+inline __m512d high(Vec a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }
+
+// p[0..15] += a, in float64.
+inline void add_to(double* p, Vec a) {
+  _mm512_storeu_pd(p, _mm512_add_pd(_mm512_loadu_pd(p), low(a)));
+  _mm512_storeu_pd(p + 8, _mm512_add_pd(_mm512_loadu_pd(p + 8), high(a)));
+}
+
+// Sum of the lanes in float64: lane i + lane i+8, then i+4, i+2, i+1.
+inline double sum(Vec a) {
+  const __m512d s8 = _mm512_add_pd(low(a), high(a));
+  const __m256d s4 = _mm256_add_pd(_mm512_castpd512_pd256(s8), _mm512_extractf64x4_pd(s8, 1));
+  const __m128d s2 = _mm_add_pd(_mm256_castpd256_pd128(s4), _mm256_extractf128_pd(s4, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s2, _mm_unpackhi_pd(s2, s2)));
+}
+
+inline void prefetch(const void* p) {
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+}
+
+}  // namespace
+}  // namespace gradsafe

@@ -1,0 +1,89 @@
+// Sixteen float32 lanes as a plain array, for machines without AVX2 and as the readable definition
+// of the two others. Multiply and add are rounded separately: without hardware, fma is very slow.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace gradsafe {
+namespace {
+
+constexpr int kLanes = 16;
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+struct Vec {
+  float v[kLanes];
+};
+
+inline float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+inline float widen(float x) { return x; }
+inline float widen(bf16 x) { return from_bits(uint32_t{x.bits} << 16); }
+inline float widen(f16 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  const uint32_t magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00u) {  // infinity, or NaN with its payload
+    return from_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+  }
+  // Shifted into place the exponent is short by 112; a product with 2^112 mends it and normalises
+  // subnormals on the way, exactly.
+  return from_bits(sign | to_bits(from_bits(magnitude << 13) * from_bits(0x77800000u)));
+}
+
+inline Vec zero() { return {}; }
+inline Vec add(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline Vec fma(Vec a, Vec b, Vec c) {
+  for (int i = 0; i < kLanes; ++i) c.v[i] += a.v[i] * b.v[i];
+  return c;
+}
+inline Vec bit_and(Vec a, uint32_t mask) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = from_bits(to_bits(a.v[i]) & mask);
+  return a;
+}
+
+template <class T>
+inline Vec load_first(const T* p, int n) {
+  Vec a = {};
+  for (int i = 0; i < n; ++i) a.v[i] = widen(p[i]);
+  return a;
+}
+template <class T>
+inline Vec load(const T* p) {
+  Vec a;
+  for (int i = 0; i < kLanes; ++i) a.v[i] = widen(p[i]);
+  return a;
+}
+
+inline void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof a.v); }
+
+inline void add_to(double* p, Vec a) {
+  for (int i = 0; i < kLanes; ++i) p[i] += a.v[i];
+}
+
+inline double sum(Vec a) {
+  double s[kLanes];
+  for (int i = 0; i < kLanes; ++i) s[i] = a.v[i];
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) s[i] += s[i + width];
+  }
+  return s[0];
+}
+
+inline void prefetch(const void*) {}
+
+}  // namespace
+}  // namespace gradsafe

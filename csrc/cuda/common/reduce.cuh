@@ -1,0 +1,61 @@
+// Sums within a warp and a block, always in the same order.
+#pragma once
+
+#include "launch.cuh"
+
+namespace gradsafe {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ inline double warp_sum(double value) {
+#pragma unroll
+  for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+    value += __shfl_xor_sync(kAllLanes, value, mask);
+  }
+  return value;
+}
+
+// Sums M values (a power of two) over the warp with about M + log2(32 / M) shuffles instead of
+// 5 M: each step halves the values a lane still carries. Afterwards lane i holds the sum of value
+// i / (32 / M).
+template <int M>
+__device__ inline float warp_sum_many(float (&v)[M]) {
+  static_assert(M >= 1 && M <= kWarp && (M & (M - 1)) == 0, "M is a power of two up to 32");
+  const int lane = threadIdx.x % kWarp;
+  int mask = kWarp / 2;
+#pragma unroll
+  for (int half = M / 2; half >= 1; half /= 2, mask /= 2) {
+    const bool upper = (lane & mask) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float send = upper ? v[i] : v[i + half];
+      const float keep = upper ? v[i + half] : v[i];
+      v[i] = keep + __shfl_xor_sync(kAllLanes, send, mask);
+    }
+  }
+#pragma unroll
+  for (; mask > 0; mask /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], mask);
+  return v[0];
+}
+
+// Block-wide float64 sums of Q values per thread; `out[q]` is written by thread q. `shared` holds
+// Q * (threads / 32) doubles.
+template <int Q>
+__device__ inline void block_sum_to(const double (&value)[Q], double* shared, double* out) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int warps = blockDim.x / kWarp;
+#pragma unroll
+  for (int q = 0; q < Q; ++q) {
+    const double total = warp_sum(value[q]);
+    if (lane == 0) shared[warp * Q + q] = total;
+  }
+  __syncthreads();
+  if (threadIdx.x < Q) {
+    double total = 0;
+    for (int w = 0; w < warps; ++w) total += shared[w * Q + threadIdx.x];
+    out[threadIdx.x] = total;
+  }
+}
+
+}  // namespace gradsafe

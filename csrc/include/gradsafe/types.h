@@ -1,0 +1,38 @@
+// Plain vocabulary shared by kernels, launchers and operators. No torch, pybind or CUDA header may
+// be reachable from here: every layer, and the C++ tests, include this file.
+#pragma once
+
+#include <cstdint>
+
+namespace gradsafe {
+
+// Element types of gradients and references. The values are part of no file format.
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
+constexpr int kDTypes = 3;
+
+constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Which entries of a [rows, cols] matrix share one result.
+enum class Axis : int32_t {
+  tensor = 0,  // all of them
+  row = 1,     // one result per row: the reduction runs over the columns
+  column = 2,  // one result per column
+  both = 3,    // rows and columns in one read
+};
+
+constexpr bool has_rows(Axis axis) { return axis == Axis::row || axis == Axis::both; }
+constexpr bool has_columns(Axis axis) { return axis == Axis::column || axis == Axis::both; }
+
+// References per gradient that one call can score against.
+constexpr int kMaxRefs = 4;
+
+// Outcome of a launcher. CUDA launchers return `cuda_error` and keep the runtime's own code.
+enum class StatusCode : int32_t { ok = 0, cuda_error = 1, no_device_code = 2 };
+
+struct Status {
+  StatusCode code = StatusCode::ok;
+  int32_t cuda = 0;  // cudaError_t, meaningful for StatusCode::cuda_error only
+  constexpr bool ok() const { return code == StatusCode::ok; }
+};
+
+}  // namespace gradsafe

@@ -1,0 +1,61 @@
+// Checks and conversions between stable tensors and the plain structs of the kernels.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <vector>
+
+#include "gradsafe/types.h"
+
+namespace gradsafe {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define GRADSAFE_CHECK(condition, ...) STD_TORCH_CHECK(condition, "gradsafe.", __VA_ARGS__)
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  }
+  return text + "]";
+}
+
+inline std::string item(const char* name, int64_t index) {
+  return std::string(name) + "[" + std::to_string(index) + "]";
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* op, const std::string& name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return DType::f32;
+    case ScalarType::BFloat16: return DType::bf16;
+    case ScalarType::Half: return DType::f16;
+    default: break;
+  }
+  GRADSAFE_CHECK(false, op, ": expected ", name, " of dtype float32, bfloat16 or float16");
+  return DType::f32;
+}
+
+// Stride between the rows of a matrix whose rows are unbroken.
+inline int64_t row_stride(const Tensor& matrix, const char* op, const std::string& name) {
+  const int64_t rows = matrix.size(0), cols = matrix.size(1);
+  GRADSAFE_CHECK(cols <= 1 || matrix.stride(1) == 1, op, ": expected ", name,
+                 " with unit stride along its last dimension; call .contiguous() first");
+  return rows <= 1 ? cols : matrix.stride(0);
+}
+
+inline void check_same_device(const Tensor& tensor, const Tensor& first, const char* op,
+                              const std::string& name) {
+  GRADSAFE_CHECK(tensor.is_cuda() == first.is_cuda() &&
+                     tensor.get_device_index() == first.get_device_index(),
+                 op, ": expected ", name, " on the device of the first tensor");
+}
+
+}  // namespace gradsafe

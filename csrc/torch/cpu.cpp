@@ -1,0 +1,62 @@
+// CPU kernels of the operators: tensors in, plain structs out, threads from torch's own pool.
+#include "moments.h"
+
+namespace gradsafe {
+namespace {
+
+// Calls body(task, tile) for every tile of every task. Work is dealt out by elements, so that a
+// list of many small matrices is not cut finer than its threads can use.
+template <class Body>
+void for_each_tile(const std::vector<MomentsTiling>& tilings, const Body& body) {
+  std::vector<int64_t> first{0};
+  int64_t elements = 0;
+  for (const MomentsTiling& t : tilings) {
+    first.push_back(first.back() + t.tiles());
+    elements += t.rows * t.cols;
+  }
+  const int64_t tiles = first.back();
+  if (tiles == 0) return;
+  constexpr int64_t kGrainElements = 32768;
+  const int64_t per_tile = elements / tiles + 1;
+  const int64_t grain = kGrainElements / per_tile + 1;
+  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+    size_t task = 0;
+    for (int64_t tile = begin; tile < end; ++tile) {
+      while (tile >= first[task + 1]) ++task;
+      body(task, tile - first[task]);
+    }
+  });
+}
+
+Tensor moments(std::vector<Tensor> grads, std::vector<Tensor> refs, int64_t num_refs, int64_t axis,
+               bool unsigned_dots) {
+  const MomentsCall call = parse_moments(grads, refs, num_refs, axis, unsigned_dots);
+  GRADSAFE_CHECK(!grads.empty(), "moments: expected at least one gradient");
+  const size_t n = call.tasks.size();
+  std::vector<MomentsTiling> tilings(n);
+  std::vector<int64_t> workspace_at(n + 1, 0);
+  for (size_t i = 0; i < n; ++i) {
+    tilings[i] = tile_moments_cpu(call.problem, call.tasks[i]);
+    workspace_at[i + 1] = workspace_at[i] + moments_cpu_workspace(call.problem, tilings[i]);
+  }
+  Tensor out = torch::stable::new_empty(grads[0], {call.out_offsets[n]}, ScalarType::Double);
+  Tensor workspace = torch::stable::new_empty(grads[0], {workspace_at[n]}, ScalarType::Double);
+  double* results = static_cast<double*>(out.mutable_data_ptr());
+  double* partials = static_cast<double*>(workspace.mutable_data_ptr());
+
+  for_each_tile(tilings, [&](size_t task, int64_t tile) {
+    moments_cpu_tile(call.problem, call.tasks[task], tilings[task], tile,
+                     partials + workspace_at[task]);
+  });
+  for (size_t i = 0; i < n; ++i) {
+    moments_cpu_finish(call.problem, call.tasks[i], tilings[i], partials + workspace_at[i],
+                       results + call.out_offsets[i]);
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gradsafe, CPU, m) { m.impl("moments", TORCH_BOX(&moments)); }
+
+}  // namespace gradsafe

@@ -1,0 +1,55 @@
+// CUDA kernels of the operators. Compiled with the host compiler; no CUDA header is needed.
+#include "gradsafe/status.h"
+#include "moments.h"
+
+// In libtorch builds without CUDA this shim does not exist. Declared weak, it lets the one module
+// load there too; the operators below can then never be reached.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
+                                                                            void** stream);
+
+namespace gradsafe {
+namespace {
+
+void* current_stream(int32_t device) {
+  GRADSAFE_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "cuda",
+                 ": this PyTorch has no CUDA support");
+  void* stream = nullptr;
+  GRADSAFE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "cuda",
+                 ": PyTorch returned no current stream for device ", device);
+  return stream;
+}
+
+void check_status(Status status, const char* op) {
+  GRADSAFE_CHECK(status.ok(), op, ": ",
+                 status_text(static_cast<int>(status.code), status.cuda));
+}
+
+Tensor moments(std::vector<Tensor> grads, std::vector<Tensor> refs, int64_t num_refs, int64_t axis,
+               bool unsigned_dots) {
+  const MomentsCall call = parse_moments(grads, refs, num_refs, axis, unsigned_dots);
+  GRADSAFE_CHECK(!grads.empty(), "moments: expected at least one gradient");
+  const torch::stable::accelerator::DeviceGuard guard(grads[0].get_device_index());
+  const int64_t num_tasks = static_cast<int64_t>(call.tasks.size());
+  // Workspace comes from torch's caching allocator, which knows about streams and graph capture.
+  const int64_t bytes = moments_cuda_workspace(call.problem, call.tasks.data(), num_tasks);
+  Tensor out =
+      torch::stable::new_empty(grads[0], {call.out_offsets[num_tasks]}, ScalarType::Double);
+  Tensor workspace = torch::stable::new_empty(grads[0], {bytes / 4}, ScalarType::Float);
+
+  MomentsCudaCall launch{};
+  launch.problem = call.problem;
+  launch.tasks = call.tasks.data();
+  launch.num_tasks = num_tasks;
+  launch.out = static_cast<double*>(out.mutable_data_ptr());
+  launch.out_offsets = call.out_offsets.data();
+  launch.workspace = workspace.mutable_data_ptr();
+  launch.stream = current_stream(grads[0].get_device_index());
+  check_status(moments_cuda(launch), "moments");
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(gradsafe, CUDA, m) { m.impl("moments", TORCH_BOX(&moments)); }
+
+}  // namespace gradsafe

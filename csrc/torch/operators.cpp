@@ -1,0 +1,10 @@
+// Schemas of all tensor operators. Their CPU and CUDA kernels register in cpu.cpp and cuda.cpp,
+// their fake kernels in gradsafe/ops.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(gradsafe, m) {
+  // refs holds num_refs references per gradient, gradient by gradient. axis: 0 tensor, 1 row,
+  // 2 column, 3 both. Returns one float64 vector; gradsafe/ops/moments.py describes its layout.
+  m.def(
+      "moments(Tensor[] grads, Tensor[] refs, int num_refs, int axis, bool unsigned) -> Tensor");
+}

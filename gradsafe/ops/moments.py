@@ -1,0 +1,194 @@
+"""Moments of gradients and their dot products with references, in one read of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from gradsafe.ops.checks import (
+    check_device,
+    check_like,
+    check_matrix,
+    check_supported_device,
+    check_tensor_list,
+)
+
+Axis = Literal["tensor", "row", "column", "both"]
+AXES: tuple[Axis, ...] = ("tensor", "row", "column", "both")  # position = code of the operator
+MAX_REFS = 4
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the slices of each gradient of a list; one list entry per gradient.
+
+    All tensors are float64. The slice shape is `[]` for axis "tensor", `[O]` for "row" and `[I]`
+    for "column".
+
+    Attributes:
+        count: entries per slice, of the slice shape.
+        sum: sum of g.
+        sum_sq: sum of g^2.
+        dots: `[K, *slice shape]`, sum of abs(g) * r_k (of g * r_k if signed).
+    """
+
+    count: list[Tensor]
+    sum: list[Tensor]
+    sum_sq: list[Tensor]
+    dots: list[Tensor]
+
+    def std(self) -> list[Tensor]:
+        """Population standard deviation of every slice, float64; 0 for a slice without entries."""
+        result = []
+        for count, total, total_sq in zip(self.count, self.sum, self.sum_sq, strict=True):
+            entries = count.clamp(min=1)
+            mean = total / entries
+            # Rounding can push a constant slice's variance below zero by its last bit.
+            result.append((total_sq / entries - mean * mean).clamp(min=0).sqrt())
+        return result
+
+
+def moments(
+    grads: Sequence[Tensor],
+    refs: Sequence[Sequence[Tensor]] | None = None,
+    axis: Axis = "tensor",
+    unsigned: bool = True,
+) -> Moments | tuple[Moments, Moments]:
+    """Counts, sums, sums of squares and dots with K references, per slice of each gradient.
+
+    Every gradient and reference is read once, whatever the axis and the number of references, and
+    the whole list is handled by one call of the backend. Sums run in float32 within a fixed chunk
+    and in float64 across chunks, in a fixed order: results do not depend on the number of threads,
+    on the CPU's vector width (AVX2 or AVX-512), or on the other gradients of the list. NaN and Inf
+    reach the slices that hold them and no others.
+
+    This is the sum behind the GradCoo score (arXiv 2502.12411): with r = abs(G_ref) / std(G_ref),
+    `dots / std()` is the dot product of the std-normalised absolute gradient with the reference.
+
+    Args:
+        grads: matrices `[O_n, I_n]`, float32, bfloat16 or float16, one dtype and device for all.
+            Rows must be unbroken (unit stride along I); the stride between rows is free.
+        refs: for each gradient its K references (0 to 4) of the same shape and device; one dtype
+            for all references, which may differ from that of the gradients. None means K = 0.
+        axis: "tensor", "row", "column", or "both" for rows and columns in one read.
+        unsigned: dots of abs(g) with the reference (True) or of g (False).
+
+    Returns:
+        `Moments`; for axis "both" the pair (rows, columns). An empty list gives empty lists. A
+        matrix without entries has zero sums.
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes, strides, devices, the number of references or the axis do not fit.
+        RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
+    """
+    if axis not in AXES:
+        raise ValueError(f"gradsafe.moments: expected axis in {list(AXES)}, got {axis!r}")
+    flat_refs, num_refs = _check(grads, refs)
+    code = AXES.index(axis)
+    if not grads:
+        empty = Moments([], [], [], [])
+        return (empty, Moments([], [], [], [])) if axis == "both" else empty
+    out = torch.ops.gradsafe.moments(list(grads), flat_refs, num_refs, code, unsigned)
+    return _unpack(out, [tuple(g.shape) for g in grads], num_refs, axis)
+
+
+def _check(
+    grads: Sequence[Tensor], refs: Sequence[Sequence[Tensor]] | None
+) -> tuple[list[Tensor], int]:
+    op = "moments"
+    check_tensor_list(op, "grads", grads)
+    for index, grad in enumerate(grads):
+        check_matrix(op, f"grads[{index}]", grad)
+        check_like(op, f"grads[{index}]", grad, "grads[0]", grads[0])
+    if grads:
+        check_supported_device(op, grads[0])
+    if refs is None:
+        return [], 0
+    if isinstance(refs, Tensor) or len(refs) != len(grads):
+        got = "a tensor" if isinstance(refs, Tensor) else f"{len(refs)}"
+        raise ValueError(
+            f"gradsafe.moments: expected refs to hold one list of references for each of "
+            f"{len(grads)} gradients, got {got}"
+        )
+    num_refs = len(refs[0]) if refs else 0
+    if num_refs > MAX_REFS:
+        raise ValueError(
+            f"gradsafe.moments: expected 0 to {MAX_REFS} references per gradient, got {num_refs}"
+        )
+    flat: list[Tensor] = []
+    for index, group in enumerate(refs):
+        check_tensor_list(op, f"refs[{index}]", group)
+        if len(group) != num_refs:
+            raise ValueError(
+                f"gradsafe.moments: expected refs[{index}] to hold {num_refs} references like "
+                f"refs[0], got {len(group)}"
+            )
+        for k, ref in enumerate(group):
+            name = f"refs[{index}][{k}]"
+            if ref.shape != grads[index].shape:
+                raise ValueError(
+                    f"gradsafe.moments: expected {name} of shape {list(grads[index].shape)}, got "
+                    f"{list(ref.shape)}"
+                )
+            check_matrix(op, name, ref)
+            check_like(op, name, ref, "refs[0][0]", refs[0][0])
+            check_device(op, name, ref, f"grads[{index}]", grads[index])
+            flat.append(ref)
+    return flat, num_refs
+
+
+def _unpack(
+    out: Tensor, shapes: list[tuple[int, ...]], num_refs: int, axis: Axis
+) -> Moments | tuple[Moments, Moments]:
+    """Views into the operator's one vector: per gradient [3 + K, slices], rows before columns."""
+    reported = 3 + num_refs
+    rows, columns = Moments([], [], [], []), Moments([], [], [], [])
+    sizes: list[int] = []
+    targets: list[tuple[Moments, bool]] = []
+    for shape in shapes:
+        if axis == "tensor":
+            sizes.append(reported)
+            targets.append((rows, True))
+        if axis in ("row", "both"):
+            sizes.append(reported * shape[0])
+            targets.append((rows, False))
+        if axis in ("column", "both"):
+            sizes.append(reported * shape[1])
+            targets.append((columns, False))
+    for block, (target, scalar) in zip(out.split(sizes), targets, strict=True):
+        table = block if scalar else block.view(reported, -1 if block.numel() else 0)
+        target.count.append(table[0])
+        target.sum.append(table[1])
+        target.sum_sq.append(table[2])
+        target.dots.append(table[3:])
+    if axis == "both":
+        return rows, columns
+    return columns if axis == "column" else rows
+
+
+def out_size(axis_code: int, num_refs: int, rows: int, cols: int) -> int:
+    """Entries of the operator's result that one `[rows, cols]` gradient fills."""
+    slices = (1, rows, cols, rows + cols)[axis_code]
+    return slices * (3 + num_refs)
+
+
+@torch.library.register_fake("gradsafe::moments")
+def _fake(
+    grads: list[Tensor], refs: list[Tensor], num_refs: int, axis: int, unsigned: bool
+) -> Tensor:
+    size = sum(out_size(axis, num_refs, grad.shape[0], grad.shape[1]) for grad in grads)
+    return grads[0].new_empty(size, dtype=torch.float64)
+
+
+def _no_backward(ctx: Any, grad: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "gradsafe.moments is not differentiable; detach the gradients you pass to it"
+    )
+
+
+torch.library.register_autograd("gradsafe::moments", _no_backward)

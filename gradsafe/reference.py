@@ -1,0 +1,44 @@
+"""The plain PyTorch definition of every operator.
+
+These functions say what the operators mean. They are the oracle of the tests (called with
+`dtype=torch.float64`) and the eager baseline of the benchmarks (called with the input's own dtype).
+They are written to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradsafe.ops.moments import Axis, Moments
+
+
+def moments(
+    grads: Sequence[Tensor],
+    refs: Sequence[Sequence[Tensor]] | None = None,
+    axis: Axis = "tensor",
+    unsigned: bool = True,
+    dtype: torch.dtype | None = torch.float64,
+) -> Moments | tuple[Moments, Moments]:
+    """What `gradsafe.ops.moments` computes, in `dtype` (None: the dtype of each gradient)."""
+    if axis == "both":
+        rows = moments(grads, refs, "row", unsigned, dtype)
+        columns = moments(grads, refs, "column", unsigned, dtype)
+        assert isinstance(rows, Moments) and isinstance(columns, Moments)
+        return rows, columns
+    result = Moments([], [], [], [])
+    dims = {"tensor": (0, 1), "row": (1,), "column": (0,)}[axis]
+    groups = refs if refs is not None else [[] for _ in grads]
+    for original, group in zip(grads, groups, strict=True):
+        g = original if dtype is None else original.to(dtype)
+        factor = g.abs() if unsigned else g
+        total = g.sum(dims)
+        dots = [(factor * (r if dtype is None else r.to(dtype))).sum(dims) for r in group]
+        entries = g.numel() // max(total.numel(), 1) if total.numel() else 0
+        result.count.append(torch.full_like(total, entries, dtype=torch.float64))
+        result.sum.append(total)
+        result.sum_sq.append((g * g).sum(dims))
+        result.dots.append(torch.stack(dots) if dots else total.new_empty((0, *total.shape)))
+    return result
