@@ -1,0 +1,134 @@
+"""Batches by token budget, and their padded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from gradsafe.models.encode import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group sequences of similar length under a budget of padded tokens.
+
+    Longest first (equal lengths keep their order), greedily: the first batch is the largest, so an
+    out-of-memory error shows at once. Every batch satisfies `B * T_max <= batch_tokens`, except
+    that a sequence above the budget is a batch of its own.
+
+    Args:
+        lengths: Tokens of each sequence, all positive.
+        batch_tokens: Budget of tokens per batch, padding included.
+
+    Returns:
+        Batches of indices into `lengths`; every index occurs once.
+
+    Raises:
+        ValueError: `batch_tokens` or a length is below 1.
+    """
+    if batch_tokens < 1:
+        raise ValueError(f"gradsafe.plan_batches: expected batch_tokens >= 1, got {batch_tokens}")
+    for index, length in enumerate(lengths):
+        if length < 1:
+            raise ValueError(f"gradsafe.plan_batches: expected lengths[{index}] >= 1, got {length}")
+    batches: list[list[int]] = []
+    widest = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * widest <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+            widest = lengths[index]
+    return batches
+
+
+@dataclass
+class Batch:
+    """Padded token ids of B sequences, T columns.
+
+    Attributes:
+        input_ids: `[B, T]` int64.
+        attention_mask: `[B, T]` int64, 1 at real tokens.
+        position_ids: `[B, T]` int64, counting real tokens from 0; 0 at padding.
+        lengths: Real tokens per row.
+        prompt_lengths: Prompt tokens per row.
+        starts: Column of each row's first real token.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    lengths: list[int]
+    prompt_lengths: list[int]
+    starts: list[int]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with its tensors on `device`."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            position_ids=self.position_ids.to(device),
+        )
+
+
+def collate(
+    items: Sequence[Encoded],
+    pad_id: int,
+    padding_side: Literal["right", "left"] = "right",
+) -> Batch:
+    """Pad encoded prompts to one batch on the CPU.
+
+    Left padding puts all response tokens into the same last columns; `response_nll` then computes
+    the fewest logits.
+
+    Args:
+        items: Encoded prompts, at least one.
+        pad_id: Token id of the padding; masked, so any valid id will do.
+        padding_side: Where the padding goes.
+
+    Returns:
+        The batch, in the order of `items`.
+
+    Raises:
+        ValueError: No items, or an unknown `padding_side`.
+    """
+    if not items:
+        raise ValueError("gradsafe.collate: expected at least one item, got none")
+    if padding_side not in ("right", "left"):
+        raise ValueError(
+            f'gradsafe.collate: expected padding_side="right" or "left", got {padding_side!r}'
+        )
+    lengths = [len(item) for item in items]
+    columns = max(lengths)
+    starts = [0 if padding_side == "right" else columns - length for length in lengths]
+    input_ids = torch.full((len(items), columns), pad_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    position_ids = torch.zeros_like(input_ids)
+    for row, (item, start, length) in enumerate(zip(items, starts, lengths, strict=True)):
+        real = slice(start, start + length)
+        input_ids[row, real] = torch.tensor(item.input_ids, dtype=torch.int64)
+        attention_mask[row, real] = 1
+        position_ids[row, real] = torch.arange(length)
+    return Batch(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        lengths=lengths,
+        prompt_lengths=[item.prompt_length for item in items],
+        starts=starts,
+    )
+
+
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return an id to pad with: the pad token, else EOS, else 0 (harmless, since it is masked)."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0

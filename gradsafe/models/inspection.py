@@ -1,0 +1,71 @@
+"""Facts about a model that do not depend on its family: config, forward signature, input device."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """Return the transformers model behind `torch.compile` and PEFT wrappers.
+
+    Args:
+        model: Any causal language model, wrapped or not.
+
+    Returns:
+        The innermost wrapped model, or `model` itself.
+    """
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and callable(getattr(model, "get_base_model", None)):
+            inner = model.get_base_model()  # type: ignore[operator]
+        if not isinstance(inner, nn.Module) or inner is model:
+            return model
+        model = inner
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the config of the text decoder (multimodal configs hold several).
+
+    Args:
+        model: A transformers model, wrapped or not.
+
+    Raises:
+        ValueError: The model has no `config`.
+    """
+    config = getattr(base_model(model), "config", None)
+    if config is None:
+        raise ValueError(
+            f"gradsafe.models: expected model to be a transformers model with a config, "
+            f"got {type(model).__name__}"
+        )
+    getter = getattr(config, "get_text_config", None)
+    return getter() if callable(getter) else config
+
+
+def forward_parameters(model: nn.Module) -> frozenset[str]:
+    """Return the names that the forward of the (unwrapped) model declares explicitly."""
+    return frozenset(inspect.signature(base_model(model).forward).parameters)
+
+
+def input_device(model: nn.Module) -> torch.device | None:
+    """Return the device where token ids must go: that of the input embedding.
+
+    Args:
+        model: A transformers model; its weights may be spread over devices.
+
+    Returns:
+        The device, or None where the embedding is offloaded ("meta"): accelerate's own hooks move
+        the inputs then.
+    """
+    base: Any = base_model(model)
+    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else base
+    parameter = next(embedding.parameters(), None) if isinstance(embedding, nn.Module) else None
+    if parameter is None:
+        parameter = next(base.parameters(), None)
+    if parameter is None or parameter.device.type == "meta":
+        return None
+    return parameter.device

@@ -1,0 +1,112 @@
+"""Temporary model states: frozen weights, dropout off, checkpointing still on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Turn `requires_grad` off for all parameters; restore every flag at the end.
+
+    Flags are kept by module and name, not by object: offloading replaces parameter objects.
+
+    Args:
+        model: Any module.
+    """
+    flags = [
+        (module, name, parameter.requires_grad)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    ]
+    try:
+        for module, name, _ in flags:
+            getattr(module, name).requires_grad_(False)
+        yield
+    finally:
+        for module, name, flag in flags:
+            getattr(module, name).requires_grad_(flag)
+
+
+@contextmanager
+def evaluating(model: nn.Module, checkpointed: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the model in eval mode, except the own flag of `checkpointed`; restore all at the end.
+
+    transformers checkpoints a block only while that block is in training mode. Only the block's own
+    flag is raised, its submodules stay in eval mode.
+
+    Args:
+        model: Any module.
+        checkpointed: Modules from `checkpointing_modules`.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        for module in checkpointed:
+            module.training = True
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def checkpointing_modules(model: nn.Module, blocks: nn.ModuleList, start: int) -> list[nn.Module]:
+    """Return the modules whose training flag keeps activation checkpointing active.
+
+    These are the blocks from `start` on with `gradient_checkpointing` set, or, in families that
+    checkpoint from the decoder's loop, the module that owns the blocks.
+
+    Args:
+        model: The model that holds the blocks.
+        blocks: Its decoder blocks.
+        start: First block that the backward pass reaches.
+
+    Returns:
+        The modules; empty where checkpointing is off, or where the flag would switch on a dropout
+        that the module applies itself (a warning says so).
+    """
+    modules = [m for m in blocks[start:] if getattr(m, "gradient_checkpointing", False)]
+    if not modules and not any(hasattr(m, "gradient_checkpointing") for m in blocks):
+        owner = decoder_loop(model, blocks)
+        modules = [owner] if getattr(owner, "gradient_checkpointing", False) else []
+    for module in modules:
+        dropout = _own_dropout(module)
+        if dropout is not None:
+            warnings.warn(
+                f"gradsafe.capture: activation checkpointing is off inside the capture, since the "
+                f"training mode of {type(module).__name__} would also switch on its {dropout}; "
+                f"set that to 0 to save memory",
+                stacklevel=2,
+            )
+            return []
+    return modules
+
+
+def decoder_loop(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
+    """Return the module whose child the list of blocks is."""
+    for module in model.modules():
+        if any(child is blocks for child in module.children()):
+            return module
+    raise ValueError(
+        f"gradsafe.capture: layers do not belong to this {type(model).__name__}; "
+        f"call find_layers(model) on the model that runs"
+    )
+
+
+def _own_dropout(module: nn.Module) -> str | None:
+    """Name of a positive dropout rate that acts on the module's own training flag, if any."""
+    config = getattr(module, "config", None) if not _holds_blocks(module) else None
+    for source, values in (("", vars(module)), ("config.", vars(config) if config else {})):
+        for name, value in values.items():
+            if "drop" in name.lower() and isinstance(value, float) and value > 0:
+                return f"{source}{name}={value}"
+    return None
+
+
+def _holds_blocks(module: nn.Module) -> bool:
+    # A decoder's config lists the rates of its blocks, which act on flags further down.
+    return any(isinstance(child, nn.ModuleList) for child in module.children())
