@@ -15,10 +15,13 @@ namespace gradsafe {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kBlocksPerSm = 2;  // at least; lets the compiler use 128 registers before it spills
 constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kFlatTile = 65536;  // elements of an unbroken matrix per block
 constexpr int64_t kTensorTileRows = 64, kTensorTileCols = 1024;
 constexpr int64_t kTileRows = 256;
+constexpr int kLoadsInFlight = 8;  // packs a thread asks for before it needs the first
+static_assert(kTensorTileRows * kTensorTileCols == kFlatTile, "both bound a thread's float32 chain");
 
 struct Entry {
   MomentsTask task;
@@ -96,25 +99,26 @@ struct Loaded {
 
 // ---- Axis::tensor ----------------------------------------------------------------------------
 template <class G, class R, int K>
-__global__ void __launch_bounds__(kThreads) moments_tensor(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) moments_tensor(const __grid_constant__ Batch batch) {
   constexpr int Q = 2 + K, N = kPackSize<G, R>;
   __shared__ double shared[kWarps * Q];
   const Entry& e = find_entry(batch, blockIdx.x);
   const int64_t tile = blockIdx.x - e.first_tile;
   const TileRange r = range_of(e, tile);
-  double wide[Q] = {};
+  // A thread adds at most 256 elements in float32 (kFlatTile / kThreads), whatever the tile's shape.
+  float sums[Q] = {};
   for (int64_t row = r.row_begin; row < r.row_end; ++row) {
-    float sums[Q] = {};
-#pragma unroll 4
+#pragma unroll kLoadsInFlight / (1 + K)
     for (int64_t c = r.col_begin + threadIdx.x * N; c < r.col_end; c += kThreads * N) {
       Loaded<G, R, K, N> at;
       at.read(e, row, c, r.col_end - c);
 #pragma unroll
       for (int i = 0; i < N; ++i) at.add_to(sums, i, batch.mask);
     }
-#pragma unroll
-    for (int q = 0; q < Q; ++q) wide[q] += sums[q];
   }
+  double wide[Q];
+#pragma unroll
+  for (int q = 0; q < Q; ++q) wide[q] = sums[q];
   double* partials = static_cast<double*>(batch.workspace) + e.row_partial;
   block_sum_to(wide, shared, partials + tile * Q);
 }
@@ -144,10 +148,11 @@ constexpr int next_power_of_two(int n) {
 
 // A tile is kTileRows rows of 32 * N columns. Lane l of every warp owns columns l * N .. l * N + N,
 // warp w owns rows w, w + 8, ...: column sums stay in registers until the tile ends, row sums
-// leave the warp at once. Two rows are in flight at a time.
+// leave the warp at once.
 template <class G, class R, int K>
-__global__ void __launch_bounds__(kThreads) moments_slices(const __grid_constant__ Batch batch) {
-  constexpr int Q = 2 + K, N = kPackSize<G, R>, kRowsInFlight = 2;
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) moments_slices(const __grid_constant__ Batch batch) {
+  constexpr int Q = 2 + K, N = kPackSize<G, R>;
+  constexpr int kRowsInFlight = K <= 2 ? 2 : 1;  // more references are enough loads by themselves
   constexpr int kPadded = next_power_of_two(Q);
   __shared__ float shared[kWarps][N * kWarp];
   const Entry& e = find_entry(batch, blockIdx.x);

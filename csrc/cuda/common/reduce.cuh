@@ -16,26 +16,35 @@ __device__ inline double warp_sum(double value) {
   return value;
 }
 
+namespace detail {
+
+// One halving step per level of recursion: with loops the compiler may keep v in local memory.
+template <int kHalf, int kMask, int M>
+__device__ inline void halve(float (&v)[M], int lane) {
+  if constexpr (kHalf >= 1) {
+    const bool upper = (lane & kMask) != 0;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const float send = upper ? v[i] : v[i + kHalf];
+      const float keep = upper ? v[i + kHalf] : v[i];
+      v[i] = keep + __shfl_xor_sync(kAllLanes, send, kMask);
+    }
+    halve<kHalf / 2, kMask / 2>(v, lane);
+  } else if constexpr (kMask >= 1) {
+    v[0] += __shfl_xor_sync(kAllLanes, v[0], kMask);
+    halve<0, kMask / 2>(v, lane);
+  }
+}
+
+}  // namespace detail
+
 // Sums M values (a power of two) over the warp with about M + log2(32 / M) shuffles instead of
 // 5 M: each step halves the values a lane still carries. Afterwards lane i holds the sum of value
 // i / (32 / M).
 template <int M>
 __device__ inline float warp_sum_many(float (&v)[M]) {
   static_assert(M >= 1 && M <= kWarp && (M & (M - 1)) == 0, "M is a power of two up to 32");
-  const int lane = threadIdx.x % kWarp;
-  int mask = kWarp / 2;
-#pragma unroll
-  for (int half = M / 2; half >= 1; half /= 2, mask /= 2) {
-    const bool upper = (lane & mask) != 0;
-#pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float send = upper ? v[i] : v[i + half];
-      const float keep = upper ? v[i + half] : v[i];
-      v[i] = keep + __shfl_xor_sync(kAllLanes, send, mask);
-    }
-  }
-#pragma unroll
-  for (; mask > 0; mask /= 2) v[0] += __shfl_xor_sync(kAllLanes, v[0], mask);
+  detail::halve<M / 2, kWarp / 2>(v, static_cast<int>(threadIdx.x % kWarp));
   return v[0];
 }
 

@@ -1,0 +1,58 @@
+# Two commands on a fresh machine do everything: `make demo` and `make test`. They need Python 3.10
+# or later with venv, and a C++17 compiler; the rest is installed into .venv.
+#
+#   make demo        train or load the testbed, detect unsafe prompts, print a table
+#   make test        build and run all tests (GPU tests are skipped, visibly, without a GPU)
+#   make bench       CPU benchmarks; tables and CSV in benchmarks/results
+#   make lint        ruff and mypy
+#   make cuda-check  compile every .cu, check registers and spills; audit the binary
+#   make emulate     run the CUDA kernels on the emulated grid (no GPU needed)
+
+PYTHON ?= python3
+# The one place that pins PyTorch. For a CUDA build: make TORCH=torch test
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' \
+	-o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | grep -v csrc/tests)
+
+.PHONY: build demo test bench lint cuda-check emulate audit clean
+
+build: $(VENV)/.built
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11
+	touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,bench,lint]"
+	$(BIN)/python -m gradsafe doctor --brief
+	touch $@
+
+demo: build
+	$(BIN)/python -m gradsafe demo
+
+test: build
+	$(BIN)/python -m pytest
+
+emulate: build
+	$(BIN)/python -m pytest tests/emulated
+
+bench: build
+	$(BIN)/python -m benchmarks.run
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+audit: build
+	$(BIN)/python tools/audit_binary.py
+
+cuda-check: audit
+	$(BIN)/python tools/ptxas_budget.py
+
+clean:
+	rm -rf build $(VENV)/.built gradsafe/_C*.so

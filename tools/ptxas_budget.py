@@ -1,0 +1,148 @@
+"""Compiles every .cu for every architecture and checks registers, shared memory and spills.
+
+Needs nvcc, no GPU. Exits 1 if a kernel spills or exceeds its budget; `--table FILE` writes what
+ptxas said, with the occupancy that follows from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = (80, 90)
+REGISTERS_PER_SM, THREADS_PER_SM = 65536, {80: 2048, 90: 2048}
+SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
+
+# Kernel name -> (threads per block, most registers, most static shared bytes).
+# The register budget is what keeps enough blocks on an SM to hide memory latency.
+BUDGETS = {
+    "moments_tensor": (256, 88, 1024),
+    "moments_slices": (256, 128, 16384),
+    "finish_tensor": (256, 64, 1024),
+    "finish_slices": (256, 64, 0),
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    arch: int
+    kernel: str
+    template: str
+    registers: int
+    shared: int
+    stack: int
+    spills: int
+
+    def occupancy(self) -> float:
+        threads = BUDGETS[self.kernel][0]
+        per_block = -(-self.registers // 8) * 8 * threads
+        blocks = min(
+            REGISTERS_PER_SM // max(per_block, 1),
+            THREADS_PER_SM[self.arch] // threads,
+            SHARED_PER_SM[self.arch] // max(self.shared + 1024, 1),
+        )
+        return blocks * threads / THREADS_PER_SM[self.arch]
+
+
+def demangle(name: str) -> tuple[str, str]:
+    text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"::(\w+)(<.*>)?\(", text)
+    if match is None:
+        raise SystemExit(f"ptxas_budget: cannot read the kernel name {text!r}")
+    short = (match.group(2) or "").replace("gradsafe::", "").replace("(anonymous namespace)::", "")
+    return match.group(1), short
+
+
+def compile_one(nvcc: str, source: Path, arch: int) -> list[Usage]:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "--expt-relaxed-constexpr",
+            "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage",
+            "-I", str(ROOT / "csrc/include"), "-o", f"{folder}/out.cubin", str(source),
+        ]  # fmt: skip
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        raise SystemExit(f"ptxas_budget: nvcc failed on {source}\n{run.stderr}")
+    usages, entry, frame = [], None, (0, 0)
+    for line in run.stderr.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)'", line):
+            entry = found.group(1)
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores", line):
+            frame = (int(found.group(1)), int(found.group(2)))
+        elif (found := re.search(r"Used (\d+) registers", line)) and entry:
+            shared = re.search(r"(\d+) bytes smem", line)
+            kernel, template = demangle(entry)
+            usages.append(
+                Usage(arch, kernel, template, int(found.group(1)),
+                      int(shared.group(1)) if shared else 0, *frame)
+            )  # fmt: skip
+            entry = None
+    return usages
+
+
+def problems_of(usages: list[Usage]) -> list[str]:
+    problems = []
+    for u in usages:
+        name = f"sm_{u.arch} {u.kernel}{u.template}"
+        if u.kernel not in BUDGETS:
+            problems.append(f"{name}: no budget; add it to tools/ptxas_budget.py")
+            continue
+        _, registers, shared = BUDGETS[u.kernel]
+        if u.spills or u.stack:
+            problems.append(f"{name}: {u.spills} bytes spilled, {u.stack} bytes of stack")
+        if u.registers > registers:
+            problems.append(f"{name}: {u.registers} registers, budget {registers}")
+        if u.shared > shared:
+            problems.append(f"{name}: {u.shared} bytes shared, budget {shared}")
+    missing = BUDGETS.keys() - {u.kernel for u in usages}
+    return problems + [f"{kernel}: has a budget but does not exist" for kernel in sorted(missing)]
+
+
+def write_table(usages: list[Usage], path: Path) -> None:
+    lines = ["| kernel | arch | variants | registers | shared bytes | spills | occupancy |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    for kernel in BUDGETS:
+        for arch in ARCHS:
+            group = [u for u in usages if u.kernel == kernel and u.arch == arch]
+            registers = sorted(u.registers for u in group)
+            worst = min(u.occupancy() for u in group)
+            lines.append(
+                f"| {kernel} | sm_{arch} | {len(group)} | {registers[0]} to {registers[-1]} | "
+                f"{max(u.shared for u in group)} | {sum(u.spills for u in group)} | "
+                f">= {100 * worst:.0f} % |"
+            )
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", type=Path, help="write a Markdown table to this file")
+    arguments = parser.parse_args()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("ptxas_budget: SKIPPED, no nvcc on PATH")
+        return 0
+    sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+    jobs = [(nvcc, source, arch) for source in sources for arch in ARCHS]
+    with ThreadPoolExecutor(2) as pool:
+        usages = [u for group in pool.map(lambda job: compile_one(*job), jobs) for u in group]
+    problems = problems_of(usages)
+    for problem in problems:
+        print(f"ptxas_budget: {problem}", file=sys.stderr)
+    if not problems:
+        print(f"ptxas_budget: {len(usages)} kernels for sm_80 and sm_90, 0 spills, all in budget")
+        if arguments.table:
+            write_table(usages, arguments.table)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
