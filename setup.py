@@ -103,8 +103,8 @@ class BuildExtension(build_ext):
         release = text.stdout.split("release ")[-1].split(",")[0]
         if release.split(".")[0] != torch.version.cuda.split(".")[0]:
             print(
-                f"gradsafe: warning: nvcc {release} and torch's CUDA {torch.version.cuda} differ in "
-                "their major version; the GPU driver must support the newer one",
+                f"gradsafe: warning: nvcc {release} and torch's CUDA {torch.version.cuda} differ "
+                "in their major version; the GPU driver must support the newer one",
                 file=sys.stderr,
             )
 

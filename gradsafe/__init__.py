@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from gradsafe import _backend, ops, reference
+from gradsafe import ops, reference
 from gradsafe._version import __version__
+from gradsafe.detection import Detector, DetectorConfig, Scores
 
-__all__ = ["__version__", "ops", "reference"]
+__all__ = ["Detector", "DetectorConfig", "Scores", "__version__", "ops", "reference"]

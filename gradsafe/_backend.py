@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch  # libtorch must be in the process before the module that links it
 
 try:
-    from gradsafe import _C
+    from gradsafe import _C  # type: ignore[attr-defined]
 except ImportError as error:
     raise ImportError(
         "gradsafe: the compiled module gradsafe._C could not be loaded "

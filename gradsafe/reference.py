@@ -26,7 +26,8 @@ def moments(
     if axis == "both":
         rows = moments(grads, refs, "row", unsigned, dtype)
         columns = moments(grads, refs, "column", unsigned, dtype)
-        assert isinstance(rows, Moments) and isinstance(columns, Moments)
+        assert isinstance(rows, Moments)
+        assert isinstance(columns, Moments)
         return rows, columns
     result = Moments([], [], [], [])
     dims = {"tensor": (0, 1), "row": (1,), "column": (0,)}[axis]

@@ -1,4 +1,4 @@
-"""The fused operators. Each takes lists of tensors, on CPU or CUDA, and works under torch.compile."""
+"""The fused operators: lists of tensors on CPU or CUDA, also under torch.compile."""
 
 from __future__ import annotations
 

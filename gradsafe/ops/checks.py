@@ -42,8 +42,8 @@ def check_matrix(op: str, name: str, tensor: Tensor) -> None:
         )
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(
-            f"gradsafe.{op}: expected {name} with unit stride along its last dimension, got strides "
-            f"{list(tensor.stride())}; call .contiguous() first"
+            f"gradsafe.{op}: expected {name} with unit stride along its last dimension, got "
+            f"strides {list(tensor.stride())}; call .contiguous() first"
         )
 
 

@@ -1,0 +1,19 @@
+"""Detection of unsafe prompts: GradCoo, GradSafe and their baselines."""
+
+from __future__ import annotations
+
+from gradsafe.detection.calibration import Calibration
+from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.detector import Detector, ReferenceGapWarning, UncalibratedWarning
+from gradsafe.detection.gradients import NonFiniteGradientError
+from gradsafe.detection.scores import Scores
+
+__all__ = [
+    "Calibration",
+    "Detector",
+    "DetectorConfig",
+    "NonFiniteGradientError",
+    "ReferenceGapWarning",
+    "Scores",
+    "UncalibratedWarning",
+]

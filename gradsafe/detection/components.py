@@ -1,0 +1,142 @@
+"""Components: which entries of the weight gradients share one score, and their sums.
+
+A component is a union of slices of weight gradients. Sums over slices add up, so every granularity
+is the same table: each slice that `ops.moments` reports is added to the row of its component.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gradsafe.detection.config import Granularity
+from gradsafe.models import Layers, LinearLayer
+from gradsafe.ops import Axis, Moments
+
+COUNT, SUM, SUM_SQ, DOTS = 0, 1, 2, 3  # columns of a table; the K dots come last
+
+
+@dataclass(frozen=True)
+class Slices:
+    """How one layer's slices map to components: axis of the read, component of each slice."""
+
+    axis: Axis
+    components: Tensor  # [slices] int64; rows before columns for axis "both"
+
+
+class ComponentMap:
+    """The components of a model at one granularity.
+
+    Args:
+        layers: The scored layers.
+        granularity: See `DetectorConfig`.
+        output_projections: Names of the layers whose input, not output, is split into heads.
+
+    Attributes:
+        size: Number of components C.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        granularity: Granularity,
+        output_projections: Collection[str] = (),
+    ) -> None:
+        self.layers = layers
+        self.granularity = granularity
+        self.output_projections = frozenset(output_projections)
+        self._slices: dict[str, Slices] = {}
+        self._labels: list[tuple[str, str, int]] = []  # (owner, kind, how many)
+        self.size = 0
+        blocks: dict[int, int] = {}
+        for layer in layers.scored:
+            if granularity == "layer":
+                if layer.block not in blocks:
+                    blocks[layer.block] = self._add(f"block {layer.block}", "", 1)
+                self._slices[layer.name] = Slices("tensor", torch.tensor([blocks[layer.block]]))
+            else:
+                self._slices[layer.name] = self._slices_of(layer)
+
+    def __getitem__(self, layer: LinearLayer) -> Slices:
+        return self._slices[layer.name]
+
+    @property
+    def names(self) -> list[str]:
+        """Name of every component, in column order."""
+        names: list[str] = []
+        for owner, kind, count in self._labels:
+            names += [f"{owner}[{kind} {i}]" for i in range(count)] if kind else [owner]
+        return names
+
+    def owner(self, component: int) -> str:
+        """Name of the weight, or block, that a component belongs to."""
+        for owner, _, count in self._labels:
+            if component < count:
+                return owner
+            component -= count
+        raise IndexError(component)
+
+    def add(self, table: Tensor, layer: LinearLayer, values: Tensor) -> None:
+        """Add one layer's slices to a table.
+
+        Args:
+            table: `[B, C, 3 + K]` float64, changed in place.
+            layer: The layer.
+            values: `[B, slices, 3 + K]` float64, see `slice_values`.
+        """
+        table.index_add_(1, self[layer].components, values)
+
+    def _add(self, owner: str, kind: str, count: int) -> int:
+        first = self.size
+        self._labels.append((owner, kind, count))
+        self.size += count
+        return first
+
+    def _slices_of(self, layer: LinearLayer) -> Slices:
+        rows, cols = layer.out_features, layer.in_features
+        if self.granularity == "row":
+            return Slices("row", self._each(layer, "row", rows))
+        if self.granularity == "column":
+            return Slices("column", self._each(layer, "column", cols))
+        if self.granularity == "row+column":
+            parts = [self._each(layer, "row", rows), self._each(layer, "column", cols)]
+            return Slices("both", torch.cat(parts))
+        if self.granularity == "head" and layer.role == "attention" and self.layers.head_dim:
+            by_input = layer.name in self.output_projections
+            split, head = cols if by_input else rows, self.layers.head_dim
+            if split % head == 0:
+                heads = self._each(layer, "head", split // head)
+                return Slices("column" if by_input else "row", heads.repeat_interleave(head))
+        return Slices("tensor", torch.tensor([self._add(layer.name, "", 1)]))
+
+    def _each(self, layer: LinearLayer, kind: str, count: int) -> Tensor:
+        first = self._add(layer.name, kind, count)
+        return torch.arange(first, first + count)
+
+
+def slice_values(result: Moments | tuple[Moments, Moments]) -> Tensor:
+    """Moments of one gradient as `[slices, 3 + K]` float64; rows before columns for a pair."""
+    parts: Sequence[Moments] = result if isinstance(result, tuple) else (result,)
+    tables = []
+    for part in parts:
+        fields = [part.count[0], part.sum[0], part.sum_sq[0], *part.dots[0]]
+        tables.append(torch.stack([field.reshape(-1) for field in fields], dim=1))
+    return tables[0] if len(tables) == 1 else torch.cat(tables)
+
+
+def standard_deviation(table: Tensor) -> Tensor:
+    """Population standard deviation of every component.
+
+    Args:
+        table: `[..., 3 + K]` float64.
+
+    Returns:
+        `[...]` float64; 0 for a component without entries.
+    """
+    entries = table[..., COUNT].clamp(min=1)
+    mean = table[..., SUM] / entries
+    # Rounding can push the variance of a constant component below zero by its last bit.
+    return (table[..., SUM_SQ] / entries - mean * mean).clamp(min=0).sqrt()

@@ -1,0 +1,151 @@
+"""Every choice a detector is fitted with, in one record that is saved beside its references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+Method = Literal["gradcoo", "gradsafe", "nll", "gradnorm"]
+Granularity = Literal["tensor", "row", "column", "row+column", "head", "layer"]
+Relative = Literal["share", "ratio", "logratio", "difference", "unsafe"]
+Reduction = Literal["mean", "weighted", "median"]
+ReferenceOrder = Literal["mean_then_norm", "norm_then_mean"]
+Absolute = Literal["after", "before"]
+Overflow = Literal["error", "window"]
+Modules = Literal["all", "attention", "mlp"]
+
+REFERENCE_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+# What the published methods use when nothing was calibrated (GradSafe's 0.25: arXiv 2402.13494).
+DEFAULT_THRESHOLDS: dict[tuple[str, str | None], float] = {
+    ("gradcoo", "share"): 0.5,
+    ("gradcoo", "ratio"): 1.0,
+    ("gradcoo", "logratio"): 0.0,
+    ("gradcoo", "difference"): 0.0,
+    ("gradsafe", None): 0.25,
+}
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """Options of `Detector.fit`; the defaults are the best-supported reading of GradCoo.
+
+    Attributes:
+        method: "gradcoo" (arXiv 2502.12411), "gradsafe" (arXiv 2402.13494), or a baseline: "nll"
+            (loss of the response, forward only) or "gradnorm" (norm of the scored gradients).
+        response: Compliance response whose loss is differentiated.
+        append_eos: Close the response with EOS; None means only for "gradsafe", as published.
+        granularity: What one component is: a weight tensor, its rows, columns or both, an attention
+            head (MLP weights stay whole), or all weights of a decoder block.
+        relative: Evidence of a component from a (unsafe) and b (safe): "share" a/(a+b), "ratio"
+            a/b, "logratio" log(a/b), "difference" (a-b)/n, "unsafe" a/n, with n its entries.
+        unsigned: Take absolute values (the co-occurrence); False is the ablation "no abs".
+        normalize: Divide by the standard deviation of the component; False is "no norm".
+        center: Subtract the component's mean first (tensor, row and column granularity).
+        absolute: Absolute value after or before the standard deviation is taken.
+        reference_order: Average the reference gradients, then normalise, or the other way round.
+        reduce: Score from components: "mean", mean "weighted" by entries, or "median".
+        layers: Last n blocks, block indices, or None for all.
+        modules: Score attention weights, MLP weights, or all.
+        reference_dtype: Storage of the references: "float32", "bfloat16" or "float16".
+        gap: GradSafe: a slice counts if its mean cosine to the unsafe reference is larger by more
+            than this for the unsafe reference prompts than for the safe ones.
+        template: Prompt template, see `gradsafe.models.encode`; None for the tokenizer's own.
+        system: System message.
+        overflow: Prompts beyond the context: "error", or "window" (the worst window counts).
+    """
+
+    method: Method = "gradcoo"
+    response: str = "Sure"
+    append_eos: bool | None = None
+    granularity: Granularity = "tensor"
+    relative: Relative = "share"
+    unsigned: bool = True
+    normalize: bool = True
+    center: bool = False
+    absolute: Absolute = "after"
+    reference_order: ReferenceOrder = "mean_then_norm"
+    reduce: Reduction = "mean"
+    layers: int | tuple[int, ...] | None = None
+    modules: Modules = "all"
+    reference_dtype: str = "bfloat16"
+    gap: float = 1.0
+    template: str | None = None
+    system: str | None = None
+    overflow: Overflow = "error"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.layers, Sequence):  # JSON and callers give lists
+            object.__setattr__(self, "layers", tuple(self.layers))
+        for name, kind in (
+            ("method", Method),
+            ("granularity", Granularity),
+            ("relative", Relative),
+            ("absolute", Absolute),
+            ("reference_order", ReferenceOrder),
+            ("reduce", Reduction),
+            ("modules", Modules),
+            ("overflow", Overflow),
+        ):
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed:
+                raise ValueError(
+                    f"gradsafe.Detector: expected {name} in {list(allowed)}, got {value!r}"
+                )
+        if self.reference_dtype not in REFERENCE_DTYPES:
+            raise ValueError(
+                f"gradsafe.Detector: expected reference_dtype in {list(REFERENCE_DTYPES)}, got "
+                f"{self.reference_dtype!r}"
+            )
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        whole_slices = ("tensor", "row", "column")
+        if self.center and self.granularity not in whole_slices:
+            self._refuse("center=True", f"granularity in {list(whole_slices)}")
+        if self.center and self.absolute == "before":
+            self._refuse("center=True", 'absolute="after"')
+        if self.reference_order == "norm_then_mean" and self.granularity in ("row+column", "layer"):
+            self._refuse(
+                'reference_order="norm_then_mean"',
+                'granularity "tensor", "row", "column" or "head"',
+            )
+        if not self.unsigned and self.relative in ("ratio", "logratio"):
+            self._refuse("unsigned=False", 'relative "share", "difference" or "unsafe"')
+        if not self.unsigned and self.absolute == "before":
+            self._refuse("unsigned=False", 'absolute="after"')
+
+    def _refuse(self, option: str, needed: str) -> None:
+        raise ValueError(f"gradsafe.Detector: {option} needs {needed}")
+
+    @property
+    def uses_gradients(self) -> bool:
+        """Whether scoring needs a backward pass."""
+        return self.method != "nll"
+
+    @property
+    def uses_references(self) -> bool:
+        """Whether fitting needs reference prompts."""
+        return self.method in ("gradcoo", "gradsafe")
+
+    @property
+    def eos(self) -> bool:
+        """Whether the response ends with EOS."""
+        return self.method == "gradsafe" if self.append_eos is None else self.append_eos
+
+    @property
+    def default_threshold(self) -> float | None:
+        """Threshold of the published method, None where none exists."""
+        relative = self.relative if self.method == "gradcoo" else None
+        return DEFAULT_THRESHOLDS.get((self.method, relative))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `DetectorConfig(**values)` restores the record."""
+        return asdict(self)

@@ -1,0 +1,195 @@
+"""Weight gradients of single prompts, one layer at a time, from batched backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from gradsafe.detection.components import ComponentMap, slice_values
+from gradsafe.models import (
+    Encoded,
+    Layers,
+    LinearLayer,
+    capture,
+    collate,
+    pad_token_id,
+    plan_batches,
+    response_nll,
+)
+from gradsafe.models.modes import evaluating
+from gradsafe.ops import Axis, moments
+
+# visit(layer, xs, dys): for each prompt of the batch x [t, I] and dy [t, O], without padding.
+Visit = Callable[[LinearLayer, list[Tensor], list[Tensor]], None]
+
+
+class NonFiniteGradientError(ValueError):
+    """A gradient holds NaN or Inf; the message names the layer and the prompt."""
+
+
+class GradientPass:
+    """Runs encoded prompts through a model in batches of similar length.
+
+    Args:
+        model: Causal language model.
+        layers: Scored layers.
+        tokenizer: Its padding token fills short rows.
+        batch_tokens: Padded tokens per batch.
+    """
+
+    def __init__(self, model: nn.Module, layers: Layers, tokenizer: Any, batch_tokens: int) -> None:
+        self.model = model
+        self.layers = layers
+        self.pad_id = pad_token_id(tokenizer)
+        self.batch_tokens = batch_tokens
+
+    def run(
+        self,
+        items: Sequence[Encoded],
+        begin: Callable[[list[int]], Visit] | None,
+        end: Callable[[list[int]], None] | None = None,
+        progress: str | None = None,
+    ) -> Tensor:
+        """Process all items.
+
+        Args:
+            items: Encoded prompts.
+            begin: Called with the indices of each batch; returns the visitor of its layers. None
+                for a forward pass without gradients.
+            end: Called with the indices after a batch's backward pass.
+            progress: Label of a progress bar over the items, None for no bar.
+
+        Returns:
+            `[n]` float32 NLL of each item's response, in input order.
+        """
+        nll = torch.empty(len(items), dtype=torch.float32)
+        with tqdm(total=len(items), desc=progress, disable=progress is None, unit="prompt") as bar:
+            for indices in plan_batches([len(item) for item in items], self.batch_tokens):
+                visit = begin(indices) if begin is not None else None
+                nll[indices] = self._batch([items[i] for i in indices], visit)
+                if end is not None:
+                    end(indices)
+                bar.update(len(indices))
+        return nll
+
+    def _batch(self, items: list[Encoded], visit: Visit | None) -> Tensor:
+        batch = collate(items, self.pad_id)
+        if visit is None:
+            with torch.no_grad(), evaluating(self.model, ()):
+                return response_nll(self.model, batch).float().cpu()
+        spans = [slice(s, s + n) for s, n in zip(batch.starts, batch.lengths, strict=True)]
+
+        def consume(layer: LinearLayer, x: Tensor, dy: Tensor) -> None:
+            if dy.dtype == torch.float64:
+                raise TypeError(
+                    "gradsafe.Detector: float64 models are not supported; call model.float() first"
+                )
+            visit(
+                layer,
+                [x[b, span] for b, span in enumerate(spans)],
+                [dy[b, span] for b, span in enumerate(spans)],
+            )
+
+        with torch.enable_grad(), capture(self.model, self.layers, consume):
+            loss = response_nll(self.model, batch)
+            # Samples do not meet in a batch: the gradient of the sum holds each prompt's own.
+            loss.sum().backward()
+        return loss.detach().float().cpu()
+
+
+class Buffers:
+    """One scratch matrix per device and dtype, as large as the largest gradient asked for."""
+
+    def __init__(self) -> None:
+        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        """G = dy^T x, `[O, I]`, in a buffer that the next call overwrites."""
+        rows, cols = dy.shape[1], x.shape[1]
+        key = (dy.device, dy.dtype)
+        flat = self._flat.get(key)
+        if flat is None or flat.numel() < rows * cols:
+            flat = self._flat[key] = torch.empty(rows * cols, device=dy.device, dtype=dy.dtype)
+        out = flat[: rows * cols].view(rows, cols)
+        torch.mm(dy.t(), x, out=out)
+        return out
+
+
+class TableCollector:
+    """Turns a batch's gradients into a table of component sums, `[B, C, 3 + K]`.
+
+    Args:
+        components: The component map.
+        references: K references of a layer, each `[O, I]`.
+        scales: Factor of a layer's dots.
+        unsigned: Dots of abs(g).
+        prepare: Changes a gradient in place before it is read (ablations), given its axis.
+        finish: Called with a batch's item indices and its table.
+        owners: Number of the prompt each item comes from, for error messages.
+    """
+
+    def __init__(
+        self,
+        components: ComponentMap,
+        references: Callable[[LinearLayer], list[Tensor]],
+        scales: Callable[[LinearLayer], Sequence[float]],
+        unsigned: bool,
+        prepare: Callable[[Tensor, Axis], None] | None,
+        finish: Callable[[list[int], Tensor], None],
+        owners: Sequence[int],
+    ) -> None:
+        self.components = components
+        self.references = references
+        self.scales = scales
+        self.unsigned = unsigned
+        self.prepare = prepare
+        self.finish = finish
+        self.owners = owners
+        self.buffers = Buffers()
+        self._reached: list[tuple[LinearLayer, Tensor]] = []
+
+    def begin(self, indices: list[int]) -> Visit:
+        """Start a batch."""
+        self._reached.clear()
+        return self._visit
+
+    def _visit(self, layer: LinearLayer, xs: list[Tensor], dys: list[Tensor]) -> None:
+        axis = self.components[layer].axis
+        refs = self.references(layer)
+        tables = []
+        for x, dy in zip(xs, dys, strict=True):
+            grad = self.buffers.weight_gradient(x, dy)
+            if self.prepare is not None:
+                self.prepare(grad, axis)
+            tables.append(slice_values(moments([grad], [refs], axis, self.unsigned)))
+        self._reached.append((layer, torch.stack(tables)))
+
+    def end(self, indices: list[int]) -> None:
+        """Bring the batch's sums together; devices are waited for here and not per layer."""
+        table: Tensor | None = None
+        for layer, device_values in self._reached:
+            values = device_values.cpu()
+            for k, scale in enumerate(self.scales(layer)):
+                values[..., 3 + k] *= scale
+            if table is None:
+                shape = (len(indices), self.components.size, values.shape[-1])
+                table = torch.zeros(shape, dtype=torch.float64)
+            _check_finite(layer, [self.owners[i] for i in indices], values)
+            self.components.add(table, layer, values)
+        self._reached.clear()
+        assert table is not None
+        self.finish(indices, table)
+
+
+def _check_finite(layer: LinearLayer, prompts: list[int], values: Tensor) -> None:
+    bad = (~torch.isfinite(values)).flatten(1).any(1)
+    if bad.any():
+        raise NonFiniteGradientError(
+            f"gradsafe.Detector: the gradient of {layer.name} holds NaN or Inf for "
+            f"prompts[{prompts[int(bad.nonzero()[0])]}]; check the model's weights, or run it in "
+            "bfloat16 or float32 if it is in float16"
+        )

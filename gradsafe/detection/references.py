@@ -1,0 +1,183 @@
+"""Reference gradients: the mean gradient of a few prompts, kept for every scored weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gradsafe.detection.components import ComponentMap, slice_values, standard_deviation
+from gradsafe.detection.config import REFERENCE_DTYPES, DetectorConfig
+from gradsafe.detection.gradients import Buffers, GradientPass, NonFiniteGradientError, Visit
+from gradsafe.models import Encoded, LinearLayer
+from gradsafe.ops import Axis, Moments, moments
+
+
+@dataclass
+class Reference:
+    """The reference gradient of one group of prompts (unsafe or safe).
+
+    Attributes:
+        weights: Per layer name `[O, I]` in the storage dtype, divided by the layer's scale.
+        scales: Per layer name the scale, so that the true reference is weights * scale. It keeps
+            the small entries of small layers inside the range of 16-bit floats.
+        std: `[C]` float64, standard deviation of the reference gradient per component; what the
+            dots are divided by. Ones where nothing is to be divided.
+        sum_sq: `[C]` float64, squared norm of the reference gradient per component.
+        nll: `[n]` float32, loss of the response after each reference prompt.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)
+    std: Tensor = field(default_factory=lambda: torch.empty(0))
+    sum_sq: Tensor = field(default_factory=lambda: torch.empty(0))
+    nll: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def prepare_function(config: DetectorConfig) -> Callable[[Tensor, Axis], None] | None:
+    """What happens to a gradient before its moments are taken, in place; None for nothing."""
+    if config.center:
+        return subtract_mean_
+    if config.absolute == "before":
+        return absolute_
+    return None
+
+
+def absolute_(grad: Tensor, axis: Axis) -> None:
+    """Absolute value in place; the same for every axis."""
+    grad.abs_()
+
+
+def subtract_mean_(grad: Tensor, axis: Axis) -> None:
+    """Subtract the mean of every slice in place; axis "tensor", "row" or "column"."""
+    result = moments([grad], None, axis)
+    assert isinstance(result, Moments)
+    mean = (result.sum[0] / result.count[0]).to(grad.dtype)
+    grad.sub_(mean[:, None] if axis == "row" else mean)
+
+
+def find_output_projections(gradients: GradientPass, item: Encoded) -> list[str]:
+    """Layers at the end of an attention module: those the backward pass meets first in it."""
+    seen: set[str] = set()
+    found: list[str] = []
+
+    def visit(layer: LinearLayer, xs: list[Tensor], dys: list[Tensor]) -> None:
+        parent = layer.name.rpartition(".")[0]
+        if layer.role == "attention" and parent not in seen:
+            found.append(layer.name)
+        seen.add(parent)
+
+    gradients.run([item], lambda indices: visit)
+    return found
+
+
+def build_reference(
+    gradients: GradientPass,
+    items: Sequence[Encoded],
+    components: ComponentMap,
+    config: DetectorConfig,
+    progress: str | None = None,
+) -> Reference:
+    """Build one group's reference.
+
+    The mean over prompts of G_b = dy_b^T x_b is one product over the tokens of all prompts. While
+    the group fits one batch, each layer's mean is finished as the backward pass reaches it; else
+    float32 sums of all layers are kept until the last batch.
+
+    Args:
+        gradients: Runs the prompts.
+        items: Encoded reference prompts.
+        components: Components whose statistics are needed.
+        config: Options.
+        progress: Label of the progress bar, None for no bar.
+
+    Returns:
+        The reference.
+
+    Raises:
+        NonFiniteGradientError: The mean gradient of a layer holds NaN or Inf.
+    """
+    reference = Reference()
+    table = torch.zeros(1, components.size, 3, dtype=torch.float64)
+    sums: dict[str, Tensor] = {}
+    left = len(items)
+    buffers = Buffers()
+    # Published GradSafe compares raw gradients: nothing is normalised, the sign stays.
+    raw = config.method == "gradsafe"
+    prepare = None if raw else prepare_function(config)
+    per_prompt = not raw and config.normalize and config.reference_order == "norm_then_mean"
+
+    def mean_part(layer: LinearLayer, xs: list[Tensor], dys: list[Tensor]) -> Tensor:
+        if not per_prompt:
+            x, dy = torch.cat(xs).float(), torch.cat(dys).float()
+            return buffers.weight_gradient(x, dy / len(items))
+        total = torch.zeros(layer.out_features, layer.in_features, device=dys[0].device)
+        for x, dy in zip(xs, dys, strict=True):
+            grad = buffers.weight_gradient(x.float(), dy.float())
+            _normalize_(grad, layer, components, config)
+            total.add_(grad, alpha=1 / len(items))
+        return total
+
+    def begin(indices: list[int]) -> Visit:
+        nonlocal left
+        left -= len(indices)
+        last, single = left == 0, len(indices) == len(items)
+
+        def visit(layer: LinearLayer, xs: list[Tensor], dys: list[Tensor]) -> None:
+            part = mean_part(layer, xs, dys)
+            if not single:
+                if layer.name in sums:
+                    sums[layer.name] += part
+                else:
+                    sums[layer.name] = part.clone()
+                part = sums[layer.name]
+            if last:
+                store(layer, part)
+                sums.pop(layer.name, None)
+
+        return visit
+
+    def store(layer: LinearLayer, grad: Tensor) -> None:
+        axis = components[layer].axis
+        if prepare is not None and not per_prompt:
+            prepare(grad, axis)
+        values = slice_values(moments([grad], None, axis)).cpu()
+        if not torch.isfinite(values).all():
+            raise NonFiniteGradientError(
+                f"gradsafe.Detector.fit: the reference gradient of {layer.name} holds NaN or Inf; "
+                "check the model's weights, or run it in bfloat16 or float32"
+            )
+        components.add(table, layer, values[None])
+        if config.unsigned and not raw:
+            grad.abs_()
+        scale = float(grad.square().mean().sqrt()) or 1.0
+        reference.scales[layer.name] = scale
+        dtype = REFERENCE_DTYPES[config.reference_dtype]
+        reference.weights[layer.name] = (grad / scale).to(dtype)
+
+    reference.nll = gradients.run(items, begin, progress=progress)
+    divide = config.normalize and not per_prompt and not raw
+    reference.std = standard_deviation(table[0]) if divide else torch.ones_like(table[0, :, 0])
+    reference.sum_sq = table[0, :, 2].clone()
+    return reference
+
+
+def _normalize_(
+    grad: Tensor, layer: LinearLayer, components: ComponentMap, config: DetectorConfig
+) -> None:
+    """One prompt's gradient to abs(g) / std(g) per component, in place ("norm_then_mean")."""
+    slices = components[layer]
+    prepare = prepare_function(config)
+    if prepare is not None:
+        prepare(grad, slices.axis)
+    values = slice_values(moments([grad], None, slices.axis)).cpu()
+    first = int(slices.components.min())
+    local = torch.zeros(int(slices.components.max()) - first + 1, values.shape[1]).double()
+    local.index_add_(0, slices.components - first, values)
+    std = standard_deviation(local)
+    inverse = torch.where(std > 0, 1 / std, 0.0)[slices.components - first].to(grad)
+    grad.mul_(inverse[:, None] if slices.axis == "row" else inverse)
+    if config.unsigned:
+        grad.abs_()

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from builders import make_model, make_tokenizer
+
+from gradsafe import Detector
+from gradsafe.storage import StorageError
+
+UNSAFE, SAFE, PROMPTS = ["how to hurt"], ["bake a cake"], ["hello", "why is it so"]
+
+pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model("llama", vocab_size=300)
+
+
+def fit(model, tokenizer, **options):
+    return Detector.fit(model, tokenizer, UNSAFE, SAFE, progress=False, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"granularity": "head", "layers": [0, 1]},
+        {"granularity": "row+column", "reference_dtype": "float16"},
+        {"method": "gradsafe", "gap": 0.1},
+        {"method": "nll"},
+        {"method": "gradnorm"},
+    ],
+    ids=str,
+)
+def test_a_loaded_detector_scores_bit_by_bit_the_same(model, tokenizer, options, tmp_path):
+    detector = fit(model, tokenizer, **options)
+    detector.calibrate([f"benign {i}" for i in range(20)], max_fpr=0.2, progress=False)
+    detector.save(tmp_path / "detector")
+    loaded = Detector.load(tmp_path / "detector", model, tokenizer)
+    before, after = (d.score(PROMPTS, progress=False) for d in (detector, loaded))
+    assert torch.equal(before.values, after.values)
+    assert torch.equal(before.components, after.components)
+    assert loaded.calibration == detector.calibration
+    assert loaded.config == detector.config
+    assert loaded.components == detector.components
+    assert loaded.reference_gap == detector.reference_gap
+    assert not [p for p in (tmp_path / "detector").iterdir() if p.suffix in (".pkl", ".pt")]
+
+
+def test_another_model_or_tokenizer_is_refused(model, tokenizer, tmp_path):
+    fit(model, tokenizer).save(tmp_path / "detector")
+    other = make_model("llama", vocab_size=300)
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    with pytest.raises(ValueError, match=r"another model \(fingerprint"):
+        Detector.load(tmp_path / "detector", other, tokenizer)
+    changed = make_tokenizer(chat_template="{{ messages[0]['content'] }}>")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        Detector.load(tmp_path / "detector", model, changed)
+
+
+def test_damaged_and_foreign_folders_are_refused(model, tokenizer, tmp_path):
+    folder = tmp_path / "detector"
+    fit(model, tokenizer).save(folder)
+    with pytest.raises(StorageError, match="no such folder"):
+        Detector.load(tmp_path / "nothing", model, tokenizer)
+    (tmp_path / "foreign").mkdir()
+    with pytest.raises(StorageError, match="not written by gradsafe"):
+        Detector.load(tmp_path / "foreign", model, tokenizer)
+    with pytest.raises(FileExistsError):
+        fit(model, tokenizer).save(tmp_path / "foreign")
+    tensors = next(p for p in folder.iterdir() if p.suffix == ".safetensors")
+    data = bytearray(tensors.read_bytes())
+    data[-1] ^= 1
+    tensors.write_bytes(data)
+    with pytest.raises(StorageError, match=tensors.name):
+        Detector.load(folder, model, tokenizer)
+    tensors.write_bytes(data[: len(data) // 2])
+    with pytest.raises(StorageError, match=tensors.name):
+        Detector.load(folder, model, tokenizer)
