@@ -21,7 +21,7 @@ constexpr int64_t kFlatTile = 65536;  // elements of an unbroken matrix per bloc
 constexpr int64_t kTensorTileRows = 64, kTensorTileCols = 1024;
 constexpr int64_t kTileRows = 256;
 constexpr int kLoadsInFlight = 8;  // packs a thread asks for before it needs the first
-static_assert(kTensorTileRows * kTensorTileCols == kFlatTile, "both bound a thread's float32 chain");
+static_assert(kTensorTileRows * kTensorTileCols == kFlatTile, "both bound a thread's chain");
 
 struct Entry {
   MomentsTask task;
@@ -99,21 +99,26 @@ struct Loaded {
 
 // ---- Axis::tensor ----------------------------------------------------------------------------
 template <class G, class R, int K>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) moments_tensor(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    moments_tensor(const __grid_constant__ Batch batch) {
   constexpr int Q = 2 + K, N = kPackSize<G, R>;
   __shared__ double shared[kWarps * Q];
   const Entry& e = find_entry(batch, blockIdx.x);
   const int64_t tile = blockIdx.x - e.first_tile;
   const TileRange r = range_of(e, tile);
-  // A thread adds at most 256 elements in float32 (kFlatTile / kThreads), whatever the tile's shape.
+  // Packs are summed first: a thread's float32 chain is then at most 64 steps long, and rounding
+  // ties of 16-bit squares, which all go the same way, have no time to add up.
   float sums[Q] = {};
   for (int64_t row = r.row_begin; row < r.row_end; ++row) {
 #pragma unroll kLoadsInFlight / (1 + K)
     for (int64_t c = r.col_begin + threadIdx.x * N; c < r.col_end; c += kThreads * N) {
       Loaded<G, R, K, N> at;
       at.read(e, row, c, r.col_end - c);
+      float pack[Q] = {};
 #pragma unroll
-      for (int i = 0; i < N; ++i) at.add_to(sums, i, batch.mask);
+      for (int i = 0; i < N; ++i) at.add_to(pack, i, batch.mask);
+#pragma unroll
+      for (int q = 0; q < Q; ++q) sums[q] += pack[q];
     }
   }
   double wide[Q];
@@ -150,7 +155,8 @@ constexpr int next_power_of_two(int n) {
 // warp w owns rows w, w + 8, ...: column sums stay in registers until the tile ends, row sums
 // leave the warp at once.
 template <class G, class R, int K>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) moments_slices(const __grid_constant__ Batch batch) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    moments_slices(const __grid_constant__ Batch batch) {
   constexpr int Q = 2 + K, N = kPackSize<G, R>;
   constexpr int kRowsInFlight = K <= 2 ? 2 : 1;  // more references are enough loads by themselves
   constexpr int kPadded = next_power_of_two(Q);

@@ -13,8 +13,24 @@
 #include <tuple>
 #include <utility>
 
+// Dynamic shared memory of a kernel, as an array of `type` called `name`.
+#define GRADSAFE_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char gradsafe_dynamic_shared[]; \
+  type* const name = reinterpret_cast<type*>(gradsafe_dynamic_shared)
+
 namespace gradsafe {
 namespace detail {
+
+constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
+
+inline Status to_status(cudaError_t error) {
+  if (error == cudaSuccess) return {};
+  (void)cudaGetLastError();  // the error is reported here; do not leave it for the next caller
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    return {StatusCode::no_device_code, static_cast<int32_t>(error)};
+  }
+  return {StatusCode::cuda_error, static_cast<int32_t>(error)};
+}
 
 template <class Tuple, std::size_t... I>
 cudaError_t launch_packed(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
@@ -30,16 +46,16 @@ template <class... Params, class... Args>
 Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
               void* stream, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
-  std::tuple<std::remove_cv_t<Params>...> values(args...);
-  const cudaError_t error = detail::launch_packed(
-      reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
-      static_cast<cudaStream_t>(stream), values, std::index_sequence_for<Params...>{});
-  if (error == cudaSuccess) return {};
-  (void)cudaGetLastError();  // the error is reported here; do not leave it for the next caller
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    return {StatusCode::no_device_code, static_cast<int32_t>(error)};
+  const void* code = reinterpret_cast<const void*>(kernel);
+  if (shared_bytes > detail::kSharedWithoutAsking) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        code, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return detail::to_status(error);
   }
-  return {StatusCode::cuda_error, static_cast<int32_t>(error)};
+  std::tuple<std::remove_cv_t<Params>...> values(args...);
+  return detail::to_status(detail::launch_packed(code, grid, block, shared_bytes,
+                                                 static_cast<cudaStream_t>(stream), values,
+                                                 std::index_sequence_for<Params...>{}));
 }
 
 }  // namespace gradsafe

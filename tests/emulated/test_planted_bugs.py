@@ -1,0 +1,132 @@
+"""Bugs planted into copies of the real kernels are found; the check that finds each is named."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from . import emulator
+from .emulator import BugFound
+from .moments_cases import Problem, assert_equals_oracle, make
+
+MOMENTS, REDUCE = "cuda/moments.cu", "cuda/common/reduce.cuh"
+ORACLE = "differs from the float64 oracle"
+
+# Fewer instantiations: only float32 is compiled. No bug, and part of every copy.
+FLOAT_ONLY = [
+    (
+        MOMENTS,
+        "    case DType::bf16: return choose_refs<G, bf16>(problem.num_refs);\n"
+        "    default: return choose_refs<G, f16>(problem.num_refs);\n",
+        "    default: return nullptr;\n",
+    ),
+    (
+        MOMENTS,
+        "    case DType::bf16: return choose_ref_dtype<bf16>(problem);\n"
+        "    default: return choose_ref_dtype<f16>(problem);\n",
+        "    default: return nullptr;\n",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Bug:
+    file: str
+    old: str
+    new: str
+    found_by: str  # pattern of the report
+
+
+BUGS = {
+    "no barrier between the warps' sums and their total": Bug(
+        REDUCE,
+        "    if (lane == 0) shared[warp * Q + q] = total;\n  }\n  __syncthreads();\n",
+        "    if (lane == 0) shared[warp * Q + q] = total;\n  }\n",
+        r"(race|uninitialised): reads .*`shared`",
+    ),
+    "no barrier before shared memory is used again": Bug(
+        MOMENTS,
+        "    __syncthreads();  // the next quantity reuses `shared`\n",
+        "",
+        r"race: \w+ .*`shared`",
+    ),
+    "a bound that is one too large": Bug(
+        MOMENTS,
+        "r.col_end = min(r.col_begin + e.tile_cols, e.cols);",
+        "r.col_end = min(r.col_begin + e.tile_cols, e.cols + 1);",
+        r"out of bounds: reads",
+    ),
+    "the wrong half in the shuffles of a reduction": Bug(
+        REDUCE,
+        "const float send = upper ? v[i] : v[i + kHalf];",
+        "const float send = upper ? v[i + kHalf] : v[i];",
+        ORACLE,
+    ),
+    "a reduction that leaves out a lane": Bug(
+        REDUCE,
+        "for (int mask = kWarp / 2; mask > 0; mask /= 2) {",
+        "for (int mask = kWarp / 2; mask > 1; mask /= 2) {",
+        ORACLE,
+    ),
+    "shared memory that one warp leaves unwritten": Bug(
+        REDUCE,
+        "if (lane == 0) shared[warp * Q + q] = total;",
+        "if (lane == 0 && warp > 0) shared[warp * Q + q] = total;",
+        r"uninitialised: reads .*`shared`",
+    ),
+    "two blocks that write the same partial sums": Bug(
+        MOMENTS,
+        "partials[e.col_partial + (r.row_block * Q + q) * e.cols + r.col_begin + c] = total;",
+        "partials[e.col_partial + q * e.cols + r.col_begin + c] = total;",
+        r"race: writes .*the workspace(.|\n)*another block",
+    ),
+    "partial sums that nobody writes": Bug(
+        MOMENTS,
+        "block_sum_to(wide, shared, partials + tile * Q);",
+        "block_sum_to(wide, shared, partials + (tile + 1) * Q);",
+        r"(uninitialised: reads .*|out of bounds: writes .*|race: .*)the workspace",
+    ),
+    "a vector load from an unaligned row": Bug(
+        MOMENTS,
+        "const bool whole = e.aligned && left >= N;",
+        "const bool whole = left >= N;",
+        r"misaligned: reads 16 bytes",
+    ),
+}
+
+
+def exercise(program) -> None:
+    problems = [make([(270, 140), (3, 33)], 2, axis) for axis in ("tensor", "both")]
+    view = torch.randn(40, 90)[:, 3:80]
+    problems.append(Problem([view], [[view]], "tensor"))
+    try:
+        assert_equals_oracle(functools.partial(emulator.run, program), problems)
+    except BugFound:
+        raise
+    except AssertionError as error:
+        raise BugFound(ORACLE) from error
+
+
+@pytest.fixture(autouse=True)
+def _needs_a_compiler() -> None:
+    if problem := emulator.compiler_problem():
+        pytest.skip(problem)
+
+
+def build(folder, edits):
+    return emulator.build(emulator.planted(folder, [*FLOAT_ONLY, *edits]), only=["moments"])
+
+
+def test_the_unmodified_kernel_passes(tmp_path):
+    exercise(build(tmp_path, []))
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_found(tmp_path, name):
+    bug = BUGS[name]
+    program = build(tmp_path, [(bug.file, bug.old, bug.new)])
+    with pytest.raises(BugFound, match=bug.found_by):
+        exercise(program)
