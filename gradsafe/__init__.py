@@ -1,9 +1,46 @@
-"""gradsafe: safety tools from the gradients of language models, on one fused backend."""
+"""gradsafe: safety tools from the gradients of language models, on one fused backend.
+
+Names are imported on first use, so that `gradsafe --help` does not wait for torch.
+"""
 
 from __future__ import annotations
 
-from gradsafe import ops, reference
-from gradsafe._version import __version__
-from gradsafe.detection import Detector, DetectorConfig, Scores
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Detector", "DetectorConfig", "Scores", "__version__", "ops", "reference"]
+from gradsafe._version import __version__
+
+if TYPE_CHECKING:
+    from gradsafe import detection, models, ops, reference, testbed
+    from gradsafe.detection import Detector, DetectorConfig, Scores
+
+_MODULES = ("detection", "models", "ops", "reference", "testbed")
+_MEMBERS = {
+    "Detector": "gradsafe.detection",
+    "DetectorConfig": "gradsafe.detection",
+    "Scores": "gradsafe.detection",
+}
+
+__all__ = [
+    "Detector",
+    "DetectorConfig",
+    "Scores",
+    "__version__",
+    "detection",
+    "models",
+    "ops",
+    "reference",
+    "testbed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"gradsafe.{name}")
+    if name in _MEMBERS:
+        return getattr(importlib.import_module(_MEMBERS[name]), name)
+    raise AttributeError(f"module 'gradsafe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

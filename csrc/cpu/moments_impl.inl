@@ -25,7 +25,8 @@ template <class G, class R, int K, bool kSums, bool kColumns>
 struct Tile {
   static constexpr int Q = 2 + K;
 
-  // Pointers to the current column of P neighbouring rows.
+  // Pointers to the current column of P neighbouring rows, and the distance to the next P: a tile's
+  // row is too short for the hardware prefetcher to get going, so the next rows are asked for here.
   template <int P>
   struct Cursor {
     const G* grad[P];
@@ -64,8 +65,8 @@ struct Tile {
       for (int k = 0; k < K; ++k) {
         refs[k] = kPart ? load_first(at.refs[p][k] + c, n) : load(at.refs[p][k] + c);
       }
-      prefetch(at.grad[p] + c + at.grad_ahead);
-      for (int k = 0; k < K; ++k) prefetch(at.refs[p][k] + c + at.ref_ahead[k]);
+      prefetch(at.grad[p] + at.grad_ahead + c);
+      for (int k = 0; k < K; ++k) prefetch(at.refs[p][k] + at.ref_ahead[k] + c);
       if (kSums) accumulate<K>(rows[p], g, refs, mask);
       if (kColumns) accumulate<K>(column, g, refs, mask);
     }
@@ -120,7 +121,6 @@ struct Tile {
     for (int64_t block = a.row_begin; block < a.row_end; block += kFlushRows) {
       const int64_t stop = block + kFlushRows < a.row_end ? block + kFlushRows : a.row_end;
       int64_t row = block;
-      for (; row + 4 <= stop; row += 4) segments<4>(a, row, mask, columns);
       for (; row + 2 <= stop; row += 2) segments<2>(a, row, mask, columns);
       if (row < stop) segments<1>(a, row, mask, columns);
       if (kColumns) flush(a, columns, width);

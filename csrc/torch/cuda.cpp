@@ -1,20 +1,16 @@
 // CUDA kernels of the operators. Compiled with the host compiler; no CUDA header is needed.
+#include "cuda_stream.h"
 #include "gradsafe/status.h"
 #include "moments.h"
-
-// In libtorch builds without CUDA this shim does not exist. Declared weak, it lets the one module
-// load there too; the operators below can then never be reached.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device_index,
-                                                                            void** stream);
 
 namespace gradsafe {
 namespace {
 
 void* current_stream(int32_t device) {
-  GRADSAFE_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "cuda",
-                 ": this PyTorch has no CUDA support");
+  const CudaStreamShim shim = cuda_stream_shim();
+  GRADSAFE_CHECK(shim != nullptr, "cuda", ": this PyTorch has no CUDA support");
   void* stream = nullptr;
-  GRADSAFE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "cuda",
+  GRADSAFE_CHECK(shim(device, &stream) == 0, "cuda",
                  ": PyTorch returned no current stream for device ", device);
   return stream;
 }

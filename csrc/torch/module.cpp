@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "../cpu/isa.h"
+#include "cuda_stream.h"
 #include "gradsafe/moments.h"
 #include "gradsafe/status.h"
 
@@ -55,6 +56,8 @@ PYBIND11_MODULE(_C, m) {
         "Instruction sets this build and machine can run, best first.");
   m.def("set_cpu_isa", &gradsafe::set_isa, py::arg("name"),
         "Use 'scalar', 'avx2', 'avx512' or 'auto' from now on.");
+  m.def("has_cuda_stream", [] { return gradsafe::cuda_stream_shim() != nullptr; },
+        "Whether the running PyTorch can name its current CUDA stream.");
   m.def("plan_moments", &plan_moments, py::arg("rows"), py::arg("cols"), py::arg("axis"),
         py::arg("num_refs"), "How the CPU kernels cut one contiguous matrix.");
   m.def("status_text", &gradsafe::status_text, py::arg("code"), py::arg("cuda") = 0,

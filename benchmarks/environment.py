@@ -1,0 +1,62 @@
+"""Where a number was measured: written into every CSV row."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+
+import gradsafe
+from gradsafe._backend import _C
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if "model name" in line]
+    return names[0] if names else platform.machine()
+
+
+def _git(*arguments: str) -> str:
+    try:
+        run = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return run.stdout.strip()
+
+
+@cache
+def environment() -> dict[str, str]:
+    """Date, commit (with + if files differ from it), versions, hardware, instruction set."""
+    changed = "+" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        "commit": (_git("rev-parse", "--short", "HEAD") or "unknown") + changed,
+        "gradsafe": gradsafe.__version__,
+        "torch": torch.__version__,
+        "cpu": _cpu_name(),
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "isa": _C.cpu_isa(),
+        "gpu": "",
+        "driver": "",
+        "nvcc": _C.build_info()["cuda_compiler"],
+    }
+    if torch.cuda.is_available():
+        facts["gpu"] = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        facts["driver"] = subprocess.run(
+            query, capture_output=True, text=True, check=True
+        ).stdout.splitlines()[0]
+    return facts

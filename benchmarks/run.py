@@ -1,0 +1,96 @@
+"""Measures on this machine, writes benchmarks/results/*.csv and refreshes the README's table.
+
+python -m benchmarks.run                   everything that exists for this device
+python -m benchmarks.run moments           one operator
+python -m benchmarks.run --dry-run         tiny shapes, nothing written: do the scripts run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import cases_moments
+from benchmarks.environment import environment
+from benchmarks.table import markdown, row, write_csv
+from benchmarks.timing import compare, graphed
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+COLUMNS = [
+    ("case", "case"),
+    ("p50_us", "µs"),
+    ("GB/s", "GB/s"),
+    ("x_read", "time / read"),
+    ("x_eager", "vs eager"),
+    ("x_foreach", "vs foreach"),
+    ("x_compile", "vs compile"),
+]
+
+
+def measure_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
+    """All cases of `moments`; on CUDA also the captured call."""
+    rows = []
+    for case in tqdm(
+        cases_moments.GPU_CASES if device == "cuda" else cases_moments.CPU_CASES, desc="moments"
+    ):
+        if dry_run:
+            case = dataclasses.replace(case, shape=(8, 24), tensors=min(case.tensors, 2))
+        calls, roofs = cases_moments.build(case, device)
+        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 25)
+        rows.append(row(case.name, case.bytes_read, times))
+        if device == "cuda":
+            captured = compare({"graph": graphed(calls["gradsafe"])}, device)["graph"]
+            rows[-1]["graph_p50_us"] = round(captured.p50, 1)
+        torch._dynamo.reset()
+    return rows
+
+
+OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {"moments": measure_moments}
+
+
+def refresh_readme(name: str, device: str, rows: list[dict[str, Any]]) -> None:
+    """Replaces the table between the README's markers of this operator and device."""
+    facts = environment()
+    where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
+    note = f"Measured {facts['date']} at {facts['commit']} on {where}; torch {facts['torch']}."
+    block = f"{markdown(rows, COLUMNS)}\n{note}\n"
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    begin, end = f"<!-- {name} {device} -->\n", f"<!-- end {name} {device} -->"
+    if begin not in text:
+        return
+    pattern = re.escape(begin) + ".*?" + re.escape(end)
+    path.write_text(
+        re.sub(pattern, lambda _: begin + block + end, text, flags=re.S), encoding="utf-8"
+    )
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("operators", nargs="*", choices=[*OPERATORS, []], default=[])
+    parser.add_argument("--device", choices=["cpu", "cuda"])
+    parser.add_argument("--dry-run", action="store_true")
+    arguments = parser.parse_args()
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in arguments.operators or OPERATORS:
+        rows = OPERATORS[name](device, arguments.dry_run)
+        print(markdown(rows, COLUMNS))
+        if arguments.dry_run:
+            continue
+        write_csv(RESULTS / f"{name}_{device}.csv", rows)
+        refresh_readme(name, device, rows)
+        print(f"written: benchmarks/results/{name}_{device}.csv")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""Timing that stays honest on a shared machine: alternatives run in turns, medians are compared.
+
+All alternatives of a case are called round-robin, so that a slow spell of the machine hits each
+of them. On CUDA each call is timed with events behind a flush of the L2 cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+L2_FLUSH_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles of one alternative, in microseconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def _quantiles(samples: list[float]) -> Timing:
+    ordered = sorted(samples)
+    last = len(ordered) - 1
+    return Timing(*(ordered[round(q * last)] for q in (0.2, 0.5, 0.8)))
+
+
+def _cpu_round(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e6
+
+
+class _CudaRound:
+    def __init__(self) -> None:
+        self.flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self.start = torch.cuda.Event(enable_timing=True)
+        self.stop = torch.cuda.Event(enable_timing=True)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        self.flush.zero_()
+        self.start.record()
+        call()
+        self.stop.record()
+        torch.cuda.synchronize()
+        return self.start.elapsed_time(self.stop) * 1e3
+
+
+def compare(
+    alternatives: Mapping[str, Callable[[], object]],
+    device: str,
+    rounds: int = 25,
+    warm_up: int = 3,
+) -> dict[str, Timing]:
+    """Time alternatives in turns.
+
+    Args:
+        alternatives: Name to a call without arguments.
+        device: "cpu" or "cuda".
+        rounds: Counted calls of each.
+        warm_up: Calls of each that are not counted.
+
+    Returns:
+        Quantiles of each alternative.
+    """
+    once = _CudaRound() if device == "cuda" else _cpu_round
+    for call in alternatives.values():
+        for _ in range(warm_up):
+            call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    samples: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(rounds):
+        for name, call in alternatives.items():
+            samples[name].append(once(call))
+    return {name: _quantiles(values) for name, values in samples.items()}
+
+
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
+    """The call captured in a CUDA graph: what remains without launch cost."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
