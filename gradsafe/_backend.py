@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 import torch  # libtorch must be in the process before the module that links it
 
 try:
-    from gradsafe import _C  # type: ignore[attr-defined]
+    _C: Any = importlib.import_module("gradsafe._C")
 except ImportError as error:
     raise ImportError(
         "gradsafe: the compiled module gradsafe._C could not be loaded "

@@ -29,7 +29,7 @@ def moments(
         assert isinstance(rows, Moments)
         assert isinstance(columns, Moments)
         return rows, columns
-    result = Moments([], [], [], [])
+    result: tuple[list[Tensor], ...] = ([], [], [], [])
     dims = {"tensor": (0, 1), "row": (1,), "column": (0,)}[axis]
     groups = refs if refs is not None else [[] for _ in grads]
     for original, group in zip(grads, groups, strict=True):
@@ -38,8 +38,32 @@ def moments(
         total = g.sum(dims)
         dots = [(factor * (r if dtype is None else r.to(dtype))).sum(dims) for r in group]
         entries = g.numel() // max(total.numel(), 1) if total.numel() else 0
-        result.count.append(torch.full_like(total, entries, dtype=torch.float64))
-        result.sum.append(total)
-        result.sum_sq.append((g * g).sum(dims))
-        result.dots.append(torch.stack(dots) if dots else total.new_empty((0, *total.shape)))
-    return result
+        result[0].append(torch.full_like(total, entries, dtype=torch.float64))
+        result[1].append(total)
+        result[2].append((g * g).sum(dims))
+        result[3].append(torch.stack(dots) if dots else total.new_empty((0, *total.shape)))
+    return Moments(*result)
+
+
+def wgrad_moments(
+    x: Tensor,
+    dy: Tensor,
+    refs: Sequence[Tensor] = (),
+    axis: Axis = "tensor",
+    unsigned: bool = True,
+    lengths: Sequence[int] | None = None,
+    dtype: torch.dtype | None = torch.float64,
+) -> Moments | tuple[Moments, Moments]:
+    """What `gradsafe.ops.wgrad_moments` computes: every weight gradient, then its moments."""
+    sizes = [x.shape[1]] * len(x) if lengths is None else lengths
+    if dtype is not None:
+        x, dy = x.to(dtype), dy.to(dtype)
+    grads = [dy[b, :size].t() @ x[b, :size] for b, size in enumerate(sizes)]
+    result = moments(grads, [list(refs) for _ in grads], axis, unsigned, dtype)
+    parts = [_stacked(part) for part in (result if isinstance(result, tuple) else (result,))]
+    return (parts[0], parts[1]) if axis == "both" else parts[0]
+
+
+def _stacked(part: Moments) -> Moments:
+    fields = (part.count, part.sum, part.sum_sq, part.dots)
+    return Moments(*(torch.stack(list(field)) for field in fields))

@@ -18,7 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TORCH_FREE = ("csrc/cpu", "csrc/cuda", "csrc/common", "csrc/include")
 FORBIDDEN_INCLUDE = re.compile(r'#include\s*[<"](torch/|ATen/|c10/|pybind11/|Python\.h)')
-PLAIN_OBJECTS = ("isa.cpp", "dispatch.cpp", "moments.cpp", "level_scalar.cpp", "status.cpp")
+PLAIN_OBJECTS = (
+    "isa.cpp",
+    "dispatch.cpp",
+    "moments.cpp",
+    "wgrad_moments.cpp",
+    "level_scalar.cpp",
+    "status.cpp",
+)
 AVX512 = re.compile(r"%zmm|%k[1-7]\b|%[xy]mm(1[6-9]|2\d|3[01])")
 AVX = re.compile(r"%ymm|\sv(mov|add|mul|fmadd|xor|broadcast)\w*\s")
 

@@ -1,7 +1,7 @@
 // The table of kernels that each instruction-set object exports, and nothing else.
 #pragma once
 
-#include "gradsafe/moments.h"
+#include "gradsafe/wgrad_moments.h"
 
 namespace gradsafe {
 
@@ -16,12 +16,44 @@ struct MomentsTileArgs {
   int64_t col_stride;
 };
 
+// A panel of a weight gradient: out[i][c] = sum over tokens of dy[t][i] * x[t][c], for a chunk of
+// kChunkCols columns. Both operands are packed float32.
+struct WgradPanelArgs {
+  const float* dy;    // [row_tiles][tokens][kPanelRows]
+  const float* x;     // [tokens][kChunkCols]
+  int64_t tokens;
+  int64_t row_tiles;
+  int64_t vectors;    // of 16 columns, 1 to kChunkCols / 16
+  float* out;
+  int64_t out_stride;
+};
+
+// Gathers rows `tokens[0 .. count)` of a matrix as float32: width columns, zeros up to `padded`.
+struct PackArgs {
+  const void* matrix;
+  DType dtype;
+  int64_t stride;
+  const int32_t* tokens;
+  int64_t count;
+  int64_t first_col, width, padded;
+  float* out;  // [count][padded]
+};
+
 struct CpuKernels {
   void (*moments_tile)(const MomentsTileArgs& args);
+  void (*wgrad_panel)(const WgradPanelArgs& args);
+  void (*pack)(const PackArgs& args);
+  // True if row `row` takes no part in a weight gradient: dy is all zero there and x is finite (a
+  // zero times NaN or infinity is NaN, which must be seen).
+  bool (*is_idle_token)(const WgradProblem& problem, int64_t row);
 };
 
 // Widest tile the kernels keep column accumulators for.
 constexpr int64_t kCpuTileCols = 1024;
+// Six rows of accumulators fit the sixteen registers of AVX2 and leave room for operands; all
+// levels use the same, so that one packed layout serves them.
+constexpr int64_t kPanelRows = 6;
+constexpr int64_t kChunkCols = 64;
 
 const CpuKernels& kernels_scalar();
 const CpuKernels& kernels_avx2();

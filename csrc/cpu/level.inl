@@ -5,10 +5,11 @@
 namespace gradsafe {
 namespace {
 #include "moments_impl.inl"
+#include "wgrad_moments_impl.inl"
 }  // namespace
 
 const CpuKernels& GRADSAFE_KERNELS() {
-  static constexpr CpuKernels table{&moments_tile};
+  static constexpr CpuKernels table{&moments_tile, &wgrad_panel, &pack, &is_idle_token};
   return table;
 }
 

@@ -6,10 +6,9 @@
 #include "gradsafe/moments.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "../common/tiling.h"
-#include "kernels.h"
+#include "moments_tile.h"
 
 namespace gradsafe {
 namespace {
@@ -40,34 +39,52 @@ int64_t moments_cpu_workspace(const MomentsProblem& problem, const MomentsTiling
   return size;
 }
 
-void moments_cpu_tile(const MomentsProblem& problem, const MomentsTask& task,
-                      const MomentsTiling& tiling, int64_t tile, double* workspace) {
+TileRange locate_tile(const MomentsTiling& tiling, int64_t tile) {
+  TileRange r{};
+  r.tile = tile;
+  r.row_block = tile / tiling.col_strips;
+  r.col_strip = tile % tiling.col_strips;
+  r.row_begin = r.row_block * tiling.tile_rows;
+  r.row_end = std::min(r.row_begin + tiling.tile_rows, tiling.rows);
+  r.col_begin = r.col_strip * tiling.tile_cols;
+  r.col_end = std::min(r.col_begin + tiling.tile_cols, tiling.cols);
+  return r;
+}
+
+MomentsTileArgs tile_outputs(const MomentsProblem& problem, const MomentsTiling& tiling,
+                             const TileRange& range, double* workspace) {
   const int q = accumulated(problem.num_refs);
-  const int64_t row_block = tile / tiling.col_strips;
-  const int64_t col_strip = tile % tiling.col_strips;
   MomentsTileArgs args{};
-  args.problem = &problem;
-  args.task = &task;
-  args.row_begin = row_block * tiling.tile_rows;
-  args.row_end = std::min(args.row_begin + tiling.tile_rows, tiling.rows);
-  args.col_begin = col_strip * tiling.tile_cols;
-  args.col_end = std::min(args.col_begin + tiling.tile_cols, tiling.cols);
-  if (problem.axis == Axis::tensor) {
-    args.tensor_out = workspace + tile * q;
-    std::fill_n(args.tensor_out, q, 0.0);
-  }
+  args.row_begin = range.row_begin;
+  args.row_end = range.row_end;
+  args.col_begin = range.col_begin;
+  args.col_end = range.col_end;
+  if (problem.axis == Axis::tensor) args.tensor_out = workspace + range.tile * q;
   if (has_rows(problem.axis)) {
-    args.row_out = workspace + (col_strip * tiling.rows + args.row_begin) * q;
-    std::fill_n(args.row_out, (args.row_end - args.row_begin) * q, 0.0);
+    args.row_out = workspace + (range.col_strip * tiling.rows + range.row_begin) * q;
     workspace += row_partials(tiling, q);
   }
   if (has_columns(problem.axis)) {
-    args.col_out = workspace + row_block * tiling.cols * q + args.col_begin;
+    args.col_out = workspace + range.row_block * tiling.cols * q + range.col_begin;
     args.col_stride = tiling.cols;
-    for (int i = 0; i < q; ++i) {
-      std::fill_n(args.col_out + i * tiling.cols, args.col_end - args.col_begin, 0.0);
-    }
   }
+  return args;
+}
+
+void clear_outputs(const MomentsTileArgs& args, int q) {
+  if (args.tensor_out) std::fill_n(args.tensor_out, q, 0.0);
+  if (args.row_out) std::fill_n(args.row_out, (args.row_end - args.row_begin) * q, 0.0);
+  for (int i = 0; args.col_out && i < q; ++i) {
+    std::fill_n(args.col_out + i * args.col_stride, args.col_end - args.col_begin, 0.0);
+  }
+}
+
+void moments_cpu_tile(const MomentsProblem& problem, const MomentsTask& task,
+                      const MomentsTiling& tiling, int64_t tile, double* workspace) {
+  MomentsTileArgs args = tile_outputs(problem, tiling, locate_tile(tiling, tile), workspace);
+  args.problem = &problem;
+  args.task = &task;
+  clear_outputs(args, accumulated(problem.num_refs));
   kernels().moments_tile(args);
 }
 

@@ -9,6 +9,7 @@ namespace gradsafe {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kPanelVectors = 1;  // 6 x 1 accumulators are 12 of the 16 registers
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -17,6 +18,7 @@ struct Vec {
   __m256 lo, hi;
 };
 
+inline Vec broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 inline Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 inline Vec add(Vec a, Vec b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
 inline Vec fma(Vec a, Vec b, Vec c) {

@@ -10,6 +10,7 @@ namespace gradsafe {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kPanelVectors = 4;  // 6 x 4 accumulators of the 32 registers
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -18,6 +19,7 @@ struct Vec {
   __m512 v;
 };
 
+inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec zero() { return {_mm512_setzero_ps()}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }

@@ -9,6 +9,7 @@ namespace gradsafe {
 namespace {
 
 constexpr int kLanes = 16;
+constexpr int kPanelVectors = 1;
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
@@ -41,6 +42,11 @@ inline float widen(f16 x) {
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * from_bits(0x77800000u)));
 }
 
+inline Vec broadcast(float x) {
+  Vec a;
+  for (int i = 0; i < kLanes; ++i) a.v[i] = x;
+  return a;
+}
 inline Vec zero() { return {}; }
 inline Vec add(Vec a, Vec b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];

@@ -1,5 +1,9 @@
 // CPU kernels of the operators: tensors in, plain structs out, threads from torch's own pool.
+#include <algorithm>
+#include <memory>
+
 #include "moments.h"
+#include "wgrad_moments.h"
 
 namespace gradsafe {
 namespace {
@@ -55,8 +59,49 @@ Tensor moments(std::vector<Tensor> grads, std::vector<Tensor> refs, int64_t num_
   return out;
 }
 
+Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths, int64_t axis,
+                     bool unsigned_dots) {
+  const WgradArguments a = parse_wgrad_moments(
+      x, dy, refs, std::vector<int64_t>(lengths.begin(), lengths.end()), axis, unsigned_dots);
+  const WgradProblem& p = a.problem;
+  Tensor out = torch::stable::new_empty(x, {p.samples, a.per_sample}, ScalarType::Double);
+  Tensor workspace =
+      torch::stable::new_empty(x, {wgrad_moments_cpu_workspace(p)}, ScalarType::Double);
+  Tensor rows = torch::stable::new_empty(x, {p.samples * x.size(1)}, ScalarType::Int);
+  double* results = static_cast<double*>(out.mutable_data_ptr());
+  double* partials = static_cast<double*>(workspace.mutable_data_ptr());
+  int32_t* tokens = static_cast<int32_t*>(rows.mutable_data_ptr());
+
+  std::vector<ActiveTokens> active(p.samples);
+  torch::stable::parallel_for(0, p.samples, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      active[b].tokens = tokens + a.starts[b];
+      active[b].count = find_active_tokens(p, b, tokens + a.starts[b]);
+    }
+  });
+  int64_t longest = 0;
+  for (const ActiveTokens& sample : active) longest = std::max(longest, sample.count);
+
+  const int64_t tiles = tile_wgrad_moments_cpu(p).tiles();
+  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> scratch(new float[wgrad_moments_cpu_scratch(longest)]);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      wgrad_moments_cpu_tile(p, active.data(), tile, partials, scratch.get(), longest);
+    }
+  });
+  torch::stable::parallel_for(0, p.samples, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      wgrad_moments_cpu_finish(p, b, partials, results + b * a.per_sample);
+    }
+  });
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gradsafe, CPU, m) { m.impl("moments", TORCH_BOX(&moments)); }
+STABLE_TORCH_LIBRARY_IMPL(gradsafe, CPU, m) {
+  m.impl("moments", TORCH_BOX(&moments));
+  m.impl("wgrad_moments", TORCH_BOX(&wgrad_moments));
+}
 
 }  // namespace gradsafe

@@ -7,4 +7,9 @@ STABLE_TORCH_LIBRARY(gradsafe, m) {
   // 2 column, 3 both. Returns one float64 vector; gradsafe/ops/moments.py describes its layout.
   m.def(
       "moments(Tensor[] grads, Tensor[] refs, int num_refs, int axis, bool unsigned) -> Tensor");
+  // x [B, T, I], dy [B, T, O], refs [O, I]; lengths: tokens of each sample, from its first. Returns
+  // one float64 matrix [B, ...]; each row has the layout of one gradient of moments.
+  m.def(
+      "wgrad_moments(Tensor x, Tensor dy, Tensor[] refs, int[] lengths, int axis, bool unsigned) "
+      "-> Tensor");
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from gradsafe.detection.config import Granularity
 from gradsafe.models import Layers, LinearLayer
 from gradsafe.ops import Axis, Moments
+from gradsafe.ops.moments import standard_deviation as from_sums
 
 COUNT, SUM, SUM_SQ, DOTS = 0, 1, 2, 3  # columns of a table; the K dots come last
 
@@ -118,13 +119,17 @@ class ComponentMap:
 
 
 def slice_values(result: Moments | tuple[Moments, Moments]) -> Tensor:
-    """Moments of one gradient as `[slices, 3 + K]` float64; rows before columns for a pair."""
+    """Moments of n gradients as `[n, slices, 3 + K]` float64; rows before columns for a pair."""
     parts: Sequence[Moments] = result if isinstance(result, tuple) else (result,)
     tables = []
     for part in parts:
-        fields = [part.count[0], part.sum[0], part.sum_sq[0], *part.dots[0]]
-        tables.append(torch.stack([field.reshape(-1) for field in fields], dim=1))
-    return tables[0] if len(tables) == 1 else torch.cat(tables)
+        count, total, total_sq, dots = (
+            torch.stack(field) if isinstance(field, list) else field
+            for field in (part.count, part.sum, part.sum_sq, part.dots)
+        )
+        fields = [count, total, total_sq, *dots.unbind(1)]
+        tables.append(torch.stack([f.reshape(len(count), -1) for f in fields], dim=2))
+    return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
 
 
 def standard_deviation(table: Tensor) -> Tensor:
@@ -136,7 +141,4 @@ def standard_deviation(table: Tensor) -> Tensor:
     Returns:
         `[...]` float64; 0 for a component without entries.
     """
-    entries = table[..., COUNT].clamp(min=1)
-    mean = table[..., SUM] / entries
-    # Rounding can push the variance of a constant component below zero by its last bit.
-    return (table[..., SUM_SQ] / entries - mean * mean).clamp(min=0).sqrt()
+    return from_sums(table[..., COUNT], table[..., SUM], table[..., SUM_SQ])

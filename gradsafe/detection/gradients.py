@@ -21,10 +21,11 @@ from gradsafe.models import (
     response_nll,
 )
 from gradsafe.models.modes import evaluating
-from gradsafe.ops import Axis, moments
+from gradsafe.ops import Axis, moments, wgrad_moments
 
-# visit(layer, xs, dys): for each prompt of the batch x [t, I] and dy [t, O], without padding.
-Visit = Callable[[LinearLayer, list[Tensor], list[Tensor]], None]
+# visit(layer, x, dy, lengths): x [B, T, I] and dy [B, T, O] of a batch; prompt b has lengths[b]
+# tokens, padding behind them.
+Visit = Callable[[LinearLayer, Tensor, Tensor, list[int]], None]
 
 
 class NonFiniteGradientError(ValueError):
@@ -81,18 +82,13 @@ class GradientPass:
         if visit is None:
             with torch.no_grad(), evaluating(self.model, ()):
                 return response_nll(self.model, batch).float().cpu()
-        spans = [slice(s, s + n) for s, n in zip(batch.starts, batch.lengths, strict=True)]
 
         def consume(layer: LinearLayer, x: Tensor, dy: Tensor) -> None:
             if dy.dtype == torch.float64:
                 raise TypeError(
                     "gradsafe.Detector: float64 models are not supported; call model.float() first"
                 )
-            visit(
-                layer,
-                [x[b, span] for b, span in enumerate(spans)],
-                [dy[b, span] for b, span in enumerate(spans)],
-            )
+            visit(layer, x.contiguous(), dy.contiguous(), batch.lengths)
 
         with torch.enable_grad(), capture(self.model, self.layers, consume):
             loss = response_nll(self.model, batch)
@@ -121,6 +117,9 @@ class Buffers:
 
 class TableCollector:
     """Turns a batch's gradients into a table of component sums, `[B, C, 3 + K]`.
+
+    The gradients themselves are never stored, unless `prepare` has to change them: then one layer's
+    gradient of one prompt exists at a time.
 
     Args:
         components: The component map.
@@ -157,16 +156,19 @@ class TableCollector:
         self._reached.clear()
         return self._visit
 
-    def _visit(self, layer: LinearLayer, xs: list[Tensor], dys: list[Tensor]) -> None:
+    def _visit(self, layer: LinearLayer, x: Tensor, dy: Tensor, lengths: list[int]) -> None:
         axis = self.components[layer].axis
         refs = self.references(layer)
+        if self.prepare is None:
+            result = wgrad_moments(x, dy, refs, axis, self.unsigned, lengths)
+            self._reached.append((layer, slice_values(result)))
+            return
         tables = []
-        for x, dy in zip(xs, dys, strict=True):
-            grad = self.buffers.weight_gradient(x, dy)
-            if self.prepare is not None:
-                self.prepare(grad, axis)
+        for b, length in enumerate(lengths):
+            grad = self.buffers.weight_gradient(x[b, :length], dy[b, :length])
+            self.prepare(grad, axis)
             tables.append(slice_values(moments([grad], [refs], axis, self.unsigned)))
-        self._reached.append((layer, torch.stack(tables)))
+        self._reached.append((layer, torch.cat(tables)))
 
     def end(self, indices: list[int]) -> None:
         """Bring the batch's sums together; devices are waited for here and not per layer."""

@@ -63,7 +63,7 @@ def find_output_projections(gradients: GradientPass, item: Encoded) -> list[str]
     seen: set[str] = set()
     found: list[str] = []
 
-    def visit(layer: LinearLayer, xs: list[Tensor], dys: list[Tensor]) -> None:
+    def visit(layer: LinearLayer, x: Tensor, dy: Tensor, lengths: list[int]) -> None:
         parent = layer.name.rpartition(".")[0]
         if layer.role == "attention" and parent not in seen:
             found.append(layer.name)
@@ -109,13 +109,14 @@ def build_reference(
     prepare = None if raw else prepare_function(config)
     per_prompt = not raw and config.normalize and config.reference_order == "norm_then_mean"
 
-    def mean_part(layer: LinearLayer, xs: list[Tensor], dys: list[Tensor]) -> Tensor:
+    def mean_part(layer: LinearLayer, x: Tensor, dy: Tensor, lengths: list[int]) -> Tensor:
+        pairs = [(x[b, :n].float(), dy[b, :n].float()) for b, n in enumerate(lengths)]
         if not per_prompt:
-            x, dy = torch.cat(xs).float(), torch.cat(dys).float()
-            return buffers.weight_gradient(x, dy / len(items))
-        total = torch.zeros(layer.out_features, layer.in_features, device=dys[0].device)
-        for x, dy in zip(xs, dys, strict=True):
-            grad = buffers.weight_gradient(x.float(), dy.float())
+            inputs, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+            return buffers.weight_gradient(inputs, outputs / len(items))
+        total = torch.zeros(layer.out_features, layer.in_features, device=dy.device)
+        for inputs, outputs in pairs:
+            grad = buffers.weight_gradient(inputs, outputs)
             _normalize_(grad, layer, components, config)
             total.add_(grad, alpha=1 / len(items))
         return total
@@ -125,8 +126,8 @@ def build_reference(
         left -= len(indices)
         last, single = left == 0, len(indices) == len(items)
 
-        def visit(layer: LinearLayer, xs: list[Tensor], dys: list[Tensor]) -> None:
-            part = mean_part(layer, xs, dys)
+        def visit(layer: LinearLayer, x: Tensor, dy: Tensor, lengths: list[int]) -> None:
+            part = mean_part(layer, x, dy, lengths)
             if not single:
                 if layer.name in sums:
                     sums[layer.name] += part
@@ -149,7 +150,7 @@ def build_reference(
                 f"gradsafe.Detector.fit: the reference gradient of {layer.name} holds NaN or Inf; "
                 "check the model's weights, or run it in bfloat16 or float32"
             )
-        components.add(table, layer, values[None])
+        components.add(table, layer, values)
         if config.unsigned and not raw:
             grad.abs_()
         scale = float(grad.square().mean().sqrt()) or 1.0
@@ -172,7 +173,7 @@ def _normalize_(
     prepare = prepare_function(config)
     if prepare is not None:
         prepare(grad, slices.axis)
-    values = slice_values(moments([grad], None, slices.axis)).cpu()
+    values = slice_values(moments([grad], None, slices.axis))[0].cpu()
     first = int(slices.components.min())
     local = torch.zeros(int(slices.components.max()) - first + 1, values.shape[1]).double()
     local.index_add_(0, slices.components - first, values)

@@ -1,0 +1,175 @@
+"""Moments of weight gradients that are never stored, from the factors of each gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from gradsafe.ops.checks import (
+    FLOAT_DTYPES,
+    check_device,
+    check_like,
+    check_matrix,
+    check_supported_device,
+    check_tensor_list,
+)
+from gradsafe.ops.moments import AXES, MAX_REFS, Axis, Moments, out_size
+
+OP = "wgrad_moments"
+
+
+def wgrad_moments(
+    x: Tensor,
+    dy: Tensor,
+    refs: Sequence[Tensor] = (),
+    axis: Axis = "tensor",
+    unsigned: bool = True,
+    lengths: Sequence[int] | None = None,
+) -> Moments | tuple[Moments, Moments]:
+    """Moments of G_b = dy_b^T x_b for every sample b, without G ever reaching memory.
+
+    The same sums as `moments`, for the weight gradients of a linear layer whose input was x and
+    whose output gradient is dy. abs() acts on an entry of G after the sum over tokens, so every
+    entry must exist once; it does so in a panel that stays in cache and is overwritten by the next.
+    References are read once for all samples of the batch. Products and sums over tokens are
+    float32, in token order; the rest is as in `moments`, and so is the determinism: a sample's
+    result depends neither on the other samples of the batch nor on threads.
+
+    Args:
+        x: layer inputs `[B, T, I]`, float32, bfloat16 or float16; features unbroken in memory.
+        dy: output gradients `[B, T, O]`, dtype and device of x.
+        refs: 0 to 4 references `[O, I]` on the same device, one dtype, which may be another.
+        axis: "tensor", "row" (one result per output feature), "column" (per input feature), "both".
+        unsigned: dots of abs(G) with the references (True) or of G (False).
+        lengths: tokens of each sample, counted from its first; the rest of its T rows is padding
+            and is never read. None means T for all.
+
+    Returns:
+        `Moments` whose fields are tensors with a leading B instead of lists: `count`, `sum` and
+        `sum_sq` `[B, *slice]`, `dots` `[B, K, *slice]`, float64. For axis "both" the pair (rows,
+        columns).
+
+    Raises:
+        TypeError: something is no tensor, or of another dtype.
+        ValueError: shapes, strides, devices, lengths, the number of references or the axis.
+        RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
+    """
+    if axis not in AXES:
+        raise ValueError(f"gradsafe.{OP}: expected axis in {list(AXES)}, got {axis!r}")
+    sizes = _check(x, dy, refs, lengths)
+    code = AXES.index(axis)
+    out = torch.ops.gradsafe.wgrad_moments(x, dy, list(refs), sizes, code, unsigned)
+    return unpack(out, dy.shape[2], x.shape[2], len(refs), axis)
+
+
+def unpack(
+    out: Tensor, rows: int, cols: int, num_refs: int, axis: Axis
+) -> Moments | tuple[Moments, Moments]:
+    """Views into the operator's result `[B, results of one sample]`."""
+    reported = 3 + num_refs
+    if axis == "tensor":
+        return Moments(out[:, 0], out[:, 1], out[:, 2], out[:, 3:])
+    parts = []
+    begin = 0
+    for name, slices in (("row", rows), ("column", cols)):
+        if axis in (name, "both"):
+            block = out[:, begin : begin + reported * slices]
+            table = block.unflatten(1, (reported, slices))
+            parts.append(Moments(table[:, 0], table[:, 1], table[:, 2], table[:, 3:]))
+            begin += reported * slices
+    return (parts[0], parts[1]) if axis == "both" else parts[0]
+
+
+def _check(
+    x: Tensor, dy: Tensor, refs: Sequence[Tensor], lengths: Sequence[int] | None
+) -> list[int]:
+    check_tensor_list(OP, "refs", refs)
+    for name, tensor, features in (("x", x, "I"), ("dy", dy, "O")):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"gradsafe.{OP}: expected {name} to be a tensor, got {type(tensor).__name__}"
+            )
+        if tensor.dim() != 3:
+            raise ValueError(
+                f"gradsafe.{OP}: expected {name} of shape [B, T, {features}], got "
+                f"{list(tensor.shape)}"
+            )
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"gradsafe.{OP}: expected {name} of dtype float32, bfloat16 or float16, got "
+                f"{tensor.dtype}"
+            )
+        if not _is_one_matrix(tensor):
+            raise ValueError(
+                f"gradsafe.{OP}: expected {name} to be rows of one matrix, got strides "
+                f"{list(tensor.stride())}; call .contiguous() first"
+            )
+    if x.shape[:2] != dy.shape[:2]:
+        raise ValueError(
+            f"gradsafe.{OP}: expected dy of shape [B, T, O] with [B, T] = {list(x.shape[:2])} "
+            f"like x, got {list(dy.shape)}"
+        )
+    check_like(OP, "dy", dy, "x", x)
+    check_supported_device(OP, x)
+    if len(refs) > MAX_REFS:
+        raise ValueError(f"gradsafe.{OP}: expected 0 to {MAX_REFS} references, got {len(refs)}")
+    for k, ref in enumerate(refs):
+        if list(ref.shape) != [dy.shape[2], x.shape[2]]:
+            raise ValueError(
+                f"gradsafe.{OP}: expected refs[{k}] of shape [O, I] = "
+                f"{[dy.shape[2], x.shape[2]]}, got {list(ref.shape)}"
+            )
+        check_matrix(OP, f"refs[{k}]", ref)
+        check_like(OP, f"refs[{k}]", ref, "refs[0]", refs[0])
+        check_device(OP, f"refs[{k}]", ref, "x", x)
+    return _check_lengths(x, lengths)
+
+
+def _check_lengths(x: Tensor, lengths: Sequence[int] | None) -> list[int]:
+    if lengths is None:
+        return []
+    if isinstance(lengths, Tensor):
+        raise TypeError(
+            f"gradsafe.{OP}: expected lengths to be a list of ints, got a tensor; they are needed "
+            "on the host, pass lengths.tolist()"
+        )
+    if len(lengths) != x.shape[0]:
+        raise ValueError(
+            f"gradsafe.{OP}: expected one length for each of {x.shape[0]} samples, got "
+            f"{len(lengths)}"
+        )
+    for b, length in enumerate(lengths):
+        if not 0 <= length <= x.shape[1]:
+            raise ValueError(
+                f"gradsafe.{OP}: expected lengths[{b}] between 0 and T = {x.shape[1]}, got {length}"
+            )
+    return list(lengths)
+
+
+def _is_one_matrix(tensor: Tensor) -> bool:
+    """Whether [B, T, features] can be read as [B * T, features] with one row stride."""
+    samples, tokens, features = tensor.shape
+    by_sample, by_token, by_feature = tensor.stride()
+    if features > 1 and by_feature != 1:
+        return False
+    return samples <= 1 or tokens <= 1 or by_sample == tokens * by_token
+
+
+@torch.library.register_fake("gradsafe::wgrad_moments")
+def _fake(
+    x: Tensor, dy: Tensor, refs: list[Tensor], lengths: list[int], axis: int, unsigned: bool
+) -> Tensor:
+    per_sample = out_size(axis, len(refs), dy.shape[2], x.shape[2])
+    return x.new_empty((x.shape[0], per_sample), dtype=torch.float64)
+
+
+def _no_backward(ctx: Any, grad: Tensor) -> NoReturn:
+    raise NotImplementedError(
+        "gradsafe.wgrad_moments is not differentiable; detach the tensors you pass to it"
+    )
+
+
+torch.library.register_autograd("gradsafe::wgrad_moments", _no_backward)
