@@ -20,8 +20,9 @@ struct WgradArguments {
 inline int64_t token_stride(const Tensor& tensor, const char* op, const std::string& name) {
   const int64_t samples = tensor.size(0), tokens = tensor.size(1), features = tensor.size(2);
   const int64_t stride = tokens > 1 ? tensor.stride(1) : samples > 1 ? tensor.stride(0) : features;
-  const bool fits = (features <= 1 || tensor.stride(2) == 1) &&
-                    (samples <= 1 || tensor.stride(0) == tokens * stride);
+  const bool fits = tensor.numel() == 0 ||
+                    ((features <= 1 || tensor.stride(2) == 1) &&
+                     (samples <= 1 || tensor.stride(0) == tokens * stride));
   GRADSAFE_CHECK(fits, op, ": expected ", name, " to be rows of one matrix; call .contiguous()");
   return stride;
 }

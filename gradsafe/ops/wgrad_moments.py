@@ -153,6 +153,8 @@ def _is_one_matrix(tensor: Tensor) -> bool:
     """Whether [B, T, features] can be read as [B * T, features] with one row stride."""
     samples, tokens, features = tensor.shape
     by_sample, by_token, by_feature = tensor.stride()
+    if tensor.numel() == 0:
+        return True
     if features > 1 and by_feature != 1:
         return False
     return samples <= 1 or tokens <= 1 or by_sample == tokens * by_token
