@@ -217,7 +217,7 @@ def test_is_not_differentiable():
 X, DY, R = torch.ones(2, 3, 5), torch.ones(2, 3, 4), torch.ones(4, 5)
 BAD_CALLS = [
     (lambda: wgrad_moments(X[0], DY, [R]), ValueError, r"x of shape \[B, T, I\], got \[3, 5\]"),
-    (lambda: wgrad_moments(X, DY[:, :2], [R]), ValueError, r"\[B, T\] = \[2, 3\] like x"),
+    (lambda: wgrad_moments(X, DY[:1], [R]), ValueError, r"\[B, T\] = \[2, 3\] like x"),
     (lambda: wgrad_moments(X, DY.half(), [R]), TypeError, "dy of dtype torch.float32"),
     (lambda: wgrad_moments(X.double(), DY, [R]), TypeError, "float32, bfloat16 or float16"),
     (lambda: wgrad_moments(X, DY, [R.T]), ValueError, r"refs\[0\] of shape \[O, I\] = \[4, 5\]"),
