@@ -17,22 +17,32 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases_moments
+from benchmarks import cases_moments, cases_wgrad_moments
 from benchmarks.environment import environment
 from benchmarks.table import markdown, row, write_csv
 from benchmarks.timing import compare, graphed
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-COLUMNS = [
-    ("case", "case"),
-    ("p50_us", "µs"),
-    ("GB/s", "GB/s"),
-    ("x_read", "time / read"),
-    ("x_eager", "vs eager"),
-    ("x_foreach", "vs foreach"),
-    ("x_compile", "vs compile"),
-]
+COLUMNS = {
+    "moments": [
+        ("case", "case"),
+        ("p50_us", "µs"),
+        ("GB/s", "GB/s"),
+        ("x_read", "time / read"),
+        ("x_eager", "vs eager"),
+        ("x_foreach", "vs foreach"),
+        ("x_compile", "vs compile"),
+    ],
+    "wgrad_moments": [
+        ("case", "case"),
+        ("p50_us", "µs"),
+        ("GFLOP/s", "GFLOP/s"),
+        ("x_gemm", "time / bare GEMM"),
+        ("x_eager", "vs GEMM + eager"),
+        ("x_compile", "vs compile"),
+    ],
+}
 
 
 def measure_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
@@ -53,7 +63,27 @@ def measure_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
     return rows
 
 
-OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {"moments": measure_moments}
+def measure_wgrad_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
+    """All cases of `wgrad_moments`, with the rate of multiply-adds."""
+    rows = []
+    for case in tqdm(
+        cases_wgrad_moments.GPU_CASES if device == "cuda" else cases_wgrad_moments.CPU_CASES,
+        desc="wgrad_moments",
+    ):
+        if dry_run:
+            case = dataclasses.replace(case, shape=(16, 24), tokens=min(case.tokens, 4))
+        calls, roofs = cases_wgrad_moments.build(case, device)
+        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 9)
+        rows.append(row(case.name, case.bytes_read, times))
+        rows[-1]["GFLOP/s"] = round(case.flops / times["gradsafe"].p50 / 1e3, 1)
+        torch._dynamo.reset()
+    return rows
+
+
+OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
+    "moments": measure_moments,
+    "wgrad_moments": measure_wgrad_moments,
+}
 
 
 def refresh_readme(name: str, device: str, rows: list[dict[str, Any]]) -> None:
@@ -61,7 +91,7 @@ def refresh_readme(name: str, device: str, rows: list[dict[str, Any]]) -> None:
     facts = environment()
     where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
     note = f"Measured {facts['date']} at {facts['commit']} on {where}; torch {facts['torch']}."
-    block = f"{markdown(rows, COLUMNS)}\n{note}\n"
+    block = f"{markdown(rows, COLUMNS[name])}\n{note}\n"
     path = ROOT / "README.md"
     text = path.read_text(encoding="utf-8")
     begin, end = f"<!-- {name} {device} -->\n", f"<!-- end {name} {device} -->"
@@ -79,16 +109,19 @@ def main() -> int:
     parser.add_argument("operators", nargs="*", choices=[*OPERATORS, []], default=[])
     parser.add_argument("--device", choices=["cpu", "cuda"])
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSVs")
     arguments = parser.parse_args()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     for name in arguments.operators or OPERATORS:
         rows = OPERATORS[name](device, arguments.dry_run)
-        print(markdown(rows, COLUMNS))
+        print(markdown(rows, COLUMNS[name]))
         if arguments.dry_run:
             continue
-        write_csv(RESULTS / f"{name}_{device}.csv", rows)
-        refresh_readme(name, device, rows)
-        print(f"written: benchmarks/results/{name}_{device}.csv")
+        path = arguments.out / f"{name}_{device}.csv"
+        write_csv(path, rows)
+        if arguments.out == RESULTS:
+            refresh_readme(name, device, rows)
+        print(f"written: {path}")
     return 0
 
 

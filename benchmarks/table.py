@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.environment import environment
 from benchmarks.timing import Timing
 
-OURS, ROOFS = "gradsafe", ("read", "copy")
+OURS, ROOFS = "gradsafe", ("read", "copy", "gemm")
 
 
 def row(name: str, bytes_touched: int, times: dict[str, Timing]) -> dict[str, Any]:

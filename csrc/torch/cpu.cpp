@@ -1,12 +1,21 @@
 // CPU kernels of the operators: tensors in, plain structs out, threads from torch's own pool.
 #include <algorithm>
 #include <memory>
+#include <numeric>
 
 #include "moments.h"
 #include "wgrad_moments.h"
 
 namespace gradsafe {
 namespace {
+
+// Waking a second thread takes microseconds: below this many element operations one is faster.
+constexpr int64_t kWorkPerThread = 65536;
+
+// Items per chunk of parallel_for when `items` share `work` element operations.
+int64_t grain_for(int64_t items, int64_t work) {
+  return items == 0 ? 1 : kWorkPerThread / (work / items + 1) + 1;
+}
 
 // Calls body(task, tile) for every tile of every task. Work is dealt out by elements, so that a
 // list of many small matrices is not cut finer than its threads can use.
@@ -20,9 +29,7 @@ void for_each_tile(const std::vector<MomentsTiling>& tilings, const Body& body) 
   }
   const int64_t tiles = first.back();
   if (tiles == 0) return;
-  constexpr int64_t kGrainElements = 32768;
-  const int64_t per_tile = elements / tiles + 1;
-  const int64_t grain = kGrainElements / per_tile + 1;
+  const int64_t grain = grain_for(tiles, elements);
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     size_t task = 0;
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -73,7 +80,9 @@ Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList leng
   int32_t* tokens = static_cast<int32_t*>(rows.mutable_data_ptr());
 
   std::vector<ActiveTokens> active(p.samples);
-  torch::stable::parallel_for(0, p.samples, 1, [&](int64_t begin, int64_t end) {
+  const int64_t all_tokens = std::accumulate(a.lengths.begin(), a.lengths.end(), int64_t{0});
+  const int64_t scanned = all_tokens * (p.in_features + p.out_features);
+  torch::stable::parallel_for(0, p.samples, grain_for(p.samples, scanned), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       active[b].tokens = tokens + a.starts[b];
       active[b].count = find_active_tokens(p, b, tokens + a.starts[b]);
@@ -83,13 +92,17 @@ Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList leng
   for (const ActiveTokens& sample : active) longest = std::max(longest, sample.count);
 
   const int64_t tiles = tile_wgrad_moments_cpu(p).tiles();
-  torch::stable::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
+  const int64_t entries = p.in_features * p.out_features;
+  // An entry costs about a sixteenth of an operation per token, and a few for its score.
+  const int64_t computed = entries * (all_tokens / 16 + p.samples);
+  torch::stable::parallel_for(0, tiles, grain_for(tiles, computed), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> scratch(new float[wgrad_moments_cpu_scratch(longest)]);
     for (int64_t tile = begin; tile < end; ++tile) {
       wgrad_moments_cpu_tile(p, active.data(), tile, partials, scratch.get(), longest);
     }
   });
-  torch::stable::parallel_for(0, p.samples, 1, [&](int64_t begin, int64_t end) {
+  const int64_t summed = wgrad_moments_cpu_workspace(p);
+  torch::stable::parallel_for(0, p.samples, grain_for(p.samples, summed), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       wgrad_moments_cpu_finish(p, b, partials, results + b * a.per_sample);
     }

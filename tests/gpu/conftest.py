@@ -1,0 +1,26 @@
+"""The GPU suite needs pytest and torch only, so that it runs on a bare machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gradsafe._backend import _C, cuda_problem
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cuda_works() -> None:
+    """On a machine with a GPU a build without CUDA kernels is a failure, not a skip."""
+    if torch.cuda.is_available():
+        assert cuda_problem() is None
+        assert _C.has_cuda_stream()

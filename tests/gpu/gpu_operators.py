@@ -1,0 +1,91 @@
+"""The operators as the GPU suite sees them: inputs, a call, the float64 oracle of its results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradsafe import reference
+from gradsafe.ops import Moments, moments, wgrad_moments
+
+Result = Moments | tuple[Moments, Moments]
+
+
+def flat(result: Result) -> list[Tensor]:
+    """All tensors of a result, in a fixed order."""
+    parts = result if isinstance(result, tuple) else (result,)
+    return [t for m in parts for f in (m.count, m.sum, m.sum_sq, m.dots) for t in f]
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator. A further one joins by one entry in OPERATORS.
+
+    Attributes:
+        make: device to arguments.
+        call: arguments and axis to a result.
+        oracle: the same in float64 on the CPU, from arguments on the CPU.
+        terms: sums of absolute values of what is summed: the scale of the rounding error.
+        name: name in the dispatcher.
+    """
+
+    name: str
+    make: Callable[[str], tuple[Any, ...]]
+    call: Callable[..., Result]
+    oracle: Callable[..., Result]
+    terms: Callable[..., Result]
+
+
+def _make_moments(device: str) -> tuple[Any, ...]:
+    shapes = [(513, 2049), (64, 128), (7, 5), (1, 70_000)]
+    grads = [torch.randn(s).bfloat16() for s in shapes]
+    refs = [[torch.randn(s).bfloat16() for _ in range(2)] for s in shapes]
+    return [g.to(device) for g in grads], [[r.to(device) for r in group] for group in refs]
+
+
+def _make_wgrad(device: str) -> tuple[Any, ...]:
+    x, dy = torch.randn(3, 50, 390).bfloat16(), torch.randn(3, 50, 260).bfloat16()
+    refs = [torch.randn(260, 390).bfloat16() for _ in range(2)]
+    return x.to(device), dy.to(device), [r.to(device) for r in refs]
+
+
+OPERATORS = [
+    Operator(
+        "moments",
+        _make_moments,
+        lambda g, r, axis: moments(g, r, axis),
+        lambda g, r, axis: reference.moments(g, r, axis),
+        lambda g, r, axis: reference.moments(
+            [t.abs() for t in g], [[t.abs() for t in group] for group in r], axis
+        ),
+    ),
+    Operator(
+        "wgrad_moments",
+        _make_wgrad,
+        lambda x, dy, r, axis: wgrad_moments(x, dy, r, axis, lengths=[50, 17, 1]),
+        lambda x, dy, r, axis: reference.wgrad_moments(x, dy, r, axis, lengths=[50, 17, 1]),
+        lambda x, dy, r, axis: reference.wgrad_moments(
+            x.abs(), dy.abs(), [t.abs() for t in r], axis, lengths=[50, 17, 1]
+        ),
+    ),
+]
+
+
+def registered(operator: Operator) -> bool:
+    """Whether the build holds the operator's CUDA kernel."""
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(f"gradsafe::{operator.name}", "CUDA")
+    )
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Applies `change` to every tensor of nested lists and tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(v, change) for v in value)
+    return value

@@ -1,0 +1,115 @@
+"""Every operator on a real GPU: oracle, determinism, streams, graphs, poison."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_operators import OPERATORS, Operator, flat, map_tensors, registered
+
+from gradsafe.ops import AXES, moments
+
+
+@pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
+def operator(request: pytest.FixtureRequest) -> Operator:
+    if not registered(request.param):
+        pytest.skip(f"{request.param.name} has no CUDA kernel in this build")
+    return request.param
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_equals_the_oracle_and_the_cpu(operator, axis):
+    arguments = operator.make("cpu")
+    got = flat(operator.call(*map_tensors(arguments, torch.Tensor.cuda), axis))
+    on_cpu = flat(operator.call(*arguments, axis))
+    want = flat(operator.oracle(*arguments, axis))
+    scale = flat(operator.terms(*arguments, axis))
+    for a, c, b, s in zip(got, on_cpu, want, scale, strict=True):
+        assert torch.all((a.cpu() - b).abs() <= 16 * 2.0**-24 * s + 1e-300)
+        assert torch.all((a.cpu() - c).abs() <= 24 * 2.0**-24 * s + 1e-300)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_repeats_are_bitwise_equal(operator, axis):
+    arguments = operator.make("cuda")
+    first = flat(operator.call(*arguments, axis))
+    for _ in range(5):
+        again = flat(operator.call(*arguments, axis))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_runs_on_the_current_stream(operator):
+    """The input is written late on a side stream; a kernel elsewhere would read the old values."""
+    arguments = operator.make("cuda")
+    expected = flat(operator.call(*arguments, "both"))
+    late = map_tensors(arguments, torch.zeros_like)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+
+        def fill(value, source):
+            if isinstance(value, torch.Tensor):
+                value.copy_(source)
+            elif isinstance(value, (list, tuple)):
+                for v, s in zip(value, source, strict=True):
+                    fill(v, s)
+
+        fill(late, arguments)
+        got = flat(operator.call(*late, "both"))
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_capture_and_replay_with_changed_inputs(operator, axis):
+    arguments = operator.make("cuda")
+    for _ in range(2):
+        operator.call(*arguments, axis)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flat(operator.call(*arguments, axis))
+    for factor in (1.0, -0.5):
+        map_tensors(arguments, lambda t, f=factor: t.mul_(f))
+        graph.replay()
+        torch.cuda.synchronize()
+        fresh = flat(operator.call(*arguments, axis))
+        assert all(torch.equal(a, b) for a, b in zip(captured, fresh, strict=True))
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_memory_around_the_inputs_is_never_read(operator, axis):
+    def embed(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.dim() != 2:
+            return tensor
+        rows, cols = tensor.shape
+        big = torch.full((rows + 3, cols + 9), float("nan"), dtype=tensor.dtype, device="cuda")
+        big[2 : 2 + rows, 3 : 3 + cols] = tensor
+        return big[2 : 2 + rows, 3 : 3 + cols]
+
+    arguments = operator.make("cuda")
+    expected = flat(operator.call(*arguments, axis))
+    got = flat(operator.call(*map_tensors(arguments, embed), axis))
+    for a, b in zip(got, expected, strict=True):
+        assert torch.isfinite(a).all()
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_more_than_2_to_the_31_elements():
+    free, _ = torch.cuda.mem_get_info()
+    rows, cols = 65_600, 32_800  # 2.15e9 elements
+    if free < 3 * rows * cols * 2:
+        pytest.skip("needs 13 GB of free GPU memory")
+    grad = torch.ones(rows, cols, dtype=torch.bfloat16, device="cuda")
+    grad[-1, -1] = 3
+    for axis in ("tensor", "both"):
+        result = moments([grad], [[grad]], axis)
+        part = result[0] if isinstance(result, tuple) else result
+        assert part.sum[0].sum().item() == rows * cols + 2
+        assert part.dots[0].sum().item() == rows * cols + 8
+
+
+def test_a_wrong_device_is_named():
+    grad = torch.ones(3, 4, device="cuda")
+    with pytest.raises(ValueError, match=r"refs\[0\]\[0\] on cuda:0"):
+        moments([grad], [[torch.ones(3, 4)]])
