@@ -28,7 +28,7 @@ $(VENV)/.installed: pyproject.toml
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,bench,lint]"
-	$(BIN)/python -m gradsafe doctor --brief
+	$(BIN)/python -m gradsafe doctor
 	touch $@
 
 demo: build

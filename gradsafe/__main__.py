@@ -1,0 +1,8 @@
+"""`python -m gradsafe`."""
+
+import sys
+
+from gradsafe.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

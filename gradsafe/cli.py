@@ -1,0 +1,113 @@
+"""The command line. Commands import what they need when they run, so `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from gradsafe import cli_demo, cli_detect, cli_options
+from gradsafe._version import __version__
+
+USAGE_ERROR = 2
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; None for those of the process.
+
+    Returns:
+        Exit status: 0, 1 (a self-test failed, or the reader of the output went away), 2 (an error
+        that the user can fix) or 130 (interrupted).
+    """
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:  # argparse itself would show the usage of the program, not of the command
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    debug = getattr(args, "debug", False)
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        try:
+            status: int = args.run(args)
+            sys.stdout.flush()
+            return status
+        except KeyboardInterrupt as error:
+            if debug:
+                raise
+            hint = f": {error}" if str(error) else ""
+            print(f"\ngradsafe: interrupted{hint}", file=sys.stderr)
+            return INTERRUPTED
+        except BrokenPipeError:
+            # The reader is gone (`| head`); Python would complain again when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except Exception as error:
+            advice = _advice(error)
+            if debug or advice is None:
+                raise
+            print(f"gradsafe: error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
+            return USAGE_ERROR
+
+
+def _advice(error: Exception) -> str | None:
+    """What to add where one line says enough; None for a bug, which keeps its traceback."""
+    if isinstance(error, (ValueError, OSError, ImportError)):
+        return ""  # their messages name the fix
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "; lower --batch-tokens"
+    return None
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"gradsafe: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--debug",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="show the traceback of an error",
+    )
+    parser = argparse.ArgumentParser(
+        prog="gradsafe",
+        description="Safety tools from the gradients of language models.",
+        parents=[common],
+    )
+    parser.add_argument("--version", action="version", version=f"gradsafe {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary, add_arguments, run in (
+        ("detect", "score prompts: how unsafe is each?", cli_options.add_arguments, cli_detect.run),
+        ("demo", "compare the methods on the testbed", cli_demo.add_arguments, cli_demo.run),
+        ("doctor", "show versions and devices, test the operators", _doctor_arguments, _doctor),
+    ):
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=_sentence(summary),
+            parents=[common],
+            allow_abbrev=False,
+        )
+        add_arguments(command)
+        command.set_defaults(run=run, parser=command)
+    return parser
+
+
+def _sentence(summary: str) -> str:
+    return summary[0].upper() + summary[1:] + ("" if summary.endswith("?") else ".")
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="machine-readable report")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from gradsafe import doctor
+
+    return doctor.run(as_json=args.json)

@@ -1,0 +1,113 @@
+"""An interrupted `gradsafe detect` goes on where it stopped, and never mixes two runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import PROMPTS, Run, records
+
+from gradsafe import Detector, cli_detect
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, prompt: str, error: BaseException) -> None:
+    """Makes the detector raise as soon as it meets a prompt."""
+    score = Detector.score
+
+    def failing(self: Detector, prompts: list[str], *args: Any, **options: Any) -> Any:
+        if prompt in prompts:
+            raise error
+        return score(self, prompts, *args, **options)
+
+    monkeypatch.setattr(Detector, "score", failing)
+
+
+def test_an_interrupted_run_goes_on(detect: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_detect, "SLICE", 3)
+    detect("-o", "whole.jsonl")
+    with monkeypatch.context() as patch:
+        fail_at(patch, PROMPTS[7], KeyboardInterrupt())
+        status, out, err = detect("-o", "out.jsonl")
+    assert status == 130
+    assert out == ""
+    assert err.endswith(
+        "gradsafe: interrupted: 6 of 10 scores are in out.jsonl; the same command with --resume "
+        "goes on from there\n"
+    )
+    assert len(records()) == 6
+    with Path("out.jsonl").open("a") as file:
+        file.write('{"index": 6, "prom')
+    status, out, _ = detect("-o", "out.jsonl", "--resume")
+    assert status == 0
+    assert Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+    assert out.split()[out.split().index("gradcoo") + 1] == "10"
+
+
+def test_a_complete_file_stays_as_it_is(detect: Run) -> None:
+    _, first, _ = detect("-o", "out.jsonl", "--calibrate", "benign.txt")
+    before = Path("out.jsonl").read_bytes()
+    _, second, _ = detect("-o", "out.jsonl", "--calibrate", "benign.txt", "--resume")
+    assert Path("out.jsonl").read_bytes() == before
+    assert first == second
+
+
+def test_more_prompts_may_follow(detect: Run) -> None:
+    detect("-o", "out.jsonl", "--limit", "4")
+    assert detect("-o", "out.jsonl", "--resume")[0] == 0
+    assert len(records()) == len(PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "nll"),
+        ("--response", "Yes"),
+        ("--calibrate", "benign.txt"),
+        ("--dtype", "bfloat16"),
+        ("--safe", "benign.txt"),
+    ],
+)
+def test_other_settings_are_refused(detect: Run, options: tuple[str, ...]) -> None:
+    detect("-o", "out.jsonl", "--limit", "4")
+    before = Path("out.jsonl").read_bytes()
+    status, _, err = detect("-o", "out.jsonl", "--resume", *options)
+    assert status == 2
+    assert "out.jsonl:1: run is" in err
+    assert "had other prompts or settings" in err
+    assert Path("out.jsonl").read_bytes() == before
+
+
+def test_other_prompts_are_refused(detect: Run) -> None:
+    detect("-o", "out.jsonl", "--limit", "4")
+    lines = Path("prompts.jsonl").read_text().splitlines()
+    Path("prompts.jsonl").write_text("\n".join(lines[1:]))
+    assert "out.jsonl:1: prompt_sha256 is" in detect("-o", "out.jsonl", "--resume")[2]
+
+
+def test_batching_may_change(detect: Run) -> None:
+    detect("-o", "out.jsonl", "--limit", "4")
+    assert detect("-o", "out.jsonl", "--resume", "--batch-tokens", "64")[0] == 0
+
+
+def test_a_prompt_that_fails_is_named_and_those_before_it_are_kept(
+    detect: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, PROMPTS[5], ValueError("the gradient holds NaN"))
+    status, _, err = detect("-o", "out.jsonl")
+    assert status == 2
+    assert "gradsafe: error: prompts.jsonl:6: the gradient holds NaN" in err
+    assert "5 of 10 scores are in out.jsonl" in err
+    assert len(records()) == 5
+
+
+def test_overwriting_spares_the_old_file_until_there_is_a_new_score(
+    detect: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("out.jsonl").write_text("old")
+    with monkeypatch.context() as patch:
+        fail_at(patch, PROMPTS[0], KeyboardInterrupt())
+        assert detect("-o", "out.jsonl", "--overwrite")[0] == 130
+    assert Path("out.jsonl").read_text() == "old"
+    detect("-o", "out.jsonl", "--overwrite")
+    assert len(records()) == len(PROMPTS)
