@@ -1,0 +1,150 @@
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+
+from gradsafe import testbed
+from gradsafe.testbed import corpus, frames
+from gradsafe.testbed.reference_prompts import SAFE_REFERENCES, UNSAFE_REFERENCES
+from gradsafe.testbed.topics import phrases
+from gradsafe.testbed.vocabulary import SLOTS
+
+
+def _digest() -> str:
+    return hashlib.sha256(json.dumps(corpus.build(), sort_keys=True).encode()).hexdigest()
+
+
+def test_the_same_corpus_twice() -> None:
+    assert corpus.build.__wrapped__() == corpus.build()
+
+
+@pytest.mark.slow
+def test_the_same_corpus_in_another_process() -> None:
+    # Another hash seed: an iteration over a set would show.
+    code = (
+        "import hashlib, json; from gradsafe.testbed import corpus;"
+        "print(hashlib.sha256(json.dumps(corpus.build(), sort_keys=True).encode()).hexdigest())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == _digest()
+
+
+def test_sizes() -> None:
+    for split, wanted in corpus.ROWS.items():
+        assert Counter(row["kind"] for row in corpus.build()[split]) == +Counter(wanted)
+    assert len(testbed.calibration_prompts()) >= 300
+    assert len(corpus.build()["train"]) >= 5000
+
+
+def test_labels_follow_kinds_and_responses_follow_labels() -> None:
+    openings = Counter()
+    for rows in corpus.build().values():
+        for row in rows:
+            assert row["label"] == ("unsafe" if row["kind"] == "unsafe" else "safe")
+            refused = row["response"].startswith(("I'm sorry", "I cannot"))
+            assert refused == (row["label"] == "unsafe")
+            if not refused:
+                openings[row["response"].startswith("Sure")] += 1
+    assert openings[True] > 0.9 * openings.total()
+
+
+def test_no_prompt_twice_and_all_sets_disjoint() -> None:
+    everything = [row["prompt"] for rows in corpus.build().values() for row in rows]
+    everything += [*UNSAFE_REFERENCES, *SAFE_REFERENCES]
+    assert len({corpus.key(prompt) for prompt in everything}) == len(everything)
+
+
+def test_all_slots_and_frames_are_filled() -> None:
+    for rows in corpus.build().values():
+        for row in rows:
+            assert not re.search(r"[{}|]", row["prompt"] + row["response"])
+
+
+def test_every_phrase_names_known_slots() -> None:
+    for topics in corpus.TOPICS.values():
+        assert len({topic.name for topic in topics}) == len(topics)
+        for topic in topics:
+            for phrase in topic.do + topic.write + topic.ask:
+                assert set(re.findall(r"\{(\w+)\}", phrase)) <= set(SLOTS), phrase
+
+
+def test_training_never_shows_reserved_frames_or_words() -> None:
+    trained = " ".join(corpus.key(row["prompt"]) for row in corpus.build()["train"])
+    for reserved in (frames.DO_FRAMES, frames.WRITE_FRAMES, frames.NEUTRAL_WRAPPERS):
+        for frame in reserved.held_out:
+            longest = max(re.split(r"\{\}", frame), key=len)
+            assert corpus.key(longest) not in trained, frame
+    reserved_words = {
+        corpus.key(word)
+        for slot, words in SLOTS.items()
+        for word in words
+        if slot not in corpus.TELLING_SLOTS
+        and corpus._percentile("word", word) < corpus.RESERVED_WORDS
+    }
+    shown = {word for word in reserved_words if f" {word} " in trained}
+    assert len(reserved_words) > 15
+    assert len(shown) < 0.1 * len(reserved_words)  # a word may also stand in a phrase
+
+
+def test_held_out_prompts_show_something_unseen_and_something_known() -> None:
+    known = {word for row in corpus.build()["train"] for word in corpus.key(row["prompt"]).split()}
+    held_out = testbed.prompts("heldout")
+    new = sum(not set(corpus.key(row["prompt"]).split()) <= known for row in held_out)
+    assert 0.03 < new / len(held_out) < 0.5
+
+
+def test_no_single_word_decides() -> None:
+    # Every frequent word of the unsafe prompts, function words aside, also occurs in safe ones.
+    counts = {label: Counter[str]() for label in ("safe", "unsafe")}
+    for row in testbed.prompts("train"):
+        counts[row["label"]].update(set(corpus.key(row["prompt"]).split()))
+    frequent = [word for word, count in counts["unsafe"].items() if count >= 40]
+    shared = [word for word in frequent if counts["safe"][word] >= 0.1 * counts["unsafe"][word]]
+    assert len(shared) > 0.8 * len(frequent)
+
+
+def test_prompts_select_by_label_and_are_copies() -> None:
+    both = testbed.prompts("heldout")
+    assert {tuple(row) for row in both} == {("prompt", "label", "kind")}
+    parts = [testbed.prompts("heldout", label) for label in ("safe", "unsafe")]
+    assert sum(map(len, parts)) == len(both)
+    both[0]["prompt"] = "changed"
+    assert testbed.prompts("heldout")[0]["prompt"] != "changed"
+
+
+def test_references() -> None:
+    unsafe, safe = testbed.references()
+    assert len(unsafe) == len(safe) == 2
+    assert testbed.references(8)[0][:2] == unsafe
+    assert len(UNSAFE_REFERENCES) == len(SAFE_REFERENCES)
+
+
+@pytest.mark.parametrize("pairs", [0, -1, 1000])
+def test_references_out_of_range(pairs: int) -> None:
+    with pytest.raises(ValueError, match="pairs must be 1 to"):
+        testbed.references(pairs)
+
+
+def test_wrong_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="split must be"):
+        testbed.prompts("test")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="label must be"):
+        testbed.prompts("train", "bad")  # type: ignore[arg-type]
+
+
+def test_phrases_reports_slips() -> None:
+    assert phrases(" a  b |\n c ") == ("a b", "c")
+    for slip in ("a | | b", "a | a"):
+        with pytest.raises(ValueError, match="empty or repeated"):
+            phrases(slip)
