@@ -2,6 +2,7 @@
 #include "cuda_stream.h"
 #include "gradsafe/status.h"
 #include "moments.h"
+#include "wgrad_moments.h"
 
 namespace gradsafe {
 namespace {
@@ -44,8 +45,29 @@ Tensor moments(std::vector<Tensor> grads, std::vector<Tensor> refs, int64_t num_
   return out;
 }
 
+Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths, int64_t axis,
+                     bool unsigned_dots) {
+  const WgradArguments a = parse_wgrad_moments(
+      x, dy, refs, std::vector<int64_t>(lengths.begin(), lengths.end()), axis, unsigned_dots);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  const int64_t bytes = wgrad_moments_cuda_workspace(a.problem);
+  Tensor out = torch::stable::new_empty(x, {a.problem.samples, a.per_sample}, ScalarType::Double);
+  Tensor workspace = torch::stable::new_empty(x, {(bytes + 3) / 4}, ScalarType::Float);
+
+  WgradCudaCall launch{};
+  launch.problem = a.problem;
+  launch.out = static_cast<double*>(out.mutable_data_ptr());
+  launch.workspace = workspace.mutable_data_ptr();
+  launch.stream = current_stream(x.get_device_index());
+  check_status(wgrad_moments_cuda(launch), "wgrad_moments");
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(gradsafe, CUDA, m) { m.impl("moments", TORCH_BOX(&moments)); }
+STABLE_TORCH_LIBRARY_IMPL(gradsafe, CUDA, m) {
+  m.impl("moments", TORCH_BOX(&moments));
+  m.impl("wgrad_moments", TORCH_BOX(&wgrad_moments));
+}
 
 }  // namespace gradsafe

@@ -19,9 +19,11 @@ __device__ inline double warp_sum(double value) {
 namespace detail {
 
 // One halving step per level of recursion: with loops the compiler may keep v in local memory.
-template <int kHalf, int kMask, int M>
+template <int kHalf, int kMask, int kLast, int M>
 __device__ inline void halve(float (&v)[M], int lane) {
-  if constexpr (kHalf >= 1) {
+  if constexpr (kMask < kLast) {
+    return;
+  } else if constexpr (kHalf >= 1) {
     const bool upper = (lane & kMask) != 0;
 #pragma unroll
     for (int i = 0; i < kHalf; ++i) {
@@ -29,10 +31,10 @@ __device__ inline void halve(float (&v)[M], int lane) {
       const float keep = upper ? v[i + kHalf] : v[i];
       v[i] = keep + __shfl_xor_sync(kAllLanes, send, kMask);
     }
-    halve<kHalf / 2, kMask / 2>(v, lane);
-  } else if constexpr (kMask >= 1) {
+    halve<kHalf / 2, kMask / 2, kLast>(v, lane);
+  } else {
     v[0] += __shfl_xor_sync(kAllLanes, v[0], kMask);
-    halve<0, kMask / 2>(v, lane);
+    halve<0, kMask / 2, kLast>(v, lane);
   }
 }
 
@@ -44,8 +46,18 @@ __device__ inline void halve(float (&v)[M], int lane) {
 template <int M>
 __device__ inline float warp_sum_many(float (&v)[M]) {
   static_assert(M >= 1 && M <= kWarp && (M & (M - 1)) == 0, "M is a power of two up to 32");
-  detail::halve<M / 2, kWarp / 2>(v, static_cast<int>(threadIdx.x % kWarp));
+  detail::halve<M / 2, kWarp / 2, 1>(v, static_cast<int>(threadIdx.x % kWarp));
   return v[0];
+}
+
+// The same over groups of kLanes lanes, kStride lanes apart, for M >= kLanes values. The lane at
+// place p = lane / kStride % kLanes of its group holds in v[i] the sum of value p * M / kLanes + i
+// for i < M / kLanes; the rest of v is spent.
+template <int kLanes, int kStride, int M>
+__device__ inline void group_sum_many(float (&v)[M]) {
+  static_assert(M >= kLanes && (M & (M - 1)) == 0, "M is a power of two, and at least kLanes");
+  static_assert(kLanes * kStride <= kWarp, "a group lies within a warp");
+  detail::halve<M / 2, kLanes * kStride / 2, kStride>(v, static_cast<int>(threadIdx.x % kWarp));
 }
 
 // Block-wide float64 sums of Q values per thread; `out[q]` is written by thread q. `shared` holds

@@ -1,0 +1,1 @@
+"""Experiments with models: what the methods find, not how fast."""
