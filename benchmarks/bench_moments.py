@@ -11,7 +11,7 @@ import pytest
 from benchmarks.cases_moments import CPU_CASES, Case, build
 from benchmarks.environment import environment
 
-ALTERNATIVES = ["gradsafe", "eager", "compile", "foreach", "read", "copy"]
+ALTERNATIVES = ["gradsafe", "eager", "shared", "compile", "foreach", "read", "copy"]
 
 
 @pytest.mark.parametrize("alternative", ALTERNATIVES)

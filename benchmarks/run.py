@@ -31,6 +31,7 @@ COLUMNS = {
         ("GB/s", "GB/s"),
         ("x_read", "time / read"),
         ("x_eager", "vs eager"),
+        ("x_shared", "vs eager, products shared"),
         ("x_foreach", "vs foreach"),
         ("x_compile", "vs compile"),
     ],

@@ -31,7 +31,7 @@ Row = dict[str, str]
 
 CORPUS_SEED = 20250613
 ROWS: dict[Split, dict[Kind, int]] = {
-    "train": {"unsafe": 14000, "lookalike": 9800, "ordinary": 6200},
+    "train": {"unsafe": 15500, "lookalike": 9000, "ordinary": 5500},
     "heldout": {"unsafe": 300, "lookalike": 180, "ordinary": 120},
     "calibration": {"unsafe": 0, "lookalike": 240, "ordinary": 160},
 }
@@ -54,7 +54,7 @@ TELLING_SLOTS = frozenset(
     ("bomb", "crime", "drug", "food", "group", "monster", "odd_group", "pest", "process", "villain")
 )
 # Rows per phrase in the unseen splits; without it, they would be full of the reserved phrases.
-MOST_PER_PHRASE = 3
+MOST_PER_PHRASE = 2
 
 _SLOT = re.compile(r"\{(\w+)\}")
 

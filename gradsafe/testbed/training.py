@@ -59,14 +59,14 @@ class Recipe:
     heads: int = 4
     epochs: float = 1.0
     batch: int = 32
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     warmup: float = 0.08
     weight_decay: float = 0.05
-    prompt_weight: float = 0.0
+    prompt_weight: float = 0.1
     first_weight: float = 3.0
-    noise: float = 0.06
+    noise: float = 0.04
     system_share: float = 0.1
-    threads: int = 2
+    threads: int = 1
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def test_training_never_shows_reserved_frames_or_words() -> None:
     }
     shown = {word for word in reserved_words if f" {word} " in trained}
     assert len(reserved_words) > 15
-    assert len(shown) < 0.1 * len(reserved_words)  # a word may also stand in a phrase
+    assert len(shown) < 0.2 * len(reserved_words)  # a word may also stand in a phrase
 
 
 def test_held_out_prompts_show_something_unseen_and_something_known() -> None:
