@@ -45,6 +45,8 @@ else
   step detection 300 "$PYTHON" -m benchmarks.bench_detection --size tiny --tokens 8 --out "$OUT"
 fi
 
+"$PYTHON" -c "import matplotlib" 2> /dev/null && step plots 60 "$PYTHON" -m benchmarks.plot "$OUT"
+
 echo "=== results in $OUT"
 ls -l "$OUT"
 if [ ${#failed[@]} -gt 0 ]; then

@@ -8,6 +8,8 @@ from gpu_operators import OPERATORS, Operator, flat, map_tensors, registered
 
 from gradsafe.ops import AXES, moments
 
+pytestmark = pytest.mark.gpu
+
 
 @pytest.fixture(params=OPERATORS, ids=lambda operator: operator.name)
 def operator(request: pytest.FixtureRequest) -> Operator:
