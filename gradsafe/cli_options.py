@@ -13,7 +13,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 WITHOUT_REFERENCES = ("nll", "gradnorm")
 FIT_OPTIONS = (
     *("method", "response", "granularity", "relative", "template", "layers"),
-    *("reference_dtype", "overflow"),
+    *("row_fraction", "reference_dtype", "overflow"),
 )
 
 
@@ -54,6 +54,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=r"prompt template with {prompt}, \n for a line end (default: the tokenizer's)",
     )
     fit.add_argument("--layers", type=positive_integer, metavar="N", help="only the last N blocks")
+    fit.add_argument(
+        "--row-fraction",
+        type=fraction,
+        metavar="F",
+        help="score only this part of the rows of every weight (default: 1)",
+    )
     fit.add_argument("--reference-dtype", choices=DTYPES, help="default: bfloat16")
     fit.add_argument(
         "--overflow",
@@ -115,6 +121,14 @@ def positive_integer(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """Parses a number above 0 and at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return value
 
 

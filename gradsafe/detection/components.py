@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradsafe.detection.config import Granularity
+from gradsafe.detection.rows import Rows
 from gradsafe.models import Layers, LinearLayer
 from gradsafe.ops import Axis, Moments
 from gradsafe.ops.moments import standard_deviation as from_sums
@@ -35,6 +36,7 @@ class ComponentMap:
         layers: The scored layers.
         granularity: See `DetectorConfig`.
         output_projections: Names of the layers whose input, not output, is split into heads.
+        rows: Rows that are kept of each weight, see `choose_rows`; None or empty for all.
 
     Attributes:
         size: Number of components C.
@@ -45,18 +47,20 @@ class ComponentMap:
         layers: Layers,
         granularity: Granularity,
         output_projections: Collection[str] = (),
+        rows: Rows | None = None,
     ) -> None:
         self.layers = layers
         self.granularity = granularity
         self.output_projections = frozenset(output_projections)
+        self.rows: Rows = rows or {}
         self._slices: dict[str, Slices] = {}
-        self._labels: list[tuple[str, str, int]] = []  # (owner, kind, how many)
+        self._labels: list[tuple[str, str, Sequence[int]]] = []  # (owner, kind, numbers)
         self.size = 0
         blocks: dict[int, int] = {}
         for layer in layers.scored:
             if granularity == "layer":
                 if layer.block not in blocks:
-                    blocks[layer.block] = self._add(f"block {layer.block}", "", 1)
+                    blocks[layer.block] = self._add(f"block {layer.block}")
                 self._slices[layer.name] = Slices("tensor", torch.tensor([blocks[layer.block]]))
             else:
                 self._slices[layer.name] = self._slices_of(layer)
@@ -68,16 +72,16 @@ class ComponentMap:
     def names(self) -> list[str]:
         """Name of every component, in column order."""
         names: list[str] = []
-        for owner, kind, count in self._labels:
-            names += [f"{owner}[{kind} {i}]" for i in range(count)] if kind else [owner]
+        for owner, kind, numbers in self._labels:
+            names += [f"{owner}[{kind} {i}]" for i in numbers] if kind else [owner]
         return names
 
     def owner(self, component: int) -> str:
         """Name of the weight, or block, that a component belongs to."""
-        for owner, _, count in self._labels:
-            if component < count:
+        for owner, _, numbers in self._labels:
+            if component < len(numbers):
                 return owner
-            component -= count
+            component -= len(numbers)
         raise IndexError(component)
 
     def add(self, table: Tensor, layer: LinearLayer, values: Tensor) -> None:
@@ -90,14 +94,16 @@ class ComponentMap:
         """
         table.index_add_(1, self[layer].components, values)
 
-    def _add(self, owner: str, kind: str, count: int) -> int:
+    def _add(self, owner: str, kind: str = "", numbers: Sequence[int] = (0,)) -> int:
         first = self.size
-        self._labels.append((owner, kind, count))
-        self.size += count
+        self._labels.append((owner, kind, numbers))
+        self.size += len(numbers)
         return first
 
     def _slices_of(self, layer: LinearLayer) -> Slices:
-        rows, cols = layer.out_features, layer.in_features
+        kept = self.rows.get(layer.name)
+        rows = range(layer.out_features) if kept is None else kept.tolist()
+        cols = range(layer.in_features)
         if self.granularity == "row":
             return Slices("row", self._each(layer, "row", rows))
         if self.granularity == "column":
@@ -107,15 +113,17 @@ class ComponentMap:
             return Slices("both", torch.cat(parts))
         if self.granularity == "head" and layer.role == "attention" and self.layers.head_dim:
             by_input = layer.name in self.output_projections
-            split, head = cols if by_input else rows, self.layers.head_dim
+            split = layer.in_features if by_input else layer.out_features
+            head = self.layers.head_dim
             if split % head == 0:
-                heads = self._each(layer, "head", split // head)
-                return Slices("column" if by_input else "row", heads.repeat_interleave(head))
-        return Slices("tensor", torch.tensor([self._add(layer.name, "", 1)]))
+                heads = self._each(layer, "head", range(split // head))
+                which = torch.tensor(cols if by_input else rows) // head
+                return Slices("column" if by_input else "row", heads[which])
+        return Slices("tensor", torch.tensor([self._add(layer.name)]))
 
-    def _each(self, layer: LinearLayer, kind: str, count: int) -> Tensor:
-        first = self._add(layer.name, kind, count)
-        return torch.arange(first, first + count)
+    def _each(self, layer: LinearLayer, kind: str, numbers: Sequence[int]) -> Tensor:
+        first = self._add(layer.name, kind, numbers)
+        return torch.arange(first, first + len(numbers))
 
 
 def slice_values(result: Moments | tuple[Moments, Moments]) -> Tensor:

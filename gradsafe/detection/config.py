@@ -54,6 +54,9 @@ class DetectorConfig:
         reduce: Score from components: "mean", mean "weighted" by entries, or "median".
         layers: Last n blocks, block indices, or None for all.
         modules: Score attention weights, MLP weights, or all.
+        row_fraction: Part of the rows of every weight that is scored, above 0 and at most 1; time
+            and memory for references and scores shrink with it.
+        row_seed: Seed of the draw of these rows.
         reference_dtype: Storage of the references: "float32", "bfloat16" or "float16".
         gap: GradSafe: a slice counts if its mean cosine to the unsafe reference is larger by more
             than this for the unsafe reference prompts than for the safe ones.
@@ -75,6 +78,8 @@ class DetectorConfig:
     reduce: Reduction = "mean"
     layers: int | tuple[int, ...] | None = None
     modules: Modules = "all"
+    row_fraction: float = 1.0
+    row_seed: int = 0
     reference_dtype: str = "bfloat16"
     gap: float = 1.0
     template: str | None = None
@@ -103,6 +108,10 @@ class DetectorConfig:
             raise ValueError(
                 f"gradsafe.Detector: expected reference_dtype in {list(REFERENCE_DTYPES)}, got "
                 f"{self.reference_dtype!r}"
+            )
+        if not 0 < self.row_fraction <= 1:
+            raise ValueError(
+                f"gradsafe.Detector: expected 0 < row_fraction <= 1, got {self.row_fraction}"
             )
         self._check_combinations()
 

@@ -28,6 +28,7 @@ from gradsafe.detection.references import (
     find_output_projections,
     prepare_function,
 )
+from gradsafe.detection.rows import Rows, choose_rows
 from gradsafe.detection.scores import Scores
 from gradsafe.models import Encoded, Layers, context_length, encode_prompts, find_layers
 
@@ -69,6 +70,7 @@ class Detector:
         self.tokenizer = tokenizer
         self.config = config
         self.layers = layers
+        self.rows: Rows = choose_rows(layers, config.row_fraction, config.row_seed)
         self.method = method
         self.component_map = components
         self.reference_gap = reference_gap
@@ -119,7 +121,7 @@ class Detector:
         detector = cls(model, tokenizer, config, layers, None, None, None)
         if not config.uses_references:
             if config.method == "gradnorm":
-                detector.component_map = ComponentMap(layers, "tensor")
+                detector.component_map = ComponentMap(layers, "tensor", rows=detector.rows)
                 detector.method = GradNorm()
             return detector
         for name, prompts in (("unsafe", unsafe), ("safe", safe)):
@@ -270,7 +272,7 @@ class Detector:
         )
 
     def _gradient_pass(self, batch_tokens: int) -> GradientPass:
-        return GradientPass(self.model, self.layers, self.tokenizer, batch_tokens)
+        return GradientPass(self.model, self.layers, self.tokenizer, batch_tokens, self.rows)
 
     def _fit_references(
         self, unsafe: list[str], safe: list[str], batch_tokens: int, progress: bool
@@ -282,7 +284,7 @@ class Detector:
         projections: list[str] = []
         if granularity == "head":
             projections = find_output_projections(gradients, groups["safe"][0][0])
-        self.component_map = ComponentMap(self.layers, granularity, projections)
+        self.component_map = ComponentMap(self.layers, granularity, projections, self.rows)
         built: dict[str, Reference] = {}
         for name, (items, _) in groups.items():
             label = f"{name} references" if progress else None

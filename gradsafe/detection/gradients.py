@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradsafe.detection.components import ComponentMap, slice_values
+from gradsafe.detection.rows import Rows
 from gradsafe.models import (
     Encoded,
     Layers,
@@ -23,8 +24,8 @@ from gradsafe.models import (
 from gradsafe.models.modes import evaluating
 from gradsafe.ops import Axis, moments, wgrad_moments
 
-# visit(layer, x, dy, lengths): x [B, T, I] and dy [B, T, O] of a batch; prompt b has lengths[b]
-# tokens, padding behind them.
+# visit(layer, x, dy, lengths): x [B, T, I] and dy [B, T, R] of a batch, R the rows of the weight
+# that take part; prompt b has lengths[b] tokens, padding behind them.
 Visit = Callable[[LinearLayer, Tensor, Tensor, list[int]], None]
 
 
@@ -40,13 +41,17 @@ class GradientPass:
         layers: Scored layers.
         tokenizer: Its padding token fills short rows.
         batch_tokens: Padded tokens per batch.
+        rows: Rows that are kept of each weight; empty for all.
     """
 
-    def __init__(self, model: nn.Module, layers: Layers, tokenizer: Any, batch_tokens: int) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Layers, tokenizer: Any, batch_tokens: int, rows: Rows
+    ) -> None:
         self.model = model
         self.layers = layers
         self.pad_id = pad_token_id(tokenizer)
         self.batch_tokens = batch_tokens
+        self.rows = rows
 
     def run(
         self,
@@ -88,6 +93,8 @@ class GradientPass:
                 raise TypeError(
                     "gradsafe.Detector: float64 models are not supported; call model.float() first"
                 )
+            if self.rows:  # the others are never computed
+                dy = dy.index_select(2, self.rows[layer.name].to(dy.device))
             visit(layer, x.contiguous(), dy.contiguous(), batch.lengths)
 
         with torch.enable_grad(), capture(self.model, self.layers, consume):

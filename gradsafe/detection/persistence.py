@@ -31,7 +31,7 @@ KIND = "detector"
 
 def save(detector: Detector, folder: str | os.PathLike[str]) -> None:
     """See `Detector.save`."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"rows/{name}": rows for name, rows in detector.rows.items()}
     scales: dict[str, dict[str, float]] = {}
     method, components = detector.method, detector.component_map
     if isinstance(method, GradCoo):
@@ -70,9 +70,12 @@ def load(
     config = DetectorConfig(**metadata["config"])
     layers = find_layers(model, config.layers, config.modules)
     detector = cls(model, tokenizer, config, layers, None, None, metadata["reference_gap"])
+    # The references belong to the rows that were drawn then, whatever a draw would give today.
+    detector.rows = {name: _tensor(folder, tensors, f"rows/{name}") for name in detector.rows}
     if config.uses_references:
         granularity = "row+column" if config.method == "gradsafe" else config.granularity
-        detector.component_map = ComponentMap(layers, granularity, metadata["output_projections"])
+        projections = metadata["output_projections"]
+        detector.component_map = ComponentMap(layers, granularity, projections, detector.rows)
         unsafe = _take(folder, tensors, metadata, "unsafe", layers)
         if config.method == "gradcoo":
             safe = _take(folder, tensors, metadata, "safe", layers)
@@ -80,7 +83,7 @@ def load(
         else:
             detector.method = GradSafe(unsafe, tensors["selected"])
     elif config.uses_gradients:
-        detector.component_map = ComponentMap(layers, "tensor")
+        detector.component_map = ComponentMap(layers, "tensor", rows=detector.rows)
         detector.method = GradNorm()
     if metadata["calibration"] is not None:
         detector.calibration = Calibration.from_json(metadata["calibration"])
@@ -119,10 +122,8 @@ def _take(
     """One group's reference, each weight on the device of its layer."""
     weights = {}
     for layer in layers.scored:
-        key = f"{group}/weights/{layer.name}"
-        if key not in tensors:
-            raise StorageError(f"{folder} holds no {group} reference of {layer.name}")
-        weights[layer.name] = tensors[key].to(_device(layer.module))
+        weight = _tensor(folder, tensors, f"{group}/weights/{layer.name}")
+        weights[layer.name] = weight.to(_device(layer.module))
     return Reference(
         weights=weights,
         scales=metadata["scales"][group],
@@ -130,6 +131,12 @@ def _take(
         sum_sq=tensors[f"{group}/sum_sq"],
         nll=tensors[f"{group}/nll"],
     )
+
+
+def _tensor(folder: str | os.PathLike[str], tensors: dict[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise StorageError(f"{folder} is incomplete: it holds no tensor {name}")
+    return tensors[name]
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -20,7 +20,8 @@ class Reference:
     """The reference gradient of one group of prompts (unsafe or safe).
 
     Attributes:
-        weights: Per layer name `[O, I]` in the storage dtype, divided by the layer's scale.
+        weights: Per layer name `[R, I]` in the storage dtype, divided by the layer's scale; R are
+            the rows that take part, all O unless `row_fraction` says otherwise.
         scales: Per layer name the scale, so that the true reference is weights * scale. It keeps
             the small entries of small layers inside the range of 16-bit floats.
         std: `[C]` float64, standard deviation of the reference gradient per component; what the
@@ -114,7 +115,7 @@ def build_reference(
         if not per_prompt:
             inputs, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
             return buffers.weight_gradient(inputs, outputs / len(items))
-        total = torch.zeros(layer.out_features, layer.in_features, device=dy.device)
+        total = torch.zeros(dy.shape[2], x.shape[2], device=dy.device)
         for inputs, outputs in pairs:
             grad = buffers.weight_gradient(inputs, outputs)
             _normalize_(grad, layer, components, config)

@@ -23,6 +23,7 @@ class Oracle:
             parameter.requires_grad_(True)
         self.tokenizer = tokenizer
         self.config = config
+        self.rows: dict[str, Tensor] = {}  # rows to keep, where not all
         self.layers: Layers = find_layers(self.model, config.layers, config.modules)
 
     def encode(self, prompt: str) -> Encoded:
@@ -41,7 +42,8 @@ class Oracle:
         gradients = {}
         for layer in self.layers.scored:
             grad = layer.module.weight.grad
-            gradients[layer.name] = grad.T if isinstance(layer.module, Conv1D) else grad
+            grad = grad.T if isinstance(layer.module, Conv1D) else grad
+            gradients[layer.name] = grad[self.rows.get(layer.name, slice(None))]
         return float(loss.detach()), {name: g.clone() for name, g in gradients.items()}
 
     def slices(self, gradients: Gradients) -> list[Tensor]:
