@@ -1,7 +1,6 @@
 #include "fiber.h"
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstdint>
 #include <cstdio>
@@ -27,6 +26,9 @@ namespace {
 
 // Kernel arguments (up to 32 KiB, by value) and the frames of an instrumented kernel.
 constexpr std::size_t kStackBytes = 512 << 10;
+// No access on both sides: a stack overflow faults at once, and no local variable lies so close to
+// the shared variables that it is taken for their guard zone (kSharedGuard, grid.h).
+constexpr std::size_t kMarginBytes = 64 << 10;
 
 const void* caller_stack = nullptr;
 std::size_t caller_stack_bytes = 0;
@@ -112,20 +114,17 @@ struct Fiber::Context {
 #endif
 
 Fiber::Fiber() : context_(new Context), stack_bytes_(kStackBytes) {
-  const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, stack_bytes_ + page, PROT_READ | PROT_WRITE,
+  void* memory = mmap(nullptr, stack_bytes_ + 2 * kMarginBytes, PROT_NONE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED) {
+  stack_ = static_cast<char*>(memory) + kMarginBytes;
+  if (memory == MAP_FAILED || mprotect(stack_, stack_bytes_, PROT_READ | PROT_WRITE) != 0) {
     perror("emulated grid: stack of an emulated thread");
     exit(1);
   }
-  mprotect(memory, page, PROT_NONE);  // a stack overflow faults at once
-  stack_ = static_cast<char*>(memory) + page;
 }
 
 Fiber::~Fiber() {
-  const std::size_t page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
-  munmap(stack_ - page, stack_bytes_ + page);
+  munmap(stack_ - kMarginBytes, stack_bytes_ + 2 * kMarginBytes);
   delete context_;
 }
 
