@@ -10,6 +10,7 @@ METHODS = ("gradcoo", "gradsafe", "nll", "gradnorm")
 GRANULARITIES = ("tensor", "row", "column", "row+column", "head", "layer")
 RELATIVES = ("share", "ratio", "logratio", "difference", "unsafe")
 DTYPES = ("float32", "bfloat16", "float16")
+REFERENCE_DTYPES = (*DTYPES, "float8")
 WITHOUT_REFERENCES = ("nll", "gradnorm")
 FIT_OPTIONS = (
     *("method", "response", "granularity", "relative", "template", "layers"),
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="score only this part of the rows of every weight (default: 1)",
     )
-    fit.add_argument("--reference-dtype", choices=DTYPES, help="default: bfloat16")
+    fit.add_argument("--reference-dtype", choices=REFERENCE_DTYPES, help="default: bfloat16")
     fit.add_argument(
         "--overflow",
         choices=("error", "window"),

@@ -13,6 +13,7 @@ constexpr int kPanelVectors = 1;  // 6 x 1 accumulators are 12 of the 16 registe
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct f8 { uint8_t bits; };
 
 struct Vec {
   __m256 lo, hi;
@@ -42,6 +43,20 @@ inline Vec load(const bf16* p) {
 inline Vec load(const f16* p) {
   const __m128i* q = reinterpret_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+
+// e4m3 shifted into place is a half whose exponent is short by eight; a product with 2^8 is exact.
+inline Vec load(const f8* p) {
+  const __m256i bits = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x7f), bits), 8);
+  const __m256i no_number = _mm256_and_si256(
+      _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)), _mm256_set1_epi16(0x7e00));
+  const __m256i half =
+      _mm256_or_si256(_mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign), no_number);
+  const __m256 rebase = _mm256_set1_ps(256.0f);
+  return {_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), rebase),
+          _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), rebase)};
 }
 
 template <class T>

@@ -14,6 +14,7 @@ constexpr int kPanelVectors = 4;  // 6 x 4 accumulators of the 32 registers
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct f8 { uint8_t bits; };
 
 struct Vec {
   __m512 v;
@@ -34,7 +35,22 @@ inline Vec widen_bf16(__m256i bits) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 
+// e4m3 shifted into place is a half whose exponent is short by eight; a product with 2^8 is exact.
+inline Vec widen_f8(__m128i bytes) {
+  const __m256i bits = _mm256_cvtepu8_epi16(bytes);
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi16(0x7f));
+  const __m256i sign = _mm256_slli_epi16(_mm256_andnot_si256(_mm256_set1_epi16(0x7f), bits), 8);
+  const __m256i half = _mm256_or_si256(_mm256_slli_epi16(magnitude, 7), sign);
+  const __mmask16 no_number = _mm256_cmpeq_epi16_mask(magnitude, _mm256_set1_epi16(0x7f));
+  const __m256i nan = _mm256_or_si256(half, _mm256_set1_epi16(0x7e00));
+  const __m256i all = _mm256_mask_mov_epi16(half, no_number, nan);
+  return {_mm512_mul_ps(_mm512_cvtph_ps(all), _mm512_set1_ps(256.0f))};
+}
+
 inline Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline Vec load(const f8* p) {
+  return widen_f8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline Vec load(const bf16* p) {
   return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -51,6 +67,10 @@ inline Vec load_first(const bf16* p, int n) {
 }
 inline Vec load_first(const f16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p))};
+}
+
+inline Vec load_first(const f8* p, int n) {
+  return widen_f8(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1u), p));
 }
 
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }

@@ -13,6 +13,7 @@ constexpr int kPanelVectors = 1;
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct f8 { uint8_t bits; };
 
 struct Vec {
   float v[kLanes];
@@ -40,6 +41,18 @@ inline float widen(f16 x) {
   // Shifted into place the exponent is short by 112; a product with 2^112 mends it and normalises
   // subnormals on the way, exactly.
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * from_bits(0x77800000u)));
+}
+
+// The eight significant bits move into place and the exponent is rebased; the seven subnormals are
+// multiples of 2^-9. Nothing here depends on whether the processor flushes float32 subnormals.
+inline float widen(f8 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x80u} << 24;
+  const uint32_t magnitude = x.bits & 0x7fu;
+  if (magnitude == 0x7fu) return from_bits(sign | 0x7fc00000u);
+  if (magnitude < 8) {
+    return from_bits(sign | to_bits(static_cast<float>(magnitude) * from_bits(0x3b000000u)));
+  }
+  return from_bits(sign | ((magnitude << 20) + 0x3c000000u));
 }
 
 inline Vec broadcast(float x) {

@@ -254,8 +254,7 @@ __global__ void __launch_bounds__(kThreads) finish_slices(const __grid_constant_
 
 // ---- host ------------------------------------------------------------------------------------
 int64_t strip_cols(const MomentsProblem& problem) {
-  const int64_t narrow = std::min(size_of(problem.grad_dtype), size_of(problem.ref_dtype));
-  return kWarp * (kVectorBytes / narrow);
+  return kWarp * pack_size(size_of(problem.grad_dtype), size_of(problem.ref_dtype));
 }
 
 MomentsTiling tile(const MomentsProblem& problem, const MomentsTask& task) {
@@ -330,7 +329,8 @@ RunBatch choose_ref_dtype(const MomentsProblem& problem) {
   switch (problem.ref_dtype) {
     case DType::f32: return choose_refs<G, float>(problem.num_refs);
     case DType::bf16: return choose_refs<G, bf16>(problem.num_refs);
-    default: return choose_refs<G, f16>(problem.num_refs);
+    case DType::f16: return choose_refs<G, f16>(problem.num_refs);
+    default: return choose_refs<G, f8>(problem.num_refs);
   }
 }
 

@@ -340,8 +340,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 // ---- host ------------------------------------------------------------------------------------
+// A reference of another type than x and dy is kept as float32, unless theirs holds its values.
+bool kept_like_operands(const WgradProblem& p) {
+  return p.ref_dtype == p.dtype || p.ref_dtype == DType::f8;
+}
+
 int64_t stored_ref_bytes(const WgradProblem& p) {
-  return kernel_refs(p.num_refs) * (p.ref_dtype == p.dtype ? size_of(p.dtype) : 4);
+  return kernel_refs(p.num_refs) * (kept_like_operands(p) ? size_of(p.dtype) : 4);
 }
 
 // Sizes of the partials of one launch, in float32 elements.
@@ -391,11 +396,10 @@ Status choose_refs(const Batch& batch, void* stream) {
   }
 }
 
-// A reference of another type than x and dy is kept as float32.
 template <class T>
 Status choose_ref_dtype(const WgradProblem& p, const Batch& batch, void* stream) {
-  return p.ref_dtype == p.dtype ? choose_refs<T, T>(batch, stream)
-                                : choose_refs<T, float>(batch, stream);
+  return kept_like_operands(p) ? choose_refs<T, T>(batch, stream)
+                               : choose_refs<T, float>(batch, stream);
 }
 
 Status run(const WgradProblem& p, const Batch& batch, void* stream) {

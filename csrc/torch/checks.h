@@ -43,6 +43,12 @@ inline DType dtype_of(const Tensor& tensor, const char* op, const std::string& n
   return DType::f32;
 }
 
+// References may be float8 as well.
+inline DType ref_dtype_of(const Tensor& tensor, const char* op, const std::string& name) {
+  if (tensor.scalar_type() == ScalarType::Float8_e4m3fn) return DType::f8;
+  return dtype_of(tensor, op, name);
+}
+
 // Stride between the rows of a matrix whose rows are unbroken.
 inline int64_t row_stride(const Tensor& matrix, const char* op, const std::string& name) {
   const int64_t rows = matrix.size(0), cols = matrix.size(1);

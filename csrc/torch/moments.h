@@ -50,7 +50,7 @@ inline MomentsCall parse_moments(const std::vector<Tensor>& grads, const std::ve
                      ": expected ", ref_name, " of shape ", shape_text(grad), ", got ",
                      shape_text(ref));
       check_same_device(ref, grad, op, ref_name);
-      const DType ref_dtype = dtype_of(ref, op, ref_name);
+      const DType ref_dtype = ref_dtype_of(ref, op, ref_name);
       if (i == 0 && k == 0) call.problem.ref_dtype = ref_dtype;
       GRADSAFE_CHECK(ref_dtype == call.problem.ref_dtype, op, ": expected ", ref_name,
                      " of the dtype of refs[0][0]");

@@ -62,7 +62,7 @@ inline WgradArguments parse_wgrad_moments(const Tensor& x, const Tensor& dy,
                    op, ": expected ", name, " of shape [", p.out_features, ", ", p.in_features,
                    "], got ", shape_text(ref));
     check_same_device(ref, x, op, name);
-    const DType dtype = dtype_of(ref, op, name);
+    const DType dtype = ref_dtype_of(ref, op, name);
     if (k == 0) p.ref_dtype = dtype;
     GRADSAFE_CHECK(dtype == p.ref_dtype, op, ": expected ", name, " of the dtype of refs[0]");
     p.refs[k] = ref.const_data_ptr();

@@ -21,6 +21,7 @@ REFERENCE_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
+    "float8": torch.float8_e4m3fn,
 }
 
 # What the published methods use when nothing was calibrated (GradSafe's 0.25: arXiv 2402.13494).
@@ -57,7 +58,8 @@ class DetectorConfig:
         row_fraction: Part of the rows of every weight that is scored, above 0 and at most 1; time
             and memory for references and scores shrink with it.
         row_seed: Seed of the draw of these rows.
-        reference_dtype: Storage of the references: "float32", "bfloat16" or "float16".
+        reference_dtype: Storage of the references: "float32", "bfloat16", "float16" or "float8"
+            (e4m3); each weight's reference is scaled into the range of its dtype.
         gap: GradSafe: a slice counts if its mean cosine to the unsafe reference is larger by more
             than this for the unsafe reference prompts than for the safe ones.
         template: Prompt template, see `gradsafe.models.encode`; None for the tokenizer's own.

@@ -154,9 +154,9 @@ def build_reference(
         components.add(table, layer, values)
         if config.unsigned and not raw:
             grad.abs_()
-        scale = float(grad.square().mean().sqrt()) or 1.0
-        reference.scales[layer.name] = scale
         dtype = REFERENCE_DTYPES[config.reference_dtype]
+        scale = _storage_scale(grad, dtype)
+        reference.scales[layer.name] = scale
         reference.weights[layer.name] = (grad / scale).to(dtype)
 
     reference.nll = gradients.run(items, begin, progress=progress)
@@ -164,6 +164,19 @@ def build_reference(
     reference.std = standard_deviation(table[0]) if divide else torch.ones_like(table[0, :, 0])
     reference.sum_sq = table[0, :, 2].clone()
     return reference
+
+
+def _storage_scale(grad: Tensor, dtype: torch.dtype) -> float:
+    """What a reference is divided by before it is stored; a zero one by nothing.
+
+    Wide exponents hold any spread around a root mean square of one. e4m3 spans 2^-9 to 448 only:
+    there the largest entry goes to the top, and entries below a hundred-thousandth of it to zero.
+    """
+    if not grad.numel():
+        return 1.0
+    if dtype == torch.float8_e4m3fn:
+        return float(grad.abs().max()) / torch.finfo(dtype).max or 1.0
+    return float(grad.square().mean().sqrt()) or 1.0
 
 
 def _normalize_(

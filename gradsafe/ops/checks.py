@@ -10,6 +10,7 @@ from torch import Tensor
 from gradsafe._backend import cuda_problem
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REF_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 
 
 def check_tensor_list(op: str, name: str, tensors: Sequence[Tensor]) -> None:
@@ -27,23 +28,33 @@ def check_tensor_list(op: str, name: str, tensors: Sequence[Tensor]) -> None:
             )
 
 
-def check_matrix(op: str, name: str, tensor: Tensor) -> None:
-    """A dense float matrix whose rows are unbroken in memory."""
+def check_matrix(
+    op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
+    """A dense matrix of one of the dtypes whose rows are unbroken in memory."""
     if tensor.dim() != 2:
         raise ValueError(
             f"gradsafe.{op}: expected {name} of shape [O, I], got {list(tensor.shape)}"
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"gradsafe.{op}: expected {name} to be dense, got {tensor.layout}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"gradsafe.{op}: expected {name} of dtype float32, bfloat16 or float16, got "
-            f"{tensor.dtype}"
-        )
+    check_dtype(op, name, tensor, dtypes)
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(
             f"gradsafe.{op}: expected {name} with unit stride along its last dimension, got "
             f"strides {list(tensor.stride())}; call .contiguous() first"
+        )
+
+
+def check_dtype(
+    op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
+    """One of the dtypes that the operator takes there."""
+    if tensor.dtype not in dtypes:
+        *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(
+            f"gradsafe.{op}: expected {name} of dtype {', '.join(most)} or {last}, got "
+            f"{tensor.dtype}"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsafe.ops.checks import (
+    REF_DTYPES,
     check_device,
     check_like,
     check_matrix,
@@ -81,7 +82,9 @@ def moments(
         grads: matrices `[O_n, I_n]`, float32, bfloat16 or float16, one dtype and device for all.
             Rows must be unbroken (unit stride along I); the stride between rows is free.
         refs: for each gradient its K references (0 to 4) of the same shape and device; one dtype
-            for all references, which may differ from that of the gradients. None means K = 0.
+            for all references, which may differ from that of the gradients and may also be
+            float8_e4m3fn. Dots are linear in a reference: one that was divided by a scale to fit
+            its dtype gives dots divided by that scale. None means K = 0.
         axis: "tensor", "row", "column", or "both" for rows and columns in one read.
         unsigned: dots of abs(g) with the reference (True) or of g (False).
 
@@ -143,7 +146,7 @@ def _check(
                     f"gradsafe.moments: expected {name} of shape {list(grads[index].shape)}, got "
                     f"{list(ref.shape)}"
                 )
-            check_matrix(op, name, ref)
+            check_matrix(op, name, ref, REF_DTYPES)
             check_like(op, name, ref, "refs[0][0]", refs[0][0])
             check_device(op, name, ref, f"grads[{index}]", grads[index])
             flat.append(ref)

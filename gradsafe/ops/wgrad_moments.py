@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from gradsafe.ops.checks import (
-    FLOAT_DTYPES,
+    REF_DTYPES,
     check_device,
+    check_dtype,
     check_like,
     check_matrix,
     check_supported_device,
@@ -41,7 +42,8 @@ def wgrad_moments(
     Args:
         x: layer inputs `[B, T, I]`, float32, bfloat16 or float16; features unbroken in memory.
         dy: output gradients `[B, T, O]`, dtype and device of x.
-        refs: 0 to 4 references `[O, I]` on the same device, one dtype, which may be another.
+        refs: 0 to 4 references `[O, I]` on the same device, one dtype, which may be another than
+            that of x and may also be float8_e4m3fn (see `moments` for scales).
         axis: "tensor", "row" (one result per output feature), "column" (per input feature), "both".
         unsigned: dots of abs(G) with the references (True) or of G (False).
         lengths: tokens of each sample, counted from its first; the rest of its T rows is padding
@@ -97,11 +99,7 @@ def _check(
                 f"gradsafe.{OP}: expected {name} of shape [B, T, {features}], got "
                 f"{list(tensor.shape)}"
             )
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"gradsafe.{OP}: expected {name} of dtype float32, bfloat16 or float16, got "
-                f"{tensor.dtype}"
-            )
+        check_dtype(OP, name, tensor)
         if not _is_one_matrix(tensor):
             raise ValueError(
                 f"gradsafe.{OP}: expected {name} to be rows of one matrix, got strides "
@@ -122,7 +120,7 @@ def _check(
                 f"gradsafe.{OP}: expected refs[{k}] of shape [O, I] = "
                 f"{[dy.shape[2], x.shape[2]]}, got {list(ref.shape)}"
             )
-        check_matrix(OP, f"refs[{k}]", ref)
+        check_matrix(OP, f"refs[{k}]", ref, REF_DTYPES)
         check_like(OP, f"refs[{k}]", ref, "refs[0]", refs[0])
         check_device(OP, f"refs[{k}]", ref, "x", x)
     return _check_lengths(x, lengths)

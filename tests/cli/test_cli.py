@@ -82,7 +82,7 @@ def test_choices_are_the_detector_s() -> None:
     assert get_args(config.Method) == cli_options.METHODS
     assert get_args(config.Granularity) == cli_options.GRANULARITIES
     assert get_args(config.Relative) == cli_options.RELATIVES
-    assert tuple(config.REFERENCE_DTYPES) == cli_options.DTYPES
+    assert tuple(config.REFERENCE_DTYPES) == cli_options.REFERENCE_DTYPES
     fields = set(config.DetectorConfig.__dataclass_fields__)
     assert set(cli_options.FIT_OPTIONS) <= fields
     baselines = {m for m in cli_options.METHODS if not config.DetectorConfig(m).uses_references}

@@ -33,6 +33,7 @@ def fit(model, tokenizer, **options):
         {"granularity": "head", "layers": [0, 1]},
         {"granularity": "row+column", "reference_dtype": "float16"},
         {"granularity": "row", "row_fraction": 0.3, "row_seed": 5},
+        {"reference_dtype": "float8"},
         {"method": "gradsafe", "gap": 0.1},
         {"method": "nll"},
         {"method": "gradnorm"},

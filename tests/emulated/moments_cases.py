@@ -13,7 +13,8 @@ from gradsafe.ops import AXES, Moments
 
 from .emulator import Case, Runner, buffer_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # position = code of the kernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REF_DTYPES = (*DTYPES, torch.float8_e4m3fn)  # position = code of the kernels
 FIELDS = ("sum", "sum_sq", "dots")
 
 
@@ -30,7 +31,7 @@ class Problem:
         num_refs = len(self.refs[0]) if self.refs else 0
         grad_dtype = self.grads[0].dtype if self.grads else torch.float32
         ref_dtype = self.refs[0][0].dtype if num_refs else grad_dtype
-        case = Case("moments", [DTYPES.index(grad_dtype), DTYPES.index(ref_dtype)])
+        case = Case("moments", [DTYPES.index(grad_dtype), REF_DTYPES.index(ref_dtype)])
         case.integers += [AXES.index(self.axis), num_refs, int(self.unsigned), len(self.grads)]
         for grad, group in zip(self.grads, self.refs, strict=True):
             case.integers += grad.shape
@@ -45,7 +46,7 @@ class Problem:
 
     def scales(self) -> tuple[Moments, ...]:
         """Sums of absolute terms: the natural scale of the rounding error of each result."""
-        refs = [[r.abs() for r in group] for group in self.refs]
+        refs = [[r.float().abs() for r in group] for group in self.refs]
         return pair(reference.moments([g.abs() for g in self.grads], refs, self.axis))
 
     def parse(self, output: bytes) -> tuple[Moments, ...]:

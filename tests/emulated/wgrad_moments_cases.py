@@ -12,7 +12,8 @@ from gradsafe.ops import AXES
 
 from .emulator import Case, Runner, buffer_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # position = code of the kernels
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REF_DTYPES = (*DTYPES, torch.float8_e4m3fn)  # position = code of the kernels
 UNIT = 2.0**-24  # the relative error of one float32 rounding
 CHAIN = 48  # float32 additions that one entry goes through, at most; float64 after that
 
@@ -31,7 +32,7 @@ class Problem:
 
     def case(self) -> Case:
         ref_dtype = self.refs[0].dtype if self.refs else self.x.dtype
-        case = Case("wgrad_moments", [DTYPES.index(self.x.dtype), DTYPES.index(ref_dtype)])
+        case = Case("wgrad_moments", [DTYPES.index(self.x.dtype), REF_DTYPES.index(ref_dtype)])
         case.integers += [AXES.index(self.axis), len(self.refs), int(self.unsigned)]
         case.integers += [len(self.starts), self.dy.shape[1], self.x.shape[1]]
         for matrix in (self.x, self.dy, *self.refs):

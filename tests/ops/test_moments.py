@@ -13,6 +13,7 @@ from gradsafe._backend import _C
 from gradsafe.ops import AXES, Moments, moments
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+REF_DTYPES = [*DTYPES, torch.float8_e4m3fn]
 FIELDS = ("sum", "sum_sq", "dots")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -35,7 +36,7 @@ def magnitudes(grads, refs, axis):
     """Sums of absolute terms: the natural scale of the rounding error of each result."""
     return pair(
         reference.moments(
-            [g.abs() for g in grads], [[r.abs() for r in group] for group in refs], axis
+            [g.abs() for g in grads], [[r.float().abs() for r in group] for group in refs], axis
         )
     )
 
@@ -72,10 +73,19 @@ def test_equals_the_oracle_for_every_axis_and_reference_count(k, axis, unsigned,
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("axis", AXES)
-@pytest.mark.parametrize(("dtype", "ref_dtype"), list(itertools.product(DTYPES, DTYPES)))
+@pytest.mark.parametrize(("dtype", "ref_dtype"), list(itertools.product(DTYPES, REF_DTYPES)))
 def test_equals_the_oracle_for_every_dtype(dtype, ref_dtype, axis, device):
     grad, refs = make((270, 1050), 2, dtype, ref_dtype, device)
     assert_close_to_oracle(moments([grad], [refs], axis), [grad], [refs], axis, True)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 5])
+def test_every_float8_number_is_read_exactly(isa, shift):
+    codes = torch.cat([torch.zeros(shift), torch.arange(256)]).to(torch.uint8)
+    ref = codes.view(torch.float8_e4m3fn)[None]
+    dots = moments([torch.ones(ref.shape)], [[ref]], "column").dots[0][0]
+    assert torch.equal(dots.nan_to_num(nan=1e9), ref[0].double().nan_to_num(nan=1e9))
+    assert int(dots.isnan().sum()) == 2
 
 
 @pytest.mark.parametrize("axis", AXES)

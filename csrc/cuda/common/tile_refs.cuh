@@ -15,13 +15,19 @@ struct TileRefs {
   static constexpr int kRowBytes = kIn * static_cast<int>(sizeof(S));
 
   // Starts to load one tile, of which `rows` exist. from.aligned also says that the reference is
-  // stored as S; otherwise it is of type `dtype`, and from.data only has its address.
+  // stored as S; otherwise it is of type `dtype`, and from.data only has its address. S holds every
+  // value of `dtype`.
   __device__ static void load(char* to, const TileColumns<S>& from, DType dtype, int64_t first,
                               int rows) {
     const Loads loads(from.count);
     if (from.aligned) return loads.start(to, from, first, rows);
     loads.copy(to, rows, [&](int row, int col) {
       const int64_t at = (first + row) * from.stride + from.first + col;
+      if (dtype == DType::f8) {
+        S value;
+        narrow(widen(reinterpret_cast<const f8*>(from.data)[at]), value);
+        return value;
+      }
       if constexpr (sizeof(S) == 2) {
         return from.data[at];
       } else {

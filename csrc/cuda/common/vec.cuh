@@ -1,6 +1,8 @@
 // Element types on the device and loads of several elements at once. Kernels never spell float4.
 #pragma once
 
+#include <type_traits>
+
 #include "gradsafe/types.h"
 #include "launch.cuh"
 
@@ -8,6 +10,7 @@ namespace gradsafe {
 
 struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
+struct f8 { uint8_t bits; };
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
@@ -21,6 +24,28 @@ __device__ inline float widen(f16 x) {
 #endif
 }
 
+// The bits move into place and the exponent is rebased; the subnormals are multiples of 2^-9.
+__device__ inline float widen(f8 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x80u} << 24;
+  const uint32_t magnitude = x.bits & 0x7fu;
+  const uint32_t normal = (magnitude << 20) + 0x3c000000u;
+  const uint32_t subnormal = __float_as_uint(static_cast<float>(magnitude) * 0x1p-9f);
+  const uint32_t number = magnitude < 8 ? subnormal : normal;
+  return __uint_as_float(sign | (magnitude == 0x7fu ? 0x7fc00000u : number));
+}
+
+// Every e4m3 number is a normal number, or zero, of both 16-bit types.
+__device__ inline void narrow(float x, float& out) { out = x; }
+__device__ inline void narrow(float x, bf16& out) {
+  out.bits = static_cast<uint16_t>(__float_as_uint(x) >> 16);
+}
+__device__ inline void narrow(float x, f16& out) {
+  const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t number = magnitude == 0 ? 0 : (magnitude >> 13) - ((127u - 15u) << 10);
+  out.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) |
+                                   (magnitude > 0x7f800000u ? 0x7e00u : number));
+}
+
 // N neighbouring elements. At 16 bytes and more the compiler emits 16-byte loads.
 template <class T, int N>
 struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
@@ -29,19 +54,26 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
 
 constexpr int kVectorBytes = 16;
 
-// Elements per step so that the narrower of two types fills one 16-byte load.
+// Elements per step so that the narrower of two types fills one 16-byte load; of bytes only eight,
+// for the sake of registers.
+constexpr int64_t pack_size(int64_t a, int64_t b) {
+  const int64_t narrow = a < b ? a : b;
+  return narrow < 2 ? 8 : kVectorBytes / narrow;
+}
 template <class A, class B>
-constexpr int kPackSize = kVectorBytes / (sizeof(A) < sizeof(B) ? sizeof(A) : sizeof(B));
+constexpr int kPackSize = static_cast<int>(pack_size(sizeof(A), sizeof(B)));
 
 // Reads N elements as float32. Gradients and references are read once: evict them first.
 template <class T, int N>
 __device__ inline void load_pack(const T* p, float (&out)[N]) {
-  constexpr int kWords = sizeof(T) * N / kVectorBytes;
-  static_assert(kWords >= 1 && sizeof(T) * N % kVectorBytes == 0, "a pack is whole 16-byte words");
+  constexpr int kBytes = sizeof(T) * N;
+  using Word = std::conditional_t<kBytes == 8, uint2, uint4>;
+  constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
+  static_assert(kBytes == 8 || kBytes % kVectorBytes == 0, "a pack is whole words");
   constexpr int kPerWord = N / kWords;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
-    const uint4 word = __ldcs(reinterpret_cast<const uint4*>(p) + w);
+    const Word word = __ldcs(reinterpret_cast<const Word*>(p) + w);
     const Pack<T, kPerWord>& pack = reinterpret_cast<const Pack<T, kPerWord>&>(word);
 #pragma unroll
     for (int i = 0; i < kPerWord; ++i) out[w * kPerWord + i] = widen(pack.v[i]);

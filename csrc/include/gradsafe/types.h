@@ -6,11 +6,13 @@
 
 namespace gradsafe {
 
-// Element types of gradients and references. The values are part of no file format.
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
-constexpr int kDTypes = 3;
+// Element types. f8 is e4m3 without infinities (torch.float8_e4m3fn), for references only. The values
+// are part of no file format.
+enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2, f8 = 3 };
 
-constexpr int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::f32 ? 4 : dtype == DType::f8 ? 1 : 2;
+}
 
 // Which entries of a [rows, cols] matrix share one result.
 enum class Axis : int32_t {
