@@ -81,6 +81,7 @@ def collect() -> dict[str, Any]:
         "cpu": {
             "isa": _C.cpu_isa(),
             "isa_available": list(_C.cpu_isas()),
+            "bf16_pairs": _C.has_bf16_pairs(),
             "isa_forced": os.environ.get("GRADSAFE_FORCE_ISA") or None,
             "threads": torch.get_num_threads(),
             "cores": _cores(),
@@ -114,6 +115,8 @@ def self_test() -> list[Check]:
 def render(facts: dict[str, Any], checks: list[Check]) -> str:
     """Lays the report out for people."""
     versions, build, cpu, cuda = (facts[key] for key in ("versions", "build", "cpu", "cuda"))
+    available = ", ".join(cpu["isa_available"])
+    pairs = " with bfloat16 pairs" if cpu["bf16_pairs"] else ""
     forced = f", forced by GRADSAFE_FORCE_ISA={cpu['isa_forced']}" if cpu["isa_forced"] else ""
     rows = [
         ("gradsafe", versions["gradsafe"]),
@@ -127,7 +130,7 @@ def render(facts: dict[str, Any], checks: list[Check]) -> str:
         ("python", versions["python"]),
         ("platform", versions["platform"]),
         ("compiler", build["compiler"]),
-        ("CPU kernels", f"{cpu['isa']}{forced}; available: {', '.join(cpu['isa_available'])}"),
+        ("CPU kernels", f"{cpu['isa']}{pairs}{forced}; available: {available}"),
         ("threads", f"{cpu['threads']} of {cpu['cores']} cores"),
         (
             "CUDA kernels",

@@ -17,6 +17,7 @@ namespace {
 struct Features {
   bool avx2 = false;
   bool avx512 = false;
+  bool bf16_pairs = false;
 };
 
 uint64_t extended_control_register() {
@@ -42,6 +43,9 @@ Features probe() {
   const bool f = b & (1u << 16), dq = b & (1u << 17), bw = b & (1u << 30), vl = b & (1u << 31);
   features.avx2 = os_ymm && avx2 && fma && f16c;
   features.avx512 = features.avx2 && os_zmm && f && dq && bw && vl;
+  if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    features.bf16_pairs = features.avx512 && a & (1u << 5);
+  }
   return features;
 }
 
@@ -111,6 +115,14 @@ Isa current_isa() {
     chosen.store(level, std::memory_order_release);
   }
   return static_cast<Isa>(level);
+}
+
+bool has_bf16_pairs() {
+#if defined(__x86_64__) && defined(GRADSAFE_X86_KERNELS)
+  return current_isa() == Isa::avx512 && machine().bf16_pairs;
+#else
+  return false;
+#endif
 }
 
 void set_isa(const std::string& name) {

@@ -17,6 +17,9 @@ bool isa_available(Isa isa);
 // Throws std::runtime_error if that variable names an unknown or unavailable level.
 Isa current_isa();
 
+// True if the level in use also has kernels for pairs of bfloat16 (AVX512_BF16).
+bool has_bf16_pairs();
+
 // Switches the level for all later calls; "auto" returns to the best one. Throws like current_isa.
 void set_isa(const std::string& name);
 

@@ -21,7 +21,7 @@ struct MomentsTileArgs {
 struct WgradPanelArgs {
   const float* dy;    // [row_tiles][tokens][kPanelRows]
   const float* x;     // [tokens][kChunkCols]
-  int64_t tokens;
+  int64_t tokens;     // words of two bfloat16 tokens for the kernels of pairs
   int64_t row_tiles;
   int64_t vectors;    // of 16 columns, 1 to kChunkCols / 16
   float* out;
@@ -39,13 +39,21 @@ struct PackArgs {
   float* out;  // [count][padded]
 };
 
+// Two ways to a panel: float32 operands, or words of two bfloat16 tokens.
+struct PanelKernels {
+  void (*pack)(const PackArgs& args);
+  void (*panel)(const WgradPanelArgs& args);
+};
+
 struct CpuKernels {
   void (*moments_tile)(const MomentsTileArgs& args);
-  void (*wgrad_panel)(const WgradPanelArgs& args);
-  void (*pack)(const PackArgs& args);
+  PanelKernels singles;
+  PanelKernels pairs;  // null at levels without them; see has_bf16_pairs (isa.h)
   // True if row `row` takes no part in a weight gradient: dy is all zero there and x is finite (a
   // zero times NaN or infinity is NaN, which must be seen).
   bool (*is_idle_token)(const WgradProblem& problem, int64_t row);
+  // Smallest exponent field among the nonzero elements of n bfloat16 numbers; 255 if there are none.
+  int (*smallest_exponent)(const uint16_t* numbers, int64_t n);
 };
 
 // Widest tile the kernels keep column accumulators for.

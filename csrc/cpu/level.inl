@@ -6,10 +6,17 @@ namespace gradsafe {
 namespace {
 #include "moments_impl.inl"
 #include "wgrad_moments_impl.inl"
+#if defined(GRADSAFE_PAIRS)
+#include GRADSAFE_PAIRS
+constexpr PanelKernels kPairs{&pack_pairs, &pair_panel};
+#else
+constexpr PanelKernels kPairs{};
+#endif
 }  // namespace
 
 const CpuKernels& GRADSAFE_KERNELS() {
-  static constexpr CpuKernels table{&moments_tile, &wgrad_panel, &pack, &is_idle_token};
+  static constexpr CpuKernels table{&moments_tile, {&pack, &wgrad_panel}, kPairs, &is_idle_token,
+                                    &smallest_exponent};
   return table;
 }
 

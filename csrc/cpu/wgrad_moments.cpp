@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "../common/tiling.h"
+#include "isa.h"
 #include "moments_tile.h"
 
 namespace gradsafe {
@@ -38,7 +39,7 @@ MomentsProblem scoring_problem(const WgradProblem& p) {
   return scoring;
 }
 
-// Parts of one thread's scratch memory, in floats.
+// Parts of one thread's scratch memory, in floats. Of pairs, a word holds two tokens.
 struct Scratch {
   float* panel;  // [kBlockRows][kTileCols]
   float* dy;     // [row tiles][tokens][kPanelRows]
@@ -55,15 +56,23 @@ Scratch divide(float* memory, int64_t tokens) {
   return s;
 }
 
+const PanelKernels& panel_kernels(const ActiveTokens& active) {
+  return active.pairs ? kernels().pairs : kernels().singles;
+}
+int64_t packed_tokens(const ActiveTokens& active) {
+  return active.pairs ? ceil_div(active.count, 2) : active.count;
+}
+
 // dy of one block as [row tile][token][kPanelRows]; rows past the matrix are zero.
 void pack_dy(const WgradProblem& p, const ActiveTokens& active, int64_t first_row, int64_t rows,
              const Scratch& s) {
   PackArgs pack{p.dy,      p.dtype, p.dy_stride, active.tokens, active.count,
                 first_row, rows,    kBlockRows,  s.rows};
-  kernels().pack(pack);
+  panel_kernels(active).pack(pack);
+  const int64_t tokens = packed_tokens(active);
   for (int64_t tile = 0; tile < ceil_div(rows, kPanelRows); ++tile) {
-    float* out = s.dy + tile * active.count * kPanelRows;
-    for (int64_t t = 0; t < active.count; ++t) {
+    float* out = s.dy + tile * tokens * kPanelRows;
+    for (int64_t t = 0; t < tokens; ++t) {
       const float* row = s.rows + t * kBlockRows + tile * kPanelRows;
       for (int64_t i = 0; i < kPanelRows; ++i) out[t * kPanelRows + i] = row[i];
     }
@@ -78,17 +87,36 @@ void compute_panel(const WgradProblem& p, const ActiveTokens& active, int64_t fi
     const int64_t width = std::min(kChunkCols, cols - col);
     PackArgs pack{p.x,     p.dtype,         p.x_stride, active.tokens, active.count,
                   first_col + col, width, kChunkCols, s.x};
-    kernels().pack(pack);
+    panel_kernels(active).pack(pack);
     WgradPanelArgs panel{};
     panel.dy = s.dy;
     panel.x = s.x;
-    panel.tokens = active.count;
+    panel.tokens = packed_tokens(active);
     panel.row_tiles = ceil_div(rows, kPanelRows);
     panel.vectors = ceil_div(width, 16);
     panel.out = s.panel + col;
     panel.out_stride = kTileCols;
-    kernels().wgrad_panel(panel);
+    panel_kernels(active).panel(panel);
   }
+}
+
+// Kernels of pairs flush subnormal numbers, which is exact where none can occur. Elements whose
+// exponent fields are at least ex and ey are multiples of 2^(ex - 134) and 2^(ey - 134), so that
+// products and all their sums, rounded or not, are multiples of 2^(ex + ey - 268): zero, or at least
+// the smallest normal number 2^-126 if that is one.
+bool pairs_are_exact(const WgradProblem& p, const int32_t* tokens, int64_t count) {
+  if (p.dtype != DType::bf16 || !has_bf16_pairs()) return false;
+  const auto least = [&](const void* matrix, int64_t stride, int64_t width) {
+    int exponent = 255;
+    for (int64_t t = 0; t < count; ++t) {
+      const uint16_t* row = static_cast<const uint16_t*>(matrix) + tokens[t] * stride;
+      exponent = std::min(exponent, kernels().smallest_exponent(row, width));
+    }
+    return exponent;
+  };
+  const int ex = least(p.x, p.x_stride, p.in_features);
+  const int ey = least(p.dy, p.dy_stride, p.out_features);
+  return ex > 0 && ey > 0 && ex + ey - 268 >= -126;
 }
 
 }  // namespace
@@ -107,12 +135,12 @@ int64_t wgrad_moments_cpu_scratch(int64_t tokens) {
   return kBlockRows * kTileCols + tokens * (2 * kBlockRows + kChunkCols);
 }
 
-int64_t find_active_tokens(const WgradProblem& p, int64_t sample, int32_t* tokens) {
+ActiveTokens find_active_tokens(const WgradProblem& p, int64_t sample, int32_t* tokens) {
   int64_t count = 0;
   for (int64_t t = p.starts[sample]; t < p.starts[sample] + p.lengths[sample]; ++t) {
     if (!kernels().is_idle_token(p, t)) tokens[count++] = static_cast<int32_t>(t);
   }
-  return count;
+  return {tokens, count, pairs_are_exact(p, tokens, count)};
 }
 
 void wgrad_moments_cpu_tile(const WgradProblem& p, const ActiveTokens* active, int64_t tile,

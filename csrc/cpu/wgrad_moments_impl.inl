@@ -80,6 +80,15 @@ inline bool all_finite(const Bits* p, int64_t n, uint32_t exponent) {
   return worst == 0;
 }
 
+int smallest_exponent(const uint16_t* p, int64_t n) {
+  uint16_t least = 0xffff;  // of magnitude - 1, which sends zero behind all others
+  for (int64_t i = 0; i < n; ++i) {
+    const uint16_t below = static_cast<uint16_t>((p[i] & 0x7fffu) - 1u);
+    least = below < least ? below : least;
+  }
+  return least == 0xffff ? 255 : (least + 1) >> 7;
+}
+
 bool is_idle_token(const WgradProblem& p, int64_t row) {
   if (p.dtype == DType::f32) {
     return all_zero(static_cast<const uint32_t*>(p.dy) + row * p.dy_stride, p.out_features) &&

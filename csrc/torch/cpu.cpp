@@ -84,8 +84,7 @@ Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList leng
   const int64_t scanned = all_tokens * (p.in_features + p.out_features);
   torch::stable::parallel_for(0, p.samples, grain_for(p.samples, scanned), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      active[b].tokens = tokens + a.starts[b];
-      active[b].count = find_active_tokens(p, b, tokens + a.starts[b]);
+      active[b] = find_active_tokens(p, b, tokens + a.starts[b]);
     }
   });
   int64_t longest = 0;

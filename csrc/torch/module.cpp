@@ -54,6 +54,8 @@ PYBIND11_MODULE(_C, m) {
         "Instruction set of the CPU kernels in use.");
   m.def("cpu_isas", &gradsafe::available_isas,
         "Instruction sets this build and machine can run, best first.");
+  m.def("has_bf16_pairs", &gradsafe::has_bf16_pairs,
+        "Whether the kernels in use multiply two bfloat16 tokens at a time (AVX512_BF16).");
   m.def("set_cpu_isa", &gradsafe::set_isa, py::arg("name"),
         "Use 'scalar', 'avx2', 'avx512' or 'auto' from now on.");
   m.def("has_cuda_stream", [] { return gradsafe::cuda_stream_shim() != nullptr; },

@@ -135,6 +135,22 @@ def test_vector_levels_agree_bit_by_bit():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("exponent", [0, -40, -52, -56, -60, -64, -100, -126, -130])
+def test_pairs_of_bfloat16_are_exact_down_to_subnormal_numbers(exponent):
+    """AVX512_BF16 flushes subnormal numbers, AVX2 does not: nothing of that may show."""
+    if not {"avx2", "avx512"} <= set(_C.cpu_isas()):
+        pytest.skip("needs a machine with AVX-512")
+    for tokens in (1, 2, 7):
+        x, dy, refs = make(2, tokens, (19, 70), 1, torch.bfloat16)
+        x, dy = x * 2.0**exponent, dy * 2.0**exponent
+        results = []
+        for level in ("avx2", "avx512"):
+            _C.set_cpu_isa(level)
+            results.append(fields(wgrad_moments(x, dy, [refs[0].float() * 1e30], "both")))
+        _C.set_cpu_isa("auto")
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_padding_is_never_read():
     x, dy, refs = make(3, 12, (40, 50))
     lengths = [12, 0, 5]

@@ -28,13 +28,14 @@ struct WgradProblem {
 struct ActiveTokens {
   const int32_t* tokens;
   int64_t count;
+  bool pairs;  // they can be multiplied two at a time
 };
 
 MomentsTiling tile_wgrad_moments_cpu(const WgradProblem& problem);
 int64_t wgrad_moments_cpu_workspace(const WgradProblem& problem);  // float64 elements
 int64_t wgrad_moments_cpu_scratch(int64_t tokens);  // float32 elements per thread
-// Writes the active rows of `sample` to `tokens` (room for its length); returns their number.
-int64_t find_active_tokens(const WgradProblem& problem, int64_t sample, int32_t* tokens);
+// Writes the active rows of `sample` to `tokens` (room for its length), and returns what it found.
+ActiveTokens find_active_tokens(const WgradProblem& problem, int64_t sample, int32_t* tokens);
 // One tile of every sample on the calling thread. `active` has one entry per sample; `scratch` has
 // room for `scratch_tokens` tokens, the longest sample's.
 void wgrad_moments_cpu_tile(const WgradProblem& problem, const ActiveTokens* active, int64_t tile,
