@@ -150,7 +150,10 @@ class JsonlWriter:
         self._mode = "wb" if overwrite else "xb"  # x: another run may start the same file
         self._file: IO[bytes] | None = None
         if resume and self.path.exists():
-            self.existing, intact = _read_existing(self.path, keys)
+            intact = 0
+            for _, record, line in output_records(self.path, keys):
+                self.existing.append(record)
+                intact += len(line)
             self._file = self.path.open("r+b")
             self._file.truncate(intact)
             self._file.seek(intact)
@@ -249,31 +252,39 @@ def _parse(text: str, where: str, number: int, required: Sequence[str]) -> Row:
     return Row(value, number)
 
 
-def _read_existing(
-    path: Path, keys: Sequence[Mapping[str, Any]]
-) -> tuple[list[dict[str, Any]], int]:
-    """Reads the complete records of an output file; returns them and their length in bytes."""
-    records: list[dict[str, Any]] = []
-    intact = 0
+def output_records(
+    path: Path, keys: Sequence[Mapping[str, Any]], *, in_order: bool = True
+) -> Iterator[tuple[int, Row, bytes]]:
+    """Yields index, record and line of the complete records of an output file.
+
+    Args:
+        path: The file; a last line that was cut off is left out.
+        keys: One key per record of the finished output.
+        in_order: The first record has the first key and so on; else each has that of its index.
+
+    Raises:
+        ValueError: A record was not written for these keys.
+    """
+    advice = "it cannot be resumed: choose overwrite or another file"
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             if not raw.endswith(b"\n"):
                 break
             where = f"{path}:{number}"
-            advice = "it cannot be resumed: choose overwrite or another file"
-            if number > len(keys):
-                raise ValueError(f"{where}: more records than the {len(keys)} expected; {advice}")
             try:
                 record = _parse(raw.decode(), where, number, ())
             except ValueError as error:  # undecodable bytes too
                 raise ValueError(f"{where}: not a record of an earlier run; {advice}") from error
-            for name, expected in keys[number - 1].items():
+            index = number - 1 if in_order else record.get("index")
+            if type(index) is not int or index < 0:
+                raise ValueError(f"{where}: not a record of an earlier run; {advice}")
+            if index >= len(keys):
+                raise ValueError(f"{where}: more records than the {len(keys)} expected; {advice}")
+            for name, expected in keys[index].items():
                 if record.get(name) != expected:
                     raise ValueError(
                         f"{where}: {name} is {json.dumps(record.get(name))}, expected "
                         f"{json.dumps(expected)}: the run that wrote it had other prompts or "
                         f"settings; {advice}"
                     )
-            records.append(record)
-            intact += len(raw)
-    return records, intact
+            yield index, record, raw
