@@ -1,0 +1,230 @@
+"""Processes that share one job, as torchrun starts them: deal, share, wait, end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:  # a process alone never imports torch.distributed
+    import torch
+    from torch import Tensor
+
+POLL = 0.05  # seconds between two looks at the store
+GRACE = 10.0  # seconds in which torchrun ends the processes that have nothing to say
+_LAST_WORD = "last word"
+
+T = TypeVar("T")
+
+
+class Stopped(Exception):
+    """Another process failed and says why; this one should end without a word."""
+
+
+class Processes:
+    """The processes of one job, of which this is number `rank`.
+
+    Small things pass through torchrun's key-value store. It is polled and never waited on inside
+    C++, so that Ctrl-C and the failure of another process end a wait at once, and no wait runs
+    into a time limit. A process that dies needs no watching: torchrun then ends the others.
+    Tensors go by torch.distributed: NCCL between CUDA devices, gloo between CPUs.
+
+    Every process must make the same calls of `wait`, `share` and `share_tensors`. In a process
+    alone all methods are trivial, so callers need no second code path.
+
+    Attributes:
+        rank: Number of this process.
+        count: How many there are.
+        local_rank: Number of this process on its machine.
+    """
+
+    def __init__(self, rank: int = 0, count: int = 1, local_rank: int = 0) -> None:
+        self.rank = rank
+        self.count = count
+        self.local_rank = local_rank
+        self._totals: Counter[str] = Counter()
+        self._claimed: set[str] = set()
+        self._group = False
+
+    @classmethod
+    def from_environment(cls) -> Processes:
+        """Reads RANK, WORLD_SIZE and LOCAL_RANK; a process without all three is alone."""
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if not all(name in os.environ for name in names):
+            return cls()
+        return cls(*(int(os.environ[name]) for name in names))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that does what only one may do."""
+        return self.rank == 0
+
+    def join(self) -> None:
+        """Connects to the store, which imports torch; any later call would do so too."""
+        if self.count > 1:
+            self._store  # noqa: B018
+
+    def close(self) -> None:
+        """Ends what `share_tensors` began."""
+        if self._group:
+            from torch import distributed
+
+            distributed.destroy_process_group()
+            self._group = False
+
+    def claim(self, name: str) -> bool:
+        """Whether this process was the first of all to claim this name."""
+        if self.count == 1 or name in self._claimed:
+            return True
+        mine: bool = self._store.add(f"claim/{name}", 1) == 1
+        if mine:
+            self._claimed.add(name)
+        return mine
+
+    def claim_last_word(self) -> bool:
+        """Whether this process says why the job ends: the first one to fail does."""
+        try:
+            return self.claim(_LAST_WORD)
+        except RuntimeError:  # torchrun is gone, and its store: better several messages than none
+            return True
+
+    def linger(self) -> None:
+        """Waits for torchrun to end this process, so that the message of another comes through.
+
+        torchrun kills all processes as soon as one has failed, in the middle of a line if need be.
+        """
+        try:
+            time.sleep(GRACE)
+        except KeyboardInterrupt:
+            return
+
+    def check(self) -> None:
+        """Raises Stopped if another process has failed."""
+        if self.count > 1 and self._store.check([f"claim/{_LAST_WORD}"]):
+            raise Stopped
+
+    def wait(self, name: str, tick: Callable[[], None] | None = None) -> None:
+        """Waits until all processes have come here.
+
+        Args:
+            name: Of the place; each is passed once.
+            tick: Called now and then.
+
+        Raises:
+            Stopped: Another process failed.
+        """
+        if self.count > 1:
+            self.total(f"wait/{name}", 1)
+            self._poll(lambda: self.total(f"wait/{name}") >= self.count, tick)
+
+    @contextmanager
+    def first_of_machine_first(self, name: str) -> Iterator[None]:
+        """Lets the first process of each machine through the block before its others."""
+        if self.local_rank:
+            self.wait(name)
+        yield
+        if not self.local_rank:
+            self.wait(name)
+
+    def total(self, name: str, amount: int = 0) -> int:
+        """Adds to a sum over all processes and returns it."""
+        if self.count == 1:
+            self._totals[name] += amount
+            return self._totals[name]
+        total: int = self._store.add(f"total/{name}", amount)
+        return total
+
+    def deal(self, items: Sequence[T]) -> Iterator[T]:
+        """Yields items that no other process gets, the next one as soon as this one asks for it.
+
+        Args:
+            items: The same in all processes, and dealt out once.
+
+        Raises:
+            Stopped: Another process failed.
+        """
+        while (turn := self.total("dealt", 1)) <= len(items):
+            self.check()
+            yield items[turn - 1]
+
+    def share(self, name: str, value: Any) -> Any:
+        """Returns the first process's value in all of them; the other values are ignored.
+
+        Args:
+            name: Of the value; each is shared once.
+            value: Any JSON, in the first process.
+
+        Raises:
+            Stopped: Another process failed.
+        """
+        if self.count == 1:
+            return value
+        key = f"share/{name}"
+        if self.first:
+            self._store.set(key, json.dumps(value))
+            return value
+        self._poll(lambda: self._store.check([key]))
+        return json.loads(self._store.get(key))
+
+    def share_tensors(
+        self, name: str, tensors: Mapping[str, Tensor], device: torch.device
+    ) -> Mapping[str, Tensor]:
+        """Returns the first process's tensors in all of them, bit for bit.
+
+        Args:
+            name: Of the tensors; each is shared once.
+            tensors: Name to tensor in the first process, ignored in the others.
+            device: That of this process, of the same type in all. Tensors that the first process
+                keeps on the CPU arrive on the CPU.
+
+        Raises:
+            Stopped: Another process failed.
+        """
+        if self.count == 1:
+            return tensors
+        import torch
+        from torch import distributed
+
+        mine = {
+            key: [list(tensor.shape), str(tensor.dtype).removeprefix("torch."), tensor.device.type]
+            for key, tensor in tensors.items()
+        }
+        layout = self.share(name, mine)
+        self.wait(name)  # the group's own waiting has a time limit
+        if not self._group:
+            distributed.init_process_group(
+                "nccl" if device.type == "cuda" else "gloo",
+                store=distributed.PrefixStore("group", self._store),
+                rank=self.rank,
+                world_size=self.count,
+            )
+            self._group = True
+        received: dict[str, Tensor] = {}
+        for key, (shape, dtype, home) in layout.items():
+            if self.first:
+                tensor = tensors[key].detach().to(device).contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            if tensor.numel():  # as bytes: not every backend knows every dtype
+                distributed.broadcast(tensor.reshape(-1).view(torch.uint8), src=0)
+            received[key] = tensor if home == device.type else tensor.to(home)
+        return tensors if self.first else received
+
+    def _poll(self, done: Callable[[], bool], tick: Callable[[], None] | None = None) -> None:
+        while not done():
+            self.check()
+            if tick is not None:
+                tick()
+            time.sleep(POLL)
+
+    @cached_property
+    def _store(self) -> Any:
+        from torch import distributed
+
+        store, _, _ = next(distributed.rendezvous("env://"))
+        return distributed.PrefixStore("gradsafe", store)
