@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,11 @@ KIND = "detector"
 
 def save(detector: Detector, folder: str | os.PathLike[str]) -> None:
     """See `Detector.save`."""
+    save_folder(folder, KIND, *pack(detector))
+
+
+def pack(detector: Detector) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns all of a detector but the model, as tensors and JSON; see `unpack`."""
     tensors = {f"rows/{name}": rows for name, rows in detector.rows.items()}
     scales: dict[str, dict[str, float]] = {}
     method, components = detector.method, detector.component_map
@@ -51,14 +57,25 @@ def save(detector: Detector, folder: str | os.PathLike[str]) -> None:
         "reference_gap": detector.reference_gap,
         "calibration": detector.calibration.to_json() if detector.calibration else None,
     }
-    save_folder(folder, KIND, tensors, metadata)
+    return tensors, metadata
 
 
 def load(
     cls: type[Detector], folder: str | os.PathLike[str], model: nn.Module, tokenizer: Any
 ) -> Detector:
     """See `Detector.load`."""
-    tensors, metadata = load_folder(folder, KIND)
+    return unpack(cls, folder, *load_folder(folder, KIND), model, tokenizer)
+
+
+def unpack(
+    cls: type[Detector],
+    folder: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    model: nn.Module,
+    tokenizer: Any,
+) -> Detector:
+    """Makes a detector from what `pack` returned; `folder` says in errors where that was."""
     _check_fingerprint(folder, "model", metadata["model"], model_fingerprint(model))
     _check_fingerprint(folder, "tokenizer", metadata["tokenizer"], tokenizer_fingerprint(tokenizer))
     known = {field.name for field in fields(DetectorConfig)}
@@ -114,8 +131,8 @@ def _put(
 
 def _take(
     folder: str | os.PathLike[str],
-    tensors: dict[str, Tensor],
-    metadata: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
     group: str,
     layers: Layers,
 ) -> Reference:
@@ -133,7 +150,7 @@ def _take(
     )
 
 
-def _tensor(folder: str | os.PathLike[str], tensors: dict[str, Tensor], name: str) -> Tensor:
+def _tensor(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise StorageError(f"{folder} is incomplete: it holds no tensor {name}")
     return tensors[name]
