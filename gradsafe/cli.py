@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from gradsafe import cli_demo, cli_detect, cli_options
 from gradsafe._version import __version__
+from gradsafe.distributed import Processes, Stopped
 
+FAILED = 1
 USAGE_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -22,20 +26,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None for those of the process.
 
     Returns:
-        Exit status: 0, 1 (a self-test failed, or the reader of the output went away), 2 (an error
-        that the user can fix) or 130 (interrupted).
+        Exit status: 0, 1 (a self-test failed, or the reader of the output went away, or another
+        process failed), 2 (an error that the user can fix) or 130 (interrupted).
     """
-    args, unknown = _parser().parse_known_args(argv)
-    if unknown:  # argparse itself would show the usage of the program, not of the command
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    processes = Processes.from_environment()
+    args = _arguments(argv, processes)
     debug = getattr(args, "debug", False)
-    with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+    with warnings.catch_warnings(), contextlib.closing(processes):
         try:
+            processes.join()
+            warnings.showwarning = _warnings_once(processes)
+            if processes.count > 1 and not args.in_several_processes:
+                raise ValueError("this command runs in one process: start it without torchrun")
+            args.processes = processes
             status: int = args.run(args)
             sys.stdout.flush()
             return status
+        except Stopped:
+            processes.linger()
+            return FAILED
         except KeyboardInterrupt as error:
+            if not processes.claim_last_word():
+                return INTERRUPTED
             if debug:
                 raise
             hint = f": {error}" if str(error) else ""
@@ -46,6 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
         except Exception as error:
+            if not processes.claim_last_word():
+                processes.linger()
+                return FAILED
             advice = _advice(error)
             if debug or advice is None:
                 raise
@@ -63,8 +78,37 @@ def _advice(error: Exception) -> str | None:
     return None
 
 
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"gradsafe: warning: {' '.join(str(message).split())}", file=sys.stderr)
+def _warnings_once(processes: Processes) -> Callable[..., None]:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
+        line = f"gradsafe: warning: {' '.join(str(message).split())}"
+        if processes.claim(line):
+            print(line, file=sys.stderr)
+
+    return show
+
+
+def _arguments(argv: Sequence[str] | None, processes: Processes) -> argparse.Namespace:
+    """Parses; of several processes only one prints the help or what is wrong."""
+    if processes.count == 1:
+        return _parse(argv)
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            return _parse(argv)
+    except SystemExit as stop:
+        if processes.claim_last_word():
+            sys.stdout.write(out.getvalue())
+            sys.stderr.write(err.getvalue())
+        elif stop.code:
+            processes.linger()
+        raise
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown:  # argparse itself would show the usage of the program, not of the command
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -95,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         add_arguments(command)
-        command.set_defaults(run=run, parser=command)
+        command.set_defaults(run=run, parser=command, in_several_processes=name == "detect")
     return parser
 
 

@@ -7,13 +7,16 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from gradsafe.cli_files import Inputs, check_destinations, read_inputs, texts
-from gradsafe.cli_options import WITHOUT_REFERENCES, check_options, fit_options
-from gradsafe.jsonl import JsonlWriter, Row, record_key, to_line
+from gradsafe.cli_options import TESTBED, WITHOUT_REFERENCES, check_options, fit_options
+from gradsafe.cli_output import Output, Record, open_output
+from gradsafe.cli_processes import check_agreement, hand_over
+from gradsafe.distributed import Processes
+from gradsafe.jsonl import Row, record_key
 
 if TYPE_CHECKING:
     from gradsafe.detection import Detector, DetectorConfig
@@ -22,58 +25,82 @@ SLICE = 64  # prompts per call of the detector: what an interruption loses at mo
 FLOAT32_MAX = 3.4028234663852886e38
 
 
-class StandardOutput:
-    """Takes records like `JsonlWriter` does, and prints them."""
-
-    def __init__(self) -> None:
-        self.existing: list[dict[str, Any]] = []
-        self._written = 0
-
-    def __len__(self) -> int:
-        return self._written
-
-    def write(self, fields: Mapping[str, Any]) -> None:
-        """Prints one record at once."""
-        print(to_line({"index": self._written, **fields}), end="", flush=True)
-        self._written += 1
-
-    def close(self) -> None:
-        """Does nothing: the stream belongs to the process."""
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the command; raises what `cli.main` turns into one line."""
+    processes: Processes = args.processes
     check_options(args)
+    if processes.count > 1 and not args.output:
+        raise ValueError("-o FILE is needed under torchrun: each process writes a part of it")
     inputs = read_inputs(args)
-    check_destinations(args)
+    if processes.first:
+        check_destinations(args)
 
     # From here on torch is needed, which takes seconds to import.
-    from gradsafe.cli_model import load_model
-    from gradsafe.cli_report import detection_summary
-
-    model, tokenizer = load_model(args.model, args.dtype, args.device, not args.no_progress)
-    output: JsonlWriter | StandardOutput = StandardOutput()
+    model, tokenizer = _load_model(args, processes)
+    keys: list[dict[str, Any]] = []
     if args.output:
         settings = _settings(args, inputs, model, tokenizer)
         keys = [record_key(i, row["prompt"], run=settings) for i, row in enumerate(inputs.rows)]
-        output = JsonlWriter(args.output, keys, resume=args.resume, overwrite=args.overwrite)
+    check_agreement(processes, keys, model.device)
+    output = open_output(args, keys, processes)
     try:
-        detector = _prepare(args, inputs, model, tokenizer)
-        records = _score_all(args, inputs, detector, output)
+        found = output.found() if processes.first else set()
+        pending = processes.share("pending slices", _unfinished(found, len(inputs.rows)))
+        prepared = _prepare(args, inputs, model, tokenizer) if processes.first else None
+        detector = hand_over(processes, prepared, model, tokenizer)
+        output.begin()
+        processes.wait("all are ready to score")
+        _score_all(args, inputs, detector, output, pending)
+        if not processes.first:
+            return 0
+        records = output.finish()
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_resume(args, inputs, output)) from None
+        raise KeyboardInterrupt(_how_to_resume(args, output)) from None
     except Exception:
-        if hint := _how_to_resume(args, inputs, output):
+        if (hint := _how_to_resume(args, output)) and processes.claim_last_word():
             print(f"gradsafe: {hint}", file=sys.stderr)
         raise
     finally:
         output.close()
+    _summarise(args, inputs, detector, records)
+    return 0
+
+
+def _load_model(args: argparse.Namespace, processes: Processes) -> tuple[Any, Any]:
+    from gradsafe.cli_model import load_model
+
+    options = (args.model, args.dtype, args.device, processes.first and not args.no_progress)
+    if processes.count == 1:
+        return load_model(*options)
+    if args.model != TESTBED:
+        return load_model(*options, processes.local_rank)
+    with processes.first_of_machine_first("testbed"):  # which trains it
+        return load_model(*options, processes.local_rank)
+
+
+def _unfinished(found: set[int], total: int) -> list[int]:
+    """Starts of the slices that lack a record.
+
+    A slice that was cut short is scored again as a whole: in the batches of an unbroken run, the
+    last bits of its scores are those of an unbroken run.
+    """
+    return [
+        start
+        for start in range(0, total, SLICE)
+        if not found.issuperset(range(start, min(start + SLICE, total)))
+    ]
+
+
+def _summarise(
+    args: argparse.Namespace, inputs: Inputs, detector: Detector, records: Sequence[Record]
+) -> None:
+    from gradsafe.cli_report import detection_summary
+
     # A score that is no number counts as the highest, as its flag does.
     scores = [FLOAT32_MAX if r["score"] is None else float(r["score"]) for r in records]
     flags = [bool(record["flag"]) for record in records] if detector.calibration else None
     summary = detection_summary(detector.config.method, scores, inputs.labels, flags)
     print(summary, file=sys.stdout if args.output else sys.stderr)
-    return 0
 
 
 def _settings(args: argparse.Namespace, inputs: Inputs, model: Any, tokenizer: Any) -> str:
@@ -149,14 +176,12 @@ def _check_lengths(
                 encoder(row["prompt"])
 
 
-def _how_to_resume(
-    args: argparse.Namespace, inputs: Inputs, output: JsonlWriter | StandardOutput
-) -> str:
-    if not args.output or not len(output):
+def _how_to_resume(args: argparse.Namespace, output: Output) -> str:
+    if not (saved := output.saved()):
         return ""
     return (
-        f"{len(output)} of {len(inputs.rows)} scores are in {args.output}; the same command with "
-        f"--resume{' in place of --overwrite' * args.overwrite} goes on from there"
+        f"{saved}; the same command with --resume{' in place of --overwrite' * args.overwrite} "
+        "goes on from there"
     )
 
 
@@ -173,28 +198,38 @@ def _score_all(
     args: argparse.Namespace,
     inputs: Inputs,
     detector: Detector,
-    output: JsonlWriter | StandardOutput,
-) -> list[dict[str, Any]]:
-    """Scores what the output lacks; returns the records of all prompts."""
+    output: Output,
+    pending: list[int],
+) -> None:
+    """Scores slices as long as there are any; returns when all processes have."""
     from tqdm import tqdm
 
-    records = list(output.existing)
+    processes: Processes = args.processes
+    left = sum(len(inputs.rows[start : start + SLICE]) for start in pending)
     with tqdm(
         total=len(inputs.rows),
-        initial=len(records),
+        initial=len(inputs.rows) - left,
         desc="scoring",
         unit="prompt",
         file=sys.stderr,
         disable=_bar_hidden(args),
     ) as bar:
-        for start in range(len(records), len(inputs.rows), SLICE):
+        shown = 0
+
+        def show(scored: int = 0) -> None:  # the bar is that of all processes
+            nonlocal shown
+            total = processes.total("scored", scored)
+            bar.update(total - shown)
+            shown = total
+
+        for start in processes.deal(pending):
             rows = inputs.rows[start : start + SLICE]
-            for row, score in zip(rows, _scores(args, detector, rows), strict=True):
-                record = _record(args, row, score, detector.threshold)
-                output.write(record)
-                records.append(record)
-                bar.update()
-    return records
+            scores = _scores(args, detector, rows)
+            for index, (row, score) in enumerate(zip(rows, scores, strict=True), start):
+                output.write(index, _record(args, row, score, detector.threshold))
+            show(len(rows))
+        processes.wait("all are scored", show)
+        show()
 
 
 def _scores(args: argparse.Namespace, detector: Detector, rows: list[Row]) -> Iterator[float]:
@@ -235,7 +270,8 @@ def _record(
 def _bar_hidden(args: argparse.Namespace) -> bool:
     """Bars only go to a terminal, and not between lines of output on the same one."""
     lines_in_sight = not args.output and sys.stdout.isatty()
-    return args.no_progress or lines_in_sight or not sys.stderr.isatty()
+    hidden = args.no_progress or not args.processes.first
+    return hidden or lines_in_sight or not sys.stderr.isatty()
 
 
 def _say(args: argparse.Namespace, text: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradsafe.jsonl import LABELS, Row, check_output, labels_of, read_rows
+from gradsafe.jsonl_parts import check_parts
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ def check_destinations(args: argparse.Namespace) -> None:
         if Path(args.output).resolve() in {Path(path).resolve() for path in inputs if path}:
             raise ValueError(f"-o {args.output} is one of the input files: choose another name")
         check_output(args.output, resume=args.resume, overwrite=args.overwrite)
+        check_parts(args.output, resume=args.resume, overwrite=args.overwrite)
     if args.detector or args.save_detector:
         from gradsafe.storage import check_destination, read_manifest
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ _RENAMED = Version(transformers.__version__) >= Version("4.56")
 _DTYPE_OPTION = "dtype" if _RENAMED else "torch_dtype"
 
 
-def load_model(name: str, dtype: str, device: str, progress: bool) -> tuple[Any, Any]:
+def load_model(
+    name: str, dtype: str, device: str, progress: bool, number: int | None = None
+) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer; nothing is downloaded or unpickled.
 
     Args:
@@ -29,6 +31,7 @@ def load_model(name: str, dtype: str, device: str, progress: bool) -> tuple[Any,
         device: "cpu", "cuda" or "auto": CUDA where it works, and a note on stderr where the
             machine has it but it does not.
         progress: Show a progress bar if the testbed must be trained.
+        number: Which CUDA device, if not the current one.
 
     Returns:
         The model, in eval mode, and the tokenizer.
@@ -36,7 +39,7 @@ def load_model(name: str, dtype: str, device: str, progress: bool) -> tuple[Any,
     Raises:
         ValueError: The folder holds no complete model, or CUDA was asked for and does not work.
     """
-    place = choose_device(device)
+    place = choose_device(device, number)
     model: Any
     torch_dtype: torch.dtype = getattr(torch, dtype)
     transformers_logging.disable_progress_bar()  # ours says enough
@@ -77,12 +80,22 @@ def _load_folder(name: str, torch_dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def choose_device(device: str) -> torch.device:
+def choose_device(device: str, number: int | None = None) -> torch.device:
     """Resolves "auto", and refuses "cuda" with the reason where it does not work."""
     problem = cuda_problem()
     if device == "cuda" and problem is not None:
         raise ValueError(f"--device cuda: {problem}")
     if device == "auto" and problem is not None and torch.cuda.is_available():
-        print(f"gradsafe: warning: using the CPU: {problem}", file=sys.stderr)
-    usable = problem is None and device != "cpu"
-    return torch.device("cuda" if usable else "cpu")
+        warnings.warn(f"using the CPU: {problem}", stacklevel=2)
+    if problem is not None or device == "cpu":
+        return torch.device("cpu")
+    if number is None:
+        return torch.device("cuda")
+    if number >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {device}: process {number} of this machine has no GPU of its own: start at "
+            f"most {torch.cuda.device_count()} (torchrun --nproc-per-node), or give --device cpu"
+        )
+    place = torch.device("cuda", number)
+    torch.cuda.set_device(place)  # kernels and NCCL take the current device
+    return place

@@ -44,6 +44,49 @@ def test_an_interrupted_run_goes_on(detect: Run, monkeypatch: pytest.MonkeyPatch
     assert out.split()[out.split().index("gradcoo") + 1] == "10"
 
 
+def test_a_slice_cut_short_is_scored_as_a_whole(
+    detect: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_detect, "SLICE", 4)
+    detect("-o", "out.jsonl")
+    whole = Path("out.jsonl").read_bytes()
+    scored = []
+    score = Detector.score
+
+    def watched(self: Detector, prompts: list[str], *args: Any, **options: Any) -> Any:
+        scored.append(prompts)
+        return score(self, prompts, *args, **options)
+
+    monkeypatch.setattr(Detector, "score", watched)
+    lines = whole.splitlines(keepends=True)
+    Path("out.jsonl").write_bytes(b"".join(lines[:6]))
+    assert detect("-o", "out.jsonl", "--resume")[0] == 0
+    assert scored == [PROMPTS[4:8], PROMPTS[8:]]
+    assert Path("out.jsonl").read_bytes() == whole
+
+
+def test_parts_left_by_several_processes_are_used_or_overwritten(detect: Run) -> None:
+    detect("-o", "whole.jsonl")
+    whole = Path("whole.jsonl").read_bytes()
+    lines = whole.splitlines(keepends=True)
+    part = Path("out.jsonl.part-1-of-2")
+    for option in ("--resume", "--overwrite"):
+        part.write_bytes(b"".join(lines[3:]) + lines[0][:9])
+        Path("out.jsonl").unlink(missing_ok=True)
+        status, _, err = detect("-o", "out.jsonl")
+        assert status == 2
+        assert "out.jsonl.part-1-of-2 was left by an interrupted run" in err
+        assert detect("-o", "out.jsonl", option)[0] == 0
+        assert Path("out.jsonl").read_bytes() == whole
+        assert not part.exists()
+    part.write_bytes(b"".join(lines[3:]))
+    Path("out.jsonl").unlink()
+    status, _, err = detect("-o", "out.jsonl", "--resume", "--method", "nll")
+    assert status == 2
+    assert "out.jsonl.part-1-of-2:1: run is" in err
+    assert part.read_bytes() == b"".join(lines[3:])
+
+
 def test_a_complete_file_stays_as_it_is(detect: Run) -> None:
     _, first, _ = detect("-o", "out.jsonl", "--calibrate", "benign.txt")
     before = Path("out.jsonl").read_bytes()

@@ -1,0 +1,153 @@
+"""`gradsafe detect` under torchrun: the file of one process, whatever happens on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import BENIGN, SAFE, UNSAFE
+
+import gradsafe
+from gradsafe.cli import main
+from gradsafe.jsonl_parts import part_paths
+
+# A random model refuses nothing, which every fit warns of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning"),
+    pytest.mark.slow,
+]
+
+PROMPTS = [f"number {i} " + "x" * (i * 7 % 30) for i in range(270)]  # five slices, the last short
+FATAL = 140  # in the third slice: the processes have scored something by then
+
+
+@pytest.fixture(scope="module")
+def common(model: Path) -> list[str]:
+    return [
+        *("detect", "--model", str(model), "--device", "cpu", "--unsafe", "unsafe.txt"),
+        *("--safe", "safe.txt", "--calibrate", "benign.txt", "many.jsonl"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, common: list[str]) -> Path:
+    """Input files and whole.jsonl, written by one process."""
+    folder = tmp_path_factory.mktemp("inputs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        rows = [{"prompt": p, "label": i % 2} for i, p in enumerate(PROMPTS)]
+        Path("many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for name, texts in (("unsafe", UNSAFE), ("safe", SAFE), ("benign", BENIGN)):
+            Path(f"{name}.txt").write_text("\n".join(texts))
+        with one_thread():
+            assert main([*common, "-o", "whole.jsonl", "--no-progress"]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+
+
+class one_thread:
+    """As torchrun sets it: the library's sums may differ with the number of threads."""
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
+
+
+def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(gradsafe.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return subprocess.run(
+        [*start, str(count), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=environment,
+    )
+
+
+def failing(how: str, common: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+    script = str(Path(__file__).with_name("failing_gradsafe.py"))
+    return torchrun(2, script, how, PROMPTS[FATAL], *common, "-o", "out.jsonl", *options)
+
+
+def messages(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line for line in done.stderr.splitlines() if line.startswith("gradsafe: ")]
+
+
+def same_as_whole() -> bool:
+    return Path("out.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def complete_slices() -> int:
+    assert not Path("out.jsonl").exists()
+    assert part_paths("out.jsonl")
+    return sum(part.read_bytes().count(b"\n") // 64 for part in part_paths("out.jsonl"))
+
+
+def test_two_write_the_file_of_one(common: list[str]) -> None:
+    done = torchrun(2, "-m", "gradsafe", *common, "-o", "out.jsonl", "--save-detector", "saved")
+    assert done.returncode == 0, done.stderr
+    assert same_as_whole()
+    assert done.stdout.count("gradcoo") == 1
+    for once in ("mean NLL", "too few to promise", "scored 14 weights", "calibrated: threshold"):
+        assert sum(once in line for line in messages(done)) == 1
+    assert len(messages(done)) == 4
+    assert Path("saved/manifest.json").is_file()
+    assert not part_paths("out.jsonl")
+
+
+def test_a_killed_process_ends_all_and_one_alone_goes_on(common: list[str]) -> None:
+    done = failing("kill", common)
+    assert done.returncode != 0
+    assert complete_slices() >= 1
+    assert main([*common, "-o", "out.jsonl"]) == 2  # neither resume nor overwrite
+    with one_thread():
+        assert main([*common, "-o", "out.jsonl", "--resume"]) == 0
+    assert same_as_whole()
+    assert not part_paths("out.jsonl")
+
+
+def test_after_an_interruption_three_go_on(common: list[str]) -> None:
+    done = failing("interrupt", common)
+    assert done.returncode != 0
+    hint = "gradsafe: interrupted: the scores so far are in out.jsonl.part-*; the same command with"
+    assert [line.startswith(hint) for line in messages(done) if "interrupted" in line] == [True]
+    assert complete_slices() >= 1
+    # As if one process had begun, and been killed in the middle of a slice and of a line.
+    Path("out.jsonl").write_bytes(Path("whole.jsonl").read_bytes()[:12345])
+    done = torchrun(3, "-m", "gradsafe", *common, "-o", "out.jsonl", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert same_as_whole()
+    assert not part_paths("out.jsonl")
+
+
+def test_a_prompt_that_fails_ends_all_with_one_message(common: list[str]) -> None:
+    Path("out.jsonl").write_text("old")
+    done = failing("error", common, "--overwrite")
+    assert done.returncode != 0
+    errors = [line for line in messages(done) if "error" in line]
+    assert errors == [f"gradsafe: error: many.jsonl:{FATAL + 1}: the gradient holds NaN"]
+    assert sum("--resume in place of --overwrite goes on" in line for line in messages(done)) == 1
+    assert "gradsafe/cli" not in done.stderr  # no traceback of ours
+    kept = b"".join(part.read_bytes() for part in part_paths("out.jsonl"))
+    assert kept.count(b'"index": 139,') == 1
+    assert b'"index": 140,' not in kept
+    assert complete_slices() >= 1
