@@ -90,7 +90,7 @@ class Processes:
         """Whether this process says why the job ends: the first one to fail does."""
         try:
             return self.claim(_LAST_WORD)
-        except RuntimeError:  # torchrun is gone, and its store: better several messages than none
+        except (RuntimeError, ValueError):  # no store, or none any more: several messages or none
             return True
 
     def linger(self) -> None:

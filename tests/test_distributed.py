@@ -147,6 +147,18 @@ class TestCommandLine:
             "gradsafe: error: -o FILE is needed under torchrun: each process writes a part of it\n"
         )
 
+    def test_half_an_environment_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.undo()
+        for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+        assert main(["detect", "--model", "testbed", "gone.jsonl"]) == 2
+        err = capsys.readouterr().err
+        assert "MASTER_ADDR expected" in err
+        assert err.count("\n") == 1
+
     def test_only_detect_runs_in_several(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["doctor"]) == 2
         assert "start it without torchrun" in capsys.readouterr().err

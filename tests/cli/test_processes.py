@@ -78,7 +78,7 @@ def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
         [*start, str(count), *arguments],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=300,
         env=environment,
     )
 
