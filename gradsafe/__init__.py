@@ -12,18 +12,20 @@ from gradsafe._version import __version__
 
 if TYPE_CHECKING:
     from gradsafe import detection, models, ops, reference, testbed
-    from gradsafe.detection import Detector, DetectorConfig, Scores
+    from gradsafe.detection import Detector, DetectorConfig, Explanation, Scores
 
 _MODULES = ("detection", "models", "ops", "reference", "testbed")
 _MEMBERS = {
     "Detector": "gradsafe.detection",
     "DetectorConfig": "gradsafe.detection",
+    "Explanation": "gradsafe.detection",
     "Scores": "gradsafe.detection",
 }
 
 __all__ = [
     "Detector",
     "DetectorConfig",
+    "Explanation",
     "Scores",
     "__version__",
     "detection",

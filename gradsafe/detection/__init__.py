@@ -5,6 +5,7 @@ from __future__ import annotations
 from gradsafe.detection.calibration import Calibration
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.detector import Detector, ReferenceGapWarning, UncalibratedWarning
+from gradsafe.detection.explanation import Explanation
 from gradsafe.detection.gradients import NonFiniteGradientError
 from gradsafe.detection.scores import Scores
 
@@ -12,6 +13,7 @@ __all__ = [
     "Calibration",
     "Detector",
     "DetectorConfig",
+    "Explanation",
     "NonFiniteGradientError",
     "ReferenceGapWarning",
     "Scores",

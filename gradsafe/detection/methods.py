@@ -56,8 +56,35 @@ class GradCoo:
         values = self._relative(a, b, table[..., COUNT].clamp(min=1))
         return self._reduce(values, table[..., COUNT]), values
 
+    def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """How the dots of one prompt add up to evidence, all denominators fixed; see `explain`.
+
+        Args:
+            table: `[C, 5]` float64.
+
+        Returns:
+            Factors `[C, 2]`, whose products with the dots sum to a component's evidence, and the
+            weights `[C]` of the components, which sum to 1; float64.
+        """
+        config, entries = self.config, table[:, COUNT].clamp(min=1)
+        factors = torch.stack([self._divide(1.0, r.std) for r in (self.unsafe, self.safe)], dim=1)
+        if config.normalize:
+            factors *= self._divide(1.0, standard_deviation(table))[:, None]
+        if config.relative == "share":
+            total = (table[:, DOTS:] * factors).abs().sum(1)
+            factors *= self._divide(1.0, total)[:, None]
+        else:
+            factors /= entries[:, None]
+        # A signed share is measured from 0, an unsigned one from the undecided a = b.
+        two_sided = config.relative == "difference" or (
+            config.relative == "share" and config.unsigned
+        )
+        factors[:, 1] *= -1.0 if two_sided else 0.0
+        counts = table[:, COUNT] if config.reduce == "weighted" else torch.ones_like(entries)
+        return factors, counts / counts.sum()
+
     @staticmethod
-    def _divide(dots: Tensor, std: Tensor) -> Tensor:
+    def _divide(dots: Tensor | float, std: Tensor) -> Tensor:
         """A component without spread has no direction to share: it counts as zero evidence."""
         return torch.where(std > 0, dots / std, 0.0)
 
@@ -113,6 +140,12 @@ class GradSafe:
         if self.selected is not None:
             cosines = cosines[:, self.selected]
         return cosines.mean(1), cosines
+
+    def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors `[C, 1]` and weights `[C]` of one prompt's `[C, 4]` table; see `GradCoo`."""
+        norms = (table[:, SUM_SQ] * self.unsafe.sum_sq).sqrt()
+        chosen = torch.ones_like(norms) if self.selected is None else self.selected.to(norms)
+        return torch.where(norms > 0, 1.0 / norms, 0.0)[:, None], chosen / chosen.sum()
 
     def select(self, unsafe: Tensor, safe: Tensor, gap: float) -> None:
         """Choose the slices that tell the reference prompts apart.

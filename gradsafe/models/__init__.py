@@ -6,6 +6,7 @@ from gradsafe.models.coverage import Skipped
 from gradsafe.models.encode import ContextOverflowError, Encoded, context_length, encode
 from gradsafe.models.layers import Layers, LinearLayer, find_layers
 from gradsafe.models.loss import response_nll
+from gradsafe.models.pieces import prompt_span, token_texts
 from gradsafe.models.windows import encode_prompts, encode_windows
 
 __all__ = [
@@ -24,5 +25,7 @@ __all__ = [
     "find_layers",
     "pad_token_id",
     "plan_batches",
+    "prompt_span",
     "response_nll",
+    "token_texts",
 ]

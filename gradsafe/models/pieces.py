@@ -1,0 +1,75 @@
+"""Token ids back to text, piece by piece, and which of them came from the user."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from gradsafe.models.encode import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_INCOMPLETE = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """Decode token by token, so that the pieces join to the text of the whole.
+
+    A token alone often decodes to something else: the space before a word disappears, and half a
+    character becomes a replacement sign. So each piece is what its token adds to the text of a few
+    tokens before it. A character of several tokens is the piece of its last token; the pieces of
+    the others are empty.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        ids: Token ids.
+
+    Returns:
+        One text per id; special tokens are written out.
+    """
+
+    def decode(begin: int, end: int) -> str:
+        text = tokenizer.decode(
+            list(ids[begin:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        assert isinstance(text, str)
+        return text
+
+    pieces: list[str] = []
+    begin = done = 0  # [begin, done) is the context, [done, end) what waits for its last token
+    for end in range(1, len(ids) + 1):
+        context, text = decode(begin, done), decode(begin, end)
+        waits = end < len(ids) and (text.endswith(_INCOMPLETE) or len(text) <= len(context))
+        pieces.append("" if waits else text[len(context) :])
+        if not waits:
+            begin, done = done, end
+    return pieces
+
+
+def prompt_span(item: Encoded, others: Sequence[Encoded]) -> slice:
+    """Find the tokens of an encoded prompt that belong to the user's text.
+
+    Args:
+        item: The encoded prompt.
+        others: Other texts in the same template, of which no two start or end alike.
+
+    Returns:
+        The tokens that are not the same in all of them; a token that the template's text and the
+        user's share belongs to the user.
+    """
+    ids = item.input_ids[: item.prompt_length]
+    rest = [other.input_ids[: other.prompt_length] for other in others]
+    start = min(_common(ids, other) for other in rest)
+    tail = min(_common(ids[::-1], other[::-1]) for other in rest)
+    return slice(start, max(start, len(ids) - tail))
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    length = 0
+    for left, right in zip(a, b, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
