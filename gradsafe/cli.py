@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from gradsafe import cli_demo, cli_detect, cli_options
+from gradsafe import cli_demo, cli_detect, cli_explain, cli_options
 from gradsafe._version import __version__
 from gradsafe.distributed import Processes, Stopped
 
@@ -128,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary, add_arguments, run in (
         ("detect", "score prompts: how unsafe is each?", cli_options.add_arguments, cli_detect.run),
+        (
+            "explain",
+            "show which tokens and components a score comes from",
+            cli_explain.add_arguments,
+            cli_explain.run,
+        ),
         ("demo", "compare the methods on the testbed", cli_demo.add_arguments, cli_demo.run),
         ("doctor", "show versions and devices, test the operators", _doctor_arguments, _doctor),
     ):

@@ -8,18 +8,17 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from gradsafe.cli_files import Inputs, check_destinations, read_inputs, texts
-from gradsafe.cli_options import TESTBED, WITHOUT_REFERENCES, check_options, fit_options
+from gradsafe.cli_files import Inputs, check_destinations, located, read_inputs
+from gradsafe.cli_options import TESTBED, check_options, fit_options
 from gradsafe.cli_output import Output, Record, open_output
 from gradsafe.cli_processes import check_agreement, hand_over
 from gradsafe.distributed import Processes
 from gradsafe.jsonl import Row, record_key
 
 if TYPE_CHECKING:
-    from gradsafe.detection import Detector, DetectorConfig
+    from gradsafe.detection import Detector
 
 SLICE = 64  # prompts per call of the detector: what an interruption loses at most
 FLOAT32_MAX = 3.4028234663852886e38
@@ -119,61 +118,14 @@ def _settings(args: argparse.Namespace, inputs: Inputs, model: Any, tokenizer: A
 
 def _prepare(args: argparse.Namespace, inputs: Inputs, model: Any, tokenizer: Any) -> Detector:
     """Loads or fits the detector, then calibrates and saves it as asked."""
-    from gradsafe.detection import Detector, DetectorConfig
+    from gradsafe.cli_detector import prepare_detector
 
-    if args.detector:
-        detector = Detector.load(args.detector, model, tokenizer)
-        _check_lengths(args, inputs, detector.config, model, tokenizer)
-    else:
-        options = fit_options(args)
-        _check_lengths(args, inputs, DetectorConfig(**options), model, tokenizer)
-        unsafe, safe = texts(inputs.unsafe), texts(inputs.safe)
-        if unsafe is None and args.method not in WITHOUT_REFERENCES:
-            from gradsafe import testbed
-
-            unsafe, safe = testbed.references()
-        options |= {"batch_tokens": args.batch_tokens, "progress": False}
-        detector = Detector.fit(model, tokenizer, unsafe=unsafe, safe=safe, **options)
-    _say(args, f"{detector.config.method}: {detector.coverage}")
-    if inputs.benign is not None:
-        detector.calibrate(
-            texts(inputs.benign) or [],
-            max_fpr=args.max_fpr,
-            batch_tokens=args.batch_tokens,
-            progress=not _bar_hidden(args),
-        )
-    if detector.calibration:
-        _say(args, f"calibrated: {detector.calibration}")
+    named = [(f"{args.prompts}:{row.line}", row["prompt"]) for row in inputs.rows]
+    hidden = _bar_hidden(args)
+    detector = prepare_detector(args, inputs, named, model, tokenizer, progress=not hidden)
     if args.save_detector:
         detector.save(args.save_detector)
     return detector
-
-
-def _check_lengths(
-    args: argparse.Namespace, inputs: Inputs, config: DetectorConfig, model: Any, tokenizer: Any
-) -> None:
-    """Finds a prompt beyond the context now, with its line, and not hours into the scoring."""
-    from gradsafe.models.encode import Encoder, context_length
-
-    if config.overflow != "error":
-        return
-    encoder = Encoder(
-        tokenizer,
-        config.response,
-        template=config.template,
-        system=config.system,
-        append_eos=config.eos,
-        max_length=context_length(model, tokenizer),
-    )
-    for path, rows in (
-        (args.unsafe, inputs.unsafe),
-        (args.safe, inputs.safe),
-        (args.calibrate, inputs.benign),
-        (args.prompts, inputs.rows),
-    ):
-        for row in rows or ():
-            with _named(path, row):
-                encoder(row["prompt"])
 
 
 def _how_to_resume(args: argparse.Namespace, output: Output) -> str:
@@ -183,15 +135,6 @@ def _how_to_resume(args: argparse.Namespace, output: Output) -> str:
         f"{saved}; the same command with --resume{' in place of --overwrite' * args.overwrite} "
         "goes on from there"
     )
-
-
-@contextmanager
-def _named(path: str, row: Row) -> Iterator[None]:
-    """Puts file and line before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}:{row.line}: {error}") from error
 
 
 def _score_all(
@@ -244,7 +187,7 @@ def _scores(args: argparse.Namespace, detector: Detector, rows: list[Row]) -> It
     yield from together
     # One of them is at fault: alone, its line is known, and those before it are not lost.
     for row in rows[len(together) :]:
-        with _named(args.prompts, row):
+        with located(f"{args.prompts}:{row.line}"):
             alone = score([row])
         yield from alone
 
@@ -272,8 +215,3 @@ def _bar_hidden(args: argparse.Namespace) -> bool:
     lines_in_sight = not args.output and sys.stdout.isatty()
     hidden = args.no_progress or not args.processes.first
     return hidden or lines_in_sight or not sys.stderr.isatty()
-
-
-def _say(args: argparse.Namespace, text: str) -> None:
-    if not args.no_progress:
-        print(f"gradsafe: {text}", file=sys.stderr)

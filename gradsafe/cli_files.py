@@ -1,8 +1,11 @@
-"""The files of `gradsafe detect`: what they say, and whether the results can be written."""
+"""The files of a command: what they say, and whether the results can be written."""
 
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +14,20 @@ from gradsafe.jsonl_parts import check_parts
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Everything that the files of the command line say."""
+class References:
+    """What the files say that a detector is fitted and calibrated with."""
 
-    rows: list[Row]
-    labels: list[int] | None
     unsafe: list[Row] | None
     safe: list[Row] | None
     benign: list[Row] | None
+
+
+@dataclass(frozen=True)
+class Inputs(References):
+    """Everything that the files of `gradsafe detect` say."""
+
+    rows: list[Row]
+    labels: list[int] | None
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
@@ -29,13 +38,36 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         ValueError: One is empty or malformed, or labels contradict what the file is meant for.
     """
     rows = _rows(args.prompts, args.limit)
+    references = read_references(args)
     return Inputs(
+        references.unsafe,
+        references.safe,
+        references.benign,
         rows,
         labels_of(rows, args.prompts),
+    )
+
+
+def read_references(args: argparse.Namespace) -> References:
+    """Reads the reference and calibration prompts; raises like `read_inputs`."""
+    return References(
         _only(args.unsafe, "unsafe", contrary="safe"),
         _only(args.safe, "safe", contrary="unsafe"),
         _only(args.calibrate, "harmless", contrary="unsafe"),
     )
+
+
+def read_line(path: str, line: int) -> Row:
+    """Reads the prompt that stands in one line of a file, counted from 1.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is malformed, or the line is blank or beyond its end.
+    """
+    for row in _rows(path):
+        if row.line == line:
+            return row
+    raise ValueError(f"{path}:{line}: no prompt in this line")
 
 
 def _rows(path: str, limit: int | None = None) -> list[Row]:
@@ -62,6 +94,15 @@ def texts(rows: list[Row] | None) -> list[str] | None:
     return None if rows is None else [row["prompt"] for row in rows]
 
 
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Puts the place of a prompt before the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def check_destinations(args: argparse.Namespace) -> None:
     """Refuses now what would only fail after the long work; touches no file.
 
@@ -71,14 +112,51 @@ def check_destinations(args: argparse.Namespace) -> None:
     """
     if args.output:
         inputs = (args.prompts, args.unsafe, args.safe, args.calibrate)
-        if Path(args.output).resolve() in {Path(path).resolve() for path in inputs if path}:
-            raise ValueError(f"-o {args.output} is one of the input files: choose another name")
+        _refuse_inputs("-o", args.output, inputs)
         check_output(args.output, resume=args.resume, overwrite=args.overwrite)
         check_parts(args.output, resume=args.resume, overwrite=args.overwrite)
-    if args.detector or args.save_detector:
-        from gradsafe.storage import check_destination, read_manifest
+    check_saved_detector(args.detector)
+    if args.save_detector:
+        from gradsafe.storage import check_destination
 
-        if args.detector:
-            read_manifest(args.detector)
-        if args.save_detector:
-            check_destination(args.save_detector, "detector")
+        check_destination(args.save_detector, "detector")
+
+
+def check_new_file(option: str, path: str, inputs: Sequence[str | None], overwrite: bool) -> None:
+    """Refuses now what `write_text` should not or cannot write; touches no file.
+
+    Raises:
+        OSError: The file exists and may not be replaced, or its folder does not exist.
+        ValueError: It is one of the inputs.
+    """
+    _refuse_inputs(option, path, inputs)
+    if Path(path).is_file() and not overwrite:
+        raise FileExistsError(f"{option} {path} exists: give --overwrite or another file")
+    check_output(path, overwrite=True)
+
+
+def check_saved_detector(path: str | None) -> None:
+    """Raises ValueError if `--detector` names no gradsafe folder."""
+    if path:
+        from gradsafe.storage import read_manifest
+
+        read_manifest(path)
+
+
+def _refuse_inputs(option: str, path: str, inputs: Sequence[str | None]) -> None:
+    if Path(path).resolve() in {Path(other).resolve() for other in inputs if other}:
+        raise ValueError(f"{option} {path} is one of the input files: choose another name")
+
+
+def write_text(path: str, text: str) -> None:
+    """Writes a UTF-8 file so that its name never stands for half of it."""
+    target = Path(path).resolve()
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Options of `gradsafe detect`, and which of them belong together."""
+"""Options of `gradsafe detect`, those it shares, and which of them belong together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FIT_OPTIONS = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options; those of the fit have no default here, the detector's own count."""
+    """Declares the options of `gradsafe detect`."""
     parser.usage = (
         "gradsafe detect --model DIR --unsafe FILE --safe FILE [-o FILE] [options] PROMPTS"
     )
@@ -29,6 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='JSON Lines with "prompt" (and "label": safe or unsafe, and "source_id", if known), '
         "or a .txt file with one prompt per line",
     )
+    add_model_arguments(parser)
+    detector = add_detector_arguments(parser)
+    detector.add_argument("--save-detector", metavar="DIR", help="save the detector")
+    output = parser.add_argument_group("output")
+    output.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
+    existing = output.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on with an interrupted -o FILE")
+    existing.add_argument("--overwrite", action="store_true", help="replace an existing -o FILE")
+    output.add_argument(
+        "--limit", type=positive_integer, metavar="N", help="only the first N prompts"
+    )
+    output.add_argument("--no-progress", action="store_true", help="no progress bar")
+    output.add_argument("--show-text", action="store_true", help="put prompts into the output")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares which model runs, and how."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, metavar="DIR", help='model folder, or "testbed"')
     model.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
@@ -42,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="padded tokens per batch (default: %(default)s); scores do not depend on it",
     )
+
+
+def add_detector_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declares those of the fit, without defaults: the detector's own count."""
     fit = parser.add_argument_group("detector")
     fit.add_argument("--unsafe", metavar="FILE", help="unsafe reference prompts")
     fit.add_argument("--safe", metavar="FILE", help="safe reference prompts")
@@ -78,27 +99,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="false positive rate to calibrate for (default: %(default)s)",
     )
     fit.add_argument("--detector", metavar="DIR", help="use a saved detector, fit none")
-    fit.add_argument("--save-detector", metavar="DIR", help="save the detector")
-    output = parser.add_argument_group("output")
-    output.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
-    existing = output.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on with an interrupted -o FILE")
-    existing.add_argument("--overwrite", action="store_true", help="replace an existing -o FILE")
-    output.add_argument(
-        "--limit", type=positive_integer, metavar="N", help="only the first N prompts"
-    )
-    output.add_argument("--no-progress", action="store_true", help="no progress bar")
-    output.add_argument("--show-text", action="store_true", help="put prompts into the output")
+    return fit
 
 
 def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError where options contradict each other or one is missing."""
+    check_detector_options(args)
+    if (args.resume or args.overwrite) and not args.output:
+        raise ValueError("--resume and --overwrite need -o FILE")
+
+
+def check_detector_options(args: argparse.Namespace) -> None:
+    """`check_options` for those of `add_detector_arguments`."""
     given = [name for name in (*FIT_OPTIONS, "unsafe", "safe") if getattr(args, name) is not None]
     if args.detector and given:
         option = "--" + given[0].replace("_", "-")
         raise ValueError(f"--detector {args.detector} was fitted already: leave out {option}")
-    if (args.resume or args.overwrite) and not args.output:
-        raise ValueError("--resume and --overwrite need -o FILE")
     needs_references = not args.detector and args.method not in WITHOUT_REFERENCES
     if (args.unsafe is None) != (args.safe is None):
         raise ValueError("--unsafe and --safe belong together: give both files")

@@ -33,6 +33,7 @@ class Explanation:
             character of several tokens stands at its last one, "" at the others.
         token_evidence: `[T]` float32, sums to `total`.
         prompt_tokens: Where the user's text lies in `tokens`.
+        response_tokens: Where the compliance response lies.
         components: C names.
         component_evidence: `[C]` float32; its mean (with reduce "weighted" the mean weighted by
             entries) is `total`.
@@ -46,6 +47,7 @@ class Explanation:
     tokens: list[str]
     token_evidence: Tensor
     prompt_tokens: slice
+    response_tokens: slice
     components: list[str]
     component_evidence: Tensor
     total: float
@@ -66,6 +68,7 @@ class Explanation:
             "total": self.total,
             "windows": self.windows,
             "prompt_tokens": [self.prompt_tokens.start, self.prompt_tokens.stop],
+            "response_tokens": [self.response_tokens.start, self.response_tokens.stop],
             "tokens": [{"text": text, "evidence": value} for text, value in pairs[0]],
             "components": [{"name": name, "evidence": value} for name, value in pairs[1]],
         }
@@ -101,6 +104,7 @@ def explain(
         tokens=token_texts(detector.tokenizer, item.input_ids),
         token_evidence=token_evidence.float(),
         prompt_tokens=prompt_span(item, probes),
+        response_tokens=slice(item.prompt_length, len(item)),
         components=detector.components,
         component_evidence=(evidence if chosen is None else evidence[chosen]).float(),
         total=float(evidence @ weights),

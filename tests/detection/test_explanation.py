@@ -223,6 +223,7 @@ def test_tokens_and_where_the_prompt_lies(model, tokenizer):
         got = detector.explain(prompt)
         assert "".join(got.tokens) == f"<s>[user]{prompt}[assistant]Sure"
         assert "".join(got.tokens[got.prompt_tokens]) == prompt
+        assert "".join(got.tokens[got.response_tokens]) == "Sure"
     plain = fit(model, tokenizer, template="Q: {prompt} A: ").explain("tea")
     assert "".join(plain.tokens[plain.prompt_tokens]) == "tea"
 
