@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gradsafe.ops import Axis
 
-PANEL_BYTES = 2 * 2**20  # of float32 weight gradient that exist at a time
+# Of float32 weight gradient that exist at a time; of 1, 2, 4 and 8 MB the fastest on a CPU.
+PANEL_BYTES = 2 * 2**20
 
 
 def layer_token_evidence(

@@ -206,8 +206,10 @@ class TestHtml:
         assert status == 2
         assert "--html page.html exists: give --overwrite" in err
         assert Path("page.html").read_text() == "mine"
+        Path("old.html").hardlink_to("page.html")
         assert explain("--html", "page.html", "--overwrite", PROMPT)[0] == 0
         assert Path("page.html").read_text().startswith("<!doctype html>")
+        assert Path("old.html").read_text() == "mine"  # replaced as a whole, not written into
 
     def test_an_interrupted_write_leaves_the_old_page(
         self, explain: Run, monkeypatch: pytest.MonkeyPatch
