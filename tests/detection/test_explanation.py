@@ -180,7 +180,11 @@ def test_gradsafe_splits_its_cosines(model, tokenizer):
 
 def test_half_precision(tokenizer):
     half = make_model("llama", torch.bfloat16, vocab_size=300, max_position_embeddings=128)
-    for options in ({}, {"granularity": "row+column", "reference_dtype": "float16"}):
+    for options in (
+        {},
+        {"granularity": "row+column", "reference_dtype": "float16"},
+        {"granularity": "row", "row_fraction": 0.3, "reference_dtype": "float8"},
+    ):
         check_sums(fit(half, tokenizer, **{"reference_dtype": "bfloat16", **options}))
 
 
