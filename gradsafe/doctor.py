@@ -205,6 +205,16 @@ def _wgrad_moments(module: ModuleType, device: str) -> list[Tensor]:
     return found
 
 
+def _cosine_topk(module: ModuleType, device: str) -> list[Tensor]:
+    found = []
+    for dtype in _DTYPES:
+        queries, rows = _noise((5, 517), 0, dtype, device), _noise((131, 517), 1, dtype, device)
+        rows[7] = 0
+        found += [*module.cosine_topk(queries, rows, 9, start=3)]
+        found += [*module.cosine_topk(queries, rows.float(), 131)]
+    return found
+
+
 def _sums(result: ops.Moments) -> list[Tensor]:
     return [*result.count, *result.sum, *result.sum_sq, *result.dots]
 
@@ -214,7 +224,11 @@ def _noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: str) -
     return (torch.randn(shape, generator=generator) + 0.5).to(device, dtype)
 
 
-CASES: dict[str, Case] = {"moments": _moments, "wgrad_moments": _wgrad_moments}
+CASES: dict[str, Case] = {
+    "moments": _moments,
+    "wgrad_moments": _wgrad_moments,
+    "cosine_topk": _cosine_topk,
+}
 
 
 def _version(package: str) -> str:

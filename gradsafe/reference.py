@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradsafe.ops.cosine_topk import TopK
 from gradsafe.ops.moments import Axis, Moments
 
 
@@ -62,6 +63,28 @@ def wgrad_moments(
     result = moments(grads, [list(refs) for _ in grads], axis, unsigned, dtype)
     parts = [_stacked(part) for part in (result if isinstance(result, tuple) else (result,))]
     return (parts[0], parts[1]) if axis == "both" else parts[0]
+
+
+def cosine_topk(
+    queries: Tensor,
+    rows: Tensor,
+    k: int,
+    start: int = 0,
+    dtype: torch.dtype | None = torch.float64,
+) -> TopK:
+    """What `gradsafe.ops.cosine_topk` computes, from all Q x N similarities; scores in `dtype`."""
+    unit_queries, unit_rows = (_unit(m if dtype is None else m.to(dtype)) for m in (queries, rows))
+    scores = unit_queries @ unit_rows.t()
+    damaged = ~queries.isfinite().all(1)[:, None] | ~rows.isfinite().all(1)
+    # Descending and stable: NaN first, then large scores, equal scores by index.
+    scores = scores.masked_fill(damaged, torch.nan)
+    best, indices = scores.sort(dim=1, descending=True, stable=True)
+    return TopK(best[:, :k], indices[:, :k] + start)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    norms = vectors.norm(dim=1, keepdim=True)
+    return vectors / torch.where(norms == 0, torch.ones_like(norms), norms)
 
 
 def _stacked(part: Moments) -> Moments:

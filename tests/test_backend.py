@@ -34,7 +34,7 @@ def test_the_build_says_what_it_holds():
 
 def test_cuda_kernels_are_registered_if_they_were_built():
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    for name in ("moments", "wgrad_moments"):
+    for name in ("moments", "wgrad_moments", "cosine_topk"):
         assert has(f"gradsafe::{name}", "CPU")
         assert has(f"gradsafe::{name}", "CUDA") == _C.build_info()["cuda"]
 

@@ -31,6 +31,9 @@ BUDGETS = {
     "wgrad_moments_tile": (128, 255, 0, 112 * 1024),
     "finish_wgrad_tensor": (256, 64, 1024, 0),
     "finish_wgrad_slices": (256, 64, 0, 0),
+    "cosine_norms": (256, 64, 0, 0),
+    "cosine_scores": (128, 168, 16384, 0),
+    "cosine_select": (256, 64, 12288, 0),
 }
 
 

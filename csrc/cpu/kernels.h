@@ -1,6 +1,7 @@
 // The table of kernels that each instruction-set object exports, and nothing else.
 #pragma once
 
+#include "gradsafe/cosine_topk.h"
 #include "gradsafe/wgrad_moments.h"
 
 namespace gradsafe {
@@ -45,6 +46,29 @@ struct PanelKernels {
   void (*panel)(const WgradPanelArgs& args);
 };
 
+// One vector as float32 times a power of two; `out` has room for whole vectors of 16.
+struct PackScaledArgs {
+  const void* row;
+  DType dtype;
+  int64_t count;
+  float scale;
+  float* out;
+};
+
+// Cosines of row_tiles * kPanelRows packed rows with up to kCosinePanel packed queries.
+struct CosinePanelArgs {
+  const float* rows;
+  int64_t row_stride;
+  int64_t row_tiles;
+  const float* queries;  // [features][kCosinePanel]
+  int64_t vectors;       // of 16 queries
+  int64_t features;
+  const double* row_inverses;    // 1 / norm, 0 of a zero vector, NaN of one that is not finite
+  const double* query_inverses;
+  double* sums;   // [rows][kCosinePanel]
+  float* scores;  // [rows][kCosinePanel]
+};
+
 struct CpuKernels {
   void (*moments_tile)(const MomentsTileArgs& args);
   PanelKernels singles;
@@ -54,6 +78,11 @@ struct CpuKernels {
   bool (*is_idle_token)(const WgradProblem& problem, int64_t row);
   // Smallest exponent field among the nonzero elements of n bfloat16 numbers; 255 if there are none.
   int (*smallest_exponent)(const uint16_t* numbers, int64_t n);
+  // Bits of the largest magnitude of a vector, as a float32; those of infinity or NaN if it is not
+  // finite.
+  uint32_t (*largest_magnitude)(const void* row, DType dtype, int64_t count);
+  double (*pack_scaled)(const PackScaledArgs& args);  // returns the sum of squares
+  void (*cosine_panel)(const CosinePanelArgs& args);
 };
 
 // Widest tile the kernels keep column accumulators for.

@@ -6,6 +6,7 @@ namespace gradsafe {
 namespace {
 #include "moments_impl.inl"
 #include "wgrad_moments_impl.inl"
+#include "cosine_topk_impl.inl"
 #if defined(GRADSAFE_PAIRS)
 #include GRADSAFE_PAIRS
 constexpr PanelKernels kPairs{&pack_pairs, &pair_panel};
@@ -15,8 +16,9 @@ constexpr PanelKernels kPairs{};
 }  // namespace
 
 const CpuKernels& GRADSAFE_KERNELS() {
-  static constexpr CpuKernels table{&moments_tile, {&pack, &wgrad_panel}, kPairs, &is_idle_token,
-                                    &smallest_exponent};
+  static constexpr CpuKernels table{&moments_tile,      {&pack, &wgrad_panel}, kPairs,
+                                    &is_idle_token,     &smallest_exponent,
+                                    &largest_magnitude, &pack_scaled,          &cosine_panel};
   return table;
 }
 

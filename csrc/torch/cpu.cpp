@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <memory>
 #include <numeric>
+#include <tuple>
 
+#include "cosine_topk.h"
 #include "moments.h"
 #include "wgrad_moments.h"
 
@@ -109,11 +111,81 @@ Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList leng
   return out;
 }
 
+// Rows are dealt out in one segment per thread. Which segment saw a row does not enter the result:
+// the best k of the best k of every segment are the best k, and all keys differ.
+void cosine_topk_group(const CosineProblem& p, const CosineQueries& queries, uint64_t* keys,
+                       int64_t segments, float* scores, int64_t* indices) {
+  const auto new_scratch = [&] {
+    return std::unique_ptr<double[]>(new double[cosine_topk_cpu_scratch(p)]);
+  };
+  const int64_t panels = cosine_panels(p.queries);
+  const int64_t packed = p.queries * p.features;
+  torch::stable::parallel_for(0, panels, grain_for(panels, packed), [&](int64_t begin, int64_t end) {
+    const auto scratch = new_scratch();
+    for (int64_t panel = begin; panel < end; ++panel) {
+      cosine_topk_cpu_pack(p, panel, queries, scratch.get());
+    }
+  });
+  const int64_t blocks = (p.rows + kCosineRows - 1) / kCosineRows;
+  const auto first_row = [&](int64_t s) {
+    return std::min(blocks * s / segments * kCosineRows, p.rows);
+  };
+  torch::stable::parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
+    const auto scratch = new_scratch();
+    for (int64_t s = begin; s < end; ++s) {
+      cosine_topk_cpu_segment(p, queries, first_row(s), first_row(s + 1), scratch.get(),
+                              keys + s * p.queries * p.k);
+    }
+  });
+  const int64_t joined = p.queries * p.k * segments;
+  torch::stable::parallel_for(0, p.queries, grain_for(p.queries, joined), [&](int64_t begin, int64_t end) {
+    std::vector<uint64_t> all;
+    for (int64_t q = begin; q < end; ++q) {
+      all.clear();
+      for (int64_t s = 0; s < segments; ++s) {
+        const uint64_t* best = keys + (s * p.queries + q) * p.k;
+        all.insert(all.end(), best, best + std::min(p.k, first_row(s + 1) - first_row(s)));
+      }
+      cosine_topk_cpu_finish(p, all.data(), static_cast<int64_t>(all.size()), scores + q * p.k,
+                             indices + q * p.k);
+    }
+  });
+}
+
+std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor rows, int64_t k, int64_t start) {
+  CosineProblem p = parse_cosine_topk(queries, rows, k, start);
+  Tensor scores = torch::stable::new_empty(queries, {p.queries, k}, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(queries, {p.queries, k}, ScalarType::Long);
+  if (p.queries == 0 || k == 0) return {scores, indices};
+  const int64_t group = std::min(p.queries, kCosineGroup);
+  const int64_t blocks = (p.rows + kCosineRows - 1) / kCosineRows;
+  const int64_t work = grain_for(blocks, p.rows * p.features * group / 16);
+  const int64_t segments =
+      std::max<int64_t>(std::min<int64_t>(torch::stable::get_num_threads(), blocks / work), 1);
+  const int64_t padded = cosine_panels(group) * kCosinePanel;
+  Tensor packed = torch::stable::new_empty(queries, {padded * p.features}, ScalarType::Float);
+  Tensor inverses = torch::stable::new_empty(queries, {padded}, ScalarType::Double);
+  Tensor keys = torch::stable::new_empty(queries, {segments * group * k}, ScalarType::Long);
+  const CosineQueries buffers{static_cast<float*>(packed.mutable_data_ptr()),
+                              static_cast<double*>(inverses.mutable_data_ptr())};
+  const int64_t total = p.queries;
+  const char* first = static_cast<const char*>(p.query_data);
+  for (int64_t begin = 0; begin < total; begin += group) {
+    p.queries = std::min(group, total - begin);
+    p.query_data = first + begin * p.query_stride * size_of(p.query_dtype);
+    cosine_topk_group(p, buffers, static_cast<uint64_t*>(keys.mutable_data_ptr()), segments,
+                      static_cast<float*>(scores.mutable_data_ptr()) + begin * k,
+                      static_cast<int64_t*>(indices.mutable_data_ptr()) + begin * k);
+  }
+  return {scores, indices};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gradsafe, CPU, m) {
   m.impl("moments", TORCH_BOX(&moments));
   m.impl("wgrad_moments", TORCH_BOX(&wgrad_moments));
+  m.impl("cosine_topk", TORCH_BOX(&cosine_topk));
 }
 
 }  // namespace gradsafe

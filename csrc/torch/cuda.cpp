@@ -1,4 +1,7 @@
 // CUDA kernels of the operators. Compiled with the host compiler; no CUDA header is needed.
+#include <tuple>
+
+#include "cosine_topk.h"
 #include "cuda_stream.h"
 #include "gradsafe/status.h"
 #include "moments.h"
@@ -63,11 +66,28 @@ Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList leng
   return out;
 }
 
+std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor rows, int64_t k, int64_t start) {
+  CosineCudaCall launch{};
+  launch.problem = parse_cosine_topk(queries, rows, k, start);
+  const torch::stable::accelerator::DeviceGuard guard(queries.get_device_index());
+  Tensor scores = torch::stable::new_empty(queries, {queries.size(0), k}, ScalarType::Float);
+  Tensor indices = torch::stable::new_empty(queries, {queries.size(0), k}, ScalarType::Long);
+  const int64_t bytes = cosine_topk_cuda_workspace(launch.problem);
+  Tensor workspace = torch::stable::new_empty(queries, {(bytes + 7) / 8}, ScalarType::Double);
+  launch.scores = static_cast<float*>(scores.mutable_data_ptr());
+  launch.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  launch.workspace = workspace.mutable_data_ptr();
+  launch.stream = current_stream(queries.get_device_index());
+  check_status(cosine_topk_cuda(launch), "cosine_topk");
+  return {scores, indices};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gradsafe, CUDA, m) {
   m.impl("moments", TORCH_BOX(&moments));
   m.impl("wgrad_moments", TORCH_BOX(&wgrad_moments));
+  m.impl("cosine_topk", TORCH_BOX(&cosine_topk));
 }
 
 }  // namespace gradsafe

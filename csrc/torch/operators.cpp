@@ -12,4 +12,6 @@ STABLE_TORCH_LIBRARY(gradsafe, m) {
   m.def(
       "wgrad_moments(Tensor x, Tensor dy, Tensor[] refs, int[] lengths, int axis, bool unsigned) "
       "-> Tensor");
+  // queries [Q, D], rows [N, D] -> scores [Q, k] float32, indices [Q, k] int64, counted from start.
+  m.def("cosine_topk(Tensor queries, Tensor rows, int k, int start) -> (Tensor, Tensor)");
 }

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from gradsafe.ops.cosine_topk import TopK, cosine_topk, merge_topk
 from gradsafe.ops.moments import AXES, Axis, Moments, moments
 from gradsafe.ops.wgrad_moments import wgrad_moments
 
-__all__ = ["AXES", "Axis", "Moments", "moments", "wgrad_moments"]
+__all__ = [
+    "AXES",
+    "Axis",
+    "Moments",
+    "TopK",
+    "cosine_topk",
+    "merge_topk",
+    "moments",
+    "wgrad_moments",
+]

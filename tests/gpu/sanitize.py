@@ -1,4 +1,4 @@
-"""What compute-sanitizer runs: every operator once per axis, on ragged shapes.
+"""What compute-sanitizer runs: every operator (once per axis, where it has one), on ragged shapes.
 
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from gpu_operators import OPERATORS, flat, registered
 
-from gradsafe.ops import AXES
+from gradsafe.ops import AXES, cosine_topk
 
 
 def main() -> None:
@@ -20,6 +20,10 @@ def main() -> None:
         for axis in AXES:
             total = sum(float(t.abs().sum()) for t in flat(operator.call(*arguments, axis)))
             print(operator.name, axis, f"{total:.6g}")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        queries, rows = torch.randn(70, 77).to(dtype), torch.randn(5000, 77).to(dtype)
+        scores, indices = cosine_topk(queries.cuda(), rows.cuda(), 9)
+        print("cosine_topk", dtype, f"{float(scores.sum()):.6g}", int(indices.sum()))
 
 
 if __name__ == "__main__":

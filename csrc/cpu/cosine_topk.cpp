@@ -1,0 +1,189 @@
+// Panels of cosine similarities, and the lists of the best rows they feed.
+//
+// Blocks of kCosineRows rows are packed once (float32, scaled, with their norms, in one read of
+// memory) and meet every panel of queries while they stay in L2. A panel of scores is compared with
+// each query's worst kept score; what is better enters a heap of keys (topk_key.h).
+#include "gradsafe/cosine_topk.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+
+#include "../common/cosine_scale.h"
+#include "../common/tiling.h"
+#include "../common/topk_key.h"
+#include "kernels.h"
+
+namespace gradsafe {
+namespace {
+
+constexpr int64_t kVector = 16;
+constexpr int64_t kPanelSize = kCosineRows * kCosinePanel;
+static_assert(kCosineRows % kPanelRows == 0, "whole row tiles");
+
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// The extra vector keeps rows of 2^n features out of each other's cache sets.
+int64_t packed_stride(int64_t features) { return (ceil_div(features, kVector) + 1) * kVector; }
+
+// Parts of one thread's scratch memory.
+struct Scratch {
+  double* sums;      // [kCosineRows][kCosinePanel]
+  double* inverses;  // [kCosineRows]
+  float* scores;     // [kCosineRows][kCosinePanel]
+  float* packed;     // [kCosineRows][packed_stride]
+};
+
+Scratch divide(double* memory) {
+  Scratch s;
+  s.sums = memory;
+  s.inverses = s.sums + kPanelSize;
+  s.scores = reinterpret_cast<float*>(s.inverses + kCosineRows);
+  s.packed = s.scores + kPanelSize;
+  return s;
+}
+
+// Writes one vector as scaled float32 and returns 1 / its norm: 0 for a zero vector, NaN for one
+// that is not finite.
+double pack_vector(const void* data, DType dtype, int64_t features, float* out) {
+  const uint32_t largest = kernels().largest_magnitude(data, dtype, features);
+  const bool finite = is_finite_magnitude(largest);
+  const float scale = finite ? float_of(cosine_scale_bits(largest)) : 1.0f;
+  const double squares = kernels().pack_scaled({data, dtype, features, scale, out});
+  if (!finite) return std::numeric_limits<double>::quiet_NaN();
+  return squares > 0 ? 1 / std::sqrt(squares) : 0;
+}
+
+const void* element(const void* data, DType dtype, int64_t index) {
+  return static_cast<const char*>(data) + index * size_of(dtype);
+}
+
+// Rows up to the next whole row tile are zero.
+void pack_rows(const CosineProblem& p, int64_t first, int64_t count, const Scratch& s) {
+  const int64_t stride = packed_stride(p.features);
+  for (int64_t i = 0; i < count; ++i) {
+    const void* row = element(p.row_data, p.row_dtype, (first + i) * p.row_stride);
+    s.inverses[i] = pack_vector(row, p.row_dtype, p.features, s.packed + i * stride);
+  }
+  for (int64_t i = count; i < ceil_div(count, kPanelRows) * kPanelRows; ++i) {
+    std::fill_n(s.packed + i * stride, p.features, 0.0f);
+    s.inverses[i] = 0;
+  }
+}
+
+// Keys of one query: filled in any order up to k, from then on a heap with the worst in front.
+struct BestRows {
+  uint64_t* keys;
+  int64_t k;
+
+  void add(int64_t seen, uint64_t key) {
+    if (seen < k) {
+      keys[seen] = key;
+      if (seen + 1 == k) std::make_heap(keys, keys + k, std::greater<>());
+    } else if (key > keys[0]) {
+      std::pop_heap(keys, keys + k, std::greater<>());
+      keys[k - 1] = key;
+      std::push_heap(keys, keys + k, std::greater<>());
+    }
+  }
+};
+
+// Offers rows [first, first + count) of a panel of scores to the lists of its queries. `seen` rows
+// came before.
+void select(const CosineProblem& p, const float* scores, int64_t first, int64_t count, int64_t seen,
+            int64_t width, uint64_t* keys) {
+  float worst[kCosinePanel];
+  for (int64_t j = 0; j < width; ++j) {
+    // Below every score while the list is not full.
+    worst[j] = seen < p.k ? -2.0f : float_of(key_score_bits(keys[j * p.k]));
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    for (int64_t j = 0; j < width; ++j) {
+      const float score = scores[i * kCosinePanel + j];
+      if (score <= worst[j]) continue;  // NaN goes on; of equal scores the earlier row is kept
+      BestRows best{keys + j * p.k, p.k};
+      best.add(seen + i, topk_key(bits_of(score), static_cast<uint32_t>(first + i)));
+      if (seen + i + 1 >= p.k) worst[j] = float_of(key_score_bits(best.keys[0]));
+    }
+  }
+}
+
+}  // namespace
+
+int64_t cosine_topk_cpu_scratch(const CosineProblem& p) {
+  const int64_t floats = kPanelSize + kCosineRows * packed_stride(p.features);
+  return kPanelSize + kCosineRows + ceil_div(floats, 2);
+}
+
+void cosine_topk_cpu_pack(const CosineProblem& p, int64_t panel, const CosineQueries& q,
+                          double* scratch) {
+  const Scratch s = divide(scratch);
+  const int64_t stride = packed_stride(p.features);
+  float* out = q.packed + panel * p.features * kCosinePanel;
+  for (int64_t begin = 0; begin < kCosinePanel; begin += kVector) {
+    for (int64_t i = 0; i < kVector; ++i) {
+      const int64_t query = panel * kCosinePanel + begin + i;
+      double inverse = 0;
+      if (query < p.queries) {
+        const void* data = element(p.query_data, p.query_dtype, query * p.query_stride);
+        inverse = pack_vector(data, p.query_dtype, p.features, s.packed + i * stride);
+      } else {
+        std::fill_n(s.packed + i * stride, p.features, 0.0f);
+      }
+      q.inverses[query] = inverse;
+    }
+    for (int64_t d = 0; d < p.features; ++d) {
+      for (int64_t i = 0; i < kVector; ++i) {
+        out[d * kCosinePanel + begin + i] = s.packed[i * stride + d];
+      }
+    }
+  }
+}
+
+void cosine_topk_cpu_segment(const CosineProblem& p, const CosineQueries& q, int64_t begin,
+                             int64_t end, double* scratch, uint64_t* keys) {
+  const Scratch s = divide(scratch);
+  for (int64_t first = begin; first < end; first += kCosineRows) {
+    const int64_t count = std::min(kCosineRows, end - first);
+    pack_rows(p, first, count, s);
+    for (int64_t panel = 0; panel < cosine_panels(p.queries); ++panel) {
+      const int64_t query = panel * kCosinePanel;
+      const int64_t width = std::min(kCosinePanel, p.queries - query);
+      CosinePanelArgs args{};
+      args.rows = s.packed;
+      args.row_stride = packed_stride(p.features);
+      args.row_tiles = ceil_div(count, kPanelRows);
+      args.queries = q.packed + query * p.features;
+      args.vectors = ceil_div(width, kVector);
+      args.features = p.features;
+      args.row_inverses = s.inverses;
+      args.query_inverses = q.inverses + query;
+      args.sums = s.sums;
+      args.scores = s.scores;
+      kernels().cosine_panel(args);
+      select(p, s.scores, first, count, first - begin, width, keys + query * p.k);
+    }
+  }
+}
+
+void cosine_topk_cpu_finish(const CosineProblem& p, uint64_t* keys, int64_t count, float* scores,
+                            int64_t* indices) {
+  std::partial_sort(keys, keys + p.k, keys + count, std::greater<>());
+  for (int64_t i = 0; i < p.k; ++i) {
+    scores[i] = float_of(key_score_bits(keys[i]));
+    indices[i] = p.start + key_row(keys[i]);
+  }
+}
+
+}  // namespace gradsafe
