@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases_moments, cases_wgrad_moments
+from benchmarks import cases_cosine_topk, cases_moments, cases_wgrad_moments
 from benchmarks.environment import environment
 from benchmarks.table import markdown, row, write_csv
 from benchmarks.timing import compare, graphed
@@ -42,6 +42,16 @@ COLUMNS = {
         ("x_gemm", "time / bare GEMM"),
         ("x_eager", "vs GEMM + eager"),
         ("x_compile", "vs compile"),
+    ],
+    "cosine_topk": [
+        ("case", "case"),
+        ("p50_us", "µs"),
+        ("GFLOP/s", "GFLOP/s"),
+        ("x_gemm", "time / bare GEMM"),
+        ("x_read", "time / read"),
+        ("x_eager", "vs normalise + matmul + topk"),
+        ("x_compile", "vs compile"),
+        ("x_loop", "vs loop over pairs"),
     ],
 }
 
@@ -81,9 +91,32 @@ def measure_wgrad_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_cosine_topk(device: str, dry_run: bool) -> list[dict[str, Any]]:
+    """All cases of `cosine_topk`; the loop over pairs is timed in part and scaled."""
+    rows = []
+    for case in tqdm(
+        cases_cosine_topk.GPU_CASES if device == "cuda" else cases_cosine_topk.CPU_CASES,
+        desc="cosine_topk",
+    ):
+        if dry_run:
+            case = dataclasses.replace(case, queries=3, rows=200, features=16)
+        calls, roofs = cases_cosine_topk.build(case, device)
+        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 9)
+        if "loop" in times:
+            timed = min(case.pairs, cases_cosine_topk.LOOP_PAIRS)
+            times["loop"] = times["loop"].scaled(case.pairs / timed)
+        rows.append(row(case.name, case.bytes_read, times))
+        rows[-1]["GFLOP/s"] = round(case.flops / times["gradsafe"].p50 / 1e3, 1)
+        if "loop" in times:
+            rows[-1]["loop_pairs_timed"] = timed
+        torch._dynamo.reset()
+    return rows
+
+
 OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
     "moments": measure_moments,
     "wgrad_moments": measure_wgrad_moments,
+    "cosine_topk": measure_cosine_topk,
 }
 
 
