@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-Method = Literal["gradcoo", "gradsafe", "nll", "gradnorm"]
+Method = Literal["gradcoo", "gradsafe", "cascade", "nll", "gradnorm"]
 Granularity = Literal["tensor", "row", "column", "row+column", "head", "layer"]
 Relative = Literal["share", "ratio", "logratio", "difference", "unsafe"]
 Reduction = Literal["mean", "weighted", "median"]
@@ -39,8 +39,9 @@ class DetectorConfig:
     """Options of `Detector.fit`; the defaults are the best-supported reading of GradCoo.
 
     Attributes:
-        method: "gradcoo" (arXiv 2502.12411), "gradsafe" (arXiv 2402.13494), or a baseline: "nll"
-            (loss of the response, forward only) or "gradnorm" (norm of the scored gradients).
+        method: "gradcoo" (arXiv 2502.12411), "gradsafe" (arXiv 2402.13494), "cascade" (the loss of
+            the response where it is sure, GradCoo elsewhere), or a baseline: "nll" (loss of the
+            response, forward only) or "gradnorm" (norm of the scored gradients).
         response: Compliance response whose loss is differentiated.
         append_eos: Close the response with EOS; None means only for "gradsafe", as published.
         granularity: What one component is: a weight tensor, its rows, columns or both, an attention
@@ -132,6 +133,8 @@ class DetectorConfig:
             self._refuse("unsigned=False", 'relative "share", "difference" or "unsafe"')
         if not self.unsigned and self.absolute == "before":
             self._refuse("unsigned=False", 'absolute="after"')
+        if self.method == "cascade" and not (self.unsigned and self.relative == "share"):
+            self._refuse('method="cascade"', 'relative="share" and unsigned=True')
 
     def _refuse(self, option: str, needed: str) -> None:
         raise ValueError(f"gradsafe.Detector: {option} needs {needed}")
@@ -144,7 +147,7 @@ class DetectorConfig:
     @property
     def uses_references(self) -> bool:
         """Whether fitting needs reference prompts."""
-        return self.method in ("gradcoo", "gradsafe")
+        return self.method in ("gradcoo", "gradsafe", "cascade")
 
     @property
     def eos(self) -> bool:

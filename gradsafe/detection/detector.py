@@ -7,37 +7,26 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradsafe.detection import persistence
 from gradsafe.detection.calibration import Calibration, calibrate
+from gradsafe.detection.cascade import Band, choose_band
 from gradsafe.detection.components import ComponentMap
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.explanation import Explanation, explain
-from gradsafe.detection.gradients import GradientPass, TableCollector
-from gradsafe.detection.methods import (
-    GradCoo,
-    GradientMethod,
-    GradNorm,
-    GradSafe,
-    component_names,
-)
-from gradsafe.detection.references import (
-    Reference,
-    build_reference,
-    find_output_projections,
-    prepare_function,
-)
+from gradsafe.detection.fitting import fit_references, fit_without_references
+from gradsafe.detection.gradients import GradientPass
+from gradsafe.detection.methods import GradientMethod, component_names
 from gradsafe.detection.rows import Rows, choose_rows
 from gradsafe.detection.scores import Scores
+from gradsafe.detection.scoring import (
+    score_in_cascade,
+    score_with_gradients,
+    score_without_gradients,
+    worst_windows,
+)
 from gradsafe.models import Encoded, Layers, context_length, encode_prompts, find_layers
-
-MIN_REFERENCE_GAP = 1.0  # nats
-
-
-class ReferenceGapWarning(UserWarning):
-    """The model answers the unsafe reference prompts as readily as the safe ones."""
 
 
 class UncalibratedWarning(UserWarning):
@@ -55,27 +44,21 @@ class Detector:
         calibration: What `calibrate` found, None before.
         reference_gap: Mean NLL of the response after unsafe minus after safe references, in nats;
             None for methods without references.
+        band: Losses between which method "cascade" computes gradients, None before `calibrate`,
+            where it does for every prompt.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        config: DetectorConfig,
-        layers: Layers,
-        method: GradientMethod | None,
-        components: ComponentMap | None,
-        reference_gap: float | None,
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, config: DetectorConfig) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
-        self.layers = layers
-        self.rows: Rows = choose_rows(layers, config.row_fraction, config.row_seed)
-        self.method = method
-        self.component_map = components
-        self.reference_gap = reference_gap
+        self.layers = find_layers(model, config.layers, config.modules)
+        self.rows: Rows = choose_rows(self.layers, config.row_fraction, config.row_seed)
+        self.method: GradientMethod | None = None
+        self.component_map: ComponentMap | None = None
+        self.reference_gap: float | None = None
         self.calibration: Calibration | None = None
+        self.band: Band | None = None
 
     @classmethod
     def fit(
@@ -118,20 +101,18 @@ class Detector:
                 the model does not refuse the unsafe ones, and scores will be poor.
         """
         config = DetectorConfig(**options)
-        layers = find_layers(model, config.layers, config.modules)
-        detector = cls(model, tokenizer, config, layers, None, None, None)
-        if not config.uses_references:
-            if config.method == "gradnorm":
-                detector.component_map = ComponentMap(layers, "tensor", rows=detector.rows)
-                detector.method = GradNorm()
-            return detector
-        for name, prompts in (("unsafe", unsafe), ("safe", safe)):
-            if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
-                raise ValueError(
-                    f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
-                    f"of at least one {name} reference prompt"
-                )
-        detector._fit_references(list(unsafe or ()), list(safe or ()), batch_tokens, progress)
+        detector = cls(model, tokenizer, config)
+        gradients = detector._gradient_pass(batch_tokens)
+        if config.uses_references:
+            groups = [
+                detector._encode(_references(config, name, prompts))
+                for name, prompts in (("unsafe", unsafe), ("safe", safe))
+            ]
+            fitted = fit_references(config, gradients, groups[0], groups[1], progress)
+        else:
+            fitted = fit_without_references(config, gradients)
+        detector.method, detector.component_map = fitted.method, fitted.components
+        detector.reference_gap = fitted.reference_gap
         return detector
 
     @property
@@ -179,13 +160,22 @@ class Detector:
         items, owners = self._encode(prompts)
         gradients = self._gradient_pass(batch_tokens)
         label = "score" if progress else None
-        if self.method is None:
-            nll = gradients.run(items, None, progress=label)
-            values, parts = nll.clone(), torch.empty(len(items), 0)
+        if self.method is None or self.component_map is None:
+            found = score_without_gradients(gradients, items, label)
         else:
-            values, parts, nll = self._run(gradients, items, owners, components, label)
-        worst = _worst_window(values, owners, len(prompts))
-        return Scores(values[worst], parts[worst], nll[worst], self.threshold)
+            rest = (self.method, self.component_map, self.config, gradients, items, owners)
+            if self.band is None:
+                found = score_with_gradients(*rest, components, label)
+            else:
+                found = score_in_cascade(self.band, *rest, components, label)
+        worst = worst_windows(found.values, owners, len(prompts))
+        return Scores(
+            found.values[worst],
+            found.components[worst],
+            found.nll[worst],
+            found.backward[worst],
+            self.threshold,
+        )
 
     def calibrate(
         self,
@@ -193,24 +183,47 @@ class Detector:
         max_fpr: float = 0.01,
         batch_tokens: int = 4096,
         progress: bool = True,
+        *,
+        unsafe_prompts: Sequence[str] | None = None,
+        max_fnr: float = 0.01,
     ) -> Calibration:
         """Set the threshold so that at most `max_fpr` of prompts like these are flagged.
+
+        For method "cascade" it first sets `band`, from every second benign prompt and the unsafe
+        ones: prompts with a smaller loss are cleared without gradients, at most `max_fnr` of unsafe
+        ones among them. The threshold then comes from the other benign prompts.
 
         Args:
             benign_prompts: Harmless prompts of the expected traffic, not used as references.
             max_fpr: Wanted bound on the false-positive rate.
             batch_tokens: See `score`.
             progress: See `score`.
+            unsafe_prompts: Unsafe prompts, not used as references; method "cascade" only.
+            max_fnr: Wanted bound on the unsafe prompts that their loss alone clears; method
+                "cascade" only.
 
         Returns:
             Threshold, measured rate and its confidence interval; also in `self.calibration`.
 
         Raises:
-            ValueError: As in `score`, or `max_fpr` out of range.
+            ValueError: As in `score`, `max_fpr` or `max_fnr` out of range, or `unsafe_prompts`
+                missing for method "cascade" or given for another.
 
         Warns:
             UserWarning: Too few prompts to promise the rate.
         """
+        if (self.config.method == "cascade") != (unsafe_prompts is not None):
+            raise ValueError(
+                "gradsafe.Detector.calibrate: unsafe_prompts=[...] is needed for method "
+                f'"cascade" and no other, but the method is {self.config.method!r}'
+            )
+        if unsafe_prompts is not None:
+            benign, benign_prompts = benign_prompts[::2], benign_prompts[1::2]
+            losses = [
+                self._losses(prompts, batch_tokens, progress)
+                for prompts in (benign, unsafe_prompts)
+            ]
+            self.band = choose_band(losses[0], losses[1], max_fpr / 2, max_fnr)
         scores = self.score(benign_prompts, batch_tokens, progress, components=False)
         self.calibration = calibrate(scores.values, max_fpr)
         return self.calibration
@@ -303,95 +316,21 @@ class Detector:
             append_eos=self.config.eos,
         )
 
+    def _losses(self, prompts: Sequence[str], batch_tokens: int, progress: bool) -> Tensor:
+        """Largest NLL among each prompt's windows, `[n]`."""
+        items, owners = self._encode(prompts)
+        label = "loss" if progress else None
+        nll = self._gradient_pass(batch_tokens).run(items, None, progress=label)
+        return nll[worst_windows(nll, owners, len(prompts))]
+
     def _gradient_pass(self, batch_tokens: int) -> GradientPass:
         return GradientPass(self.model, self.layers, self.tokenizer, batch_tokens, self.rows)
 
-    def _fit_references(
-        self, unsafe: list[str], safe: list[str], batch_tokens: int, progress: bool
-    ) -> None:
-        config = self.config
-        gradients = self._gradient_pass(batch_tokens)
-        groups = {"unsafe": self._encode(unsafe), "safe": self._encode(safe)}
-        granularity = "row+column" if config.method == "gradsafe" else config.granularity
-        projections: list[str] = []
-        if granularity == "head":
-            projections = find_output_projections(gradients, groups["safe"][0][0])
-        self.component_map = ComponentMap(self.layers, granularity, projections, self.rows)
-        built: dict[str, Reference] = {}
-        for name, (items, _) in groups.items():
-            label = f"{name} references" if progress else None
-            if config.method == "gradsafe" and name == "safe":  # published: no safe reference
-                continue
-            built[name] = build_reference(gradients, items, self.component_map, config, label)
-        if config.method == "gradcoo":
-            self.method = GradCoo(config, built["unsafe"], built["safe"])
-            losses = {name: reference.nll for name, reference in built.items()}
-        else:
-            method = self.method = GradSafe(built["unsafe"])
-            cosines, losses = {}, {}
-            for name, (items, owners) in groups.items():
-                _, cosines[name], losses[name] = self._run(gradients, items, owners, True, None)
-            method.select(cosines["unsafe"], cosines["safe"], config.gap)
-        self.reference_gap = float(losses["unsafe"].mean() - losses["safe"].mean())
-        self._check_gap(losses)
 
-    def _check_gap(self, losses: dict[str, Tensor]) -> None:
-        assert self.reference_gap is not None
-        if self.reference_gap >= MIN_REFERENCE_GAP:
-            return
-        warnings.warn(
-            f"gradsafe.Detector.fit: the mean NLL of {self.config.response!r} is "
-            f"{float(losses['unsafe'].mean()):.2f} after the unsafe and "
-            f"{float(losses['safe'].mean()):.2f} after the safe references, a gap of "
-            f"{self.reference_gap:.2f} nats (expected at least {MIN_REFERENCE_GAP:g}): this model "
-            "does not refuse the unsafe references, so scores will be poor. Choose references in "
-            "the style of your traffic that the model refuses.",
-            ReferenceGapWarning,
-            stacklevel=4,
+def _references(config: DetectorConfig, name: str, prompts: Sequence[str] | None) -> list[str]:
+    if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
+        raise ValueError(
+            f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
+            f"of at least one {name} reference prompt"
         )
-
-    def _run(
-        self,
-        gradients: GradientPass,
-        items: Sequence[Encoded],
-        owners: Sequence[int],
-        keep: bool,
-        label: str | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Values `[n]`, components `[n, C]` (C = 0 unless kept) and NLL `[n]` of encoded items."""
-        method, components = self.method, self.component_map
-        assert method is not None
-        assert components is not None
-        values = torch.empty(len(items), dtype=torch.float32)
-        kept: list[tuple[list[int], Tensor]] = []
-
-        def finish(indices: list[int], table: Tensor) -> None:
-            batch_values, batch_parts = method(table)
-            values[indices] = batch_values.float()
-            if keep:
-                kept.append((list(indices), batch_parts.float()))
-
-        prepare = prepare_function(self.config) if isinstance(method, GradCoo) else None
-        collector = TableCollector(
-            components,
-            method.references,
-            method.scales,
-            method.unsigned,
-            prepare,
-            finish,
-            owners,
-        )
-        nll = gradients.run(items, collector.begin, collector.end, label)
-        parts = torch.empty(len(items), kept[0][1].shape[1] if kept else 0)
-        for indices, batch_parts in kept:
-            parts[indices] = batch_parts
-        return values, parts, nll
-
-
-def _worst_window(values: Tensor, owners: Sequence[int], prompts: int) -> Tensor:
-    """Index of each prompt's highest-scoring window: nothing hides behind its harmless part."""
-    worst = [-1] * prompts
-    for item, owner in enumerate(owners):
-        if worst[owner] < 0 or values[item] > values[worst[owner]]:
-            worst[owner] = item
-    return torch.tensor(worst)
+    return list(prompts)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from gradsafe.detection.calibration import Calibration
+from gradsafe.detection.cascade import Band
 from gradsafe.detection.components import ComponentMap
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.methods import GradCoo, GradNorm, GradSafe
 from gradsafe.detection.references import Reference
-from gradsafe.models import Layers, find_layers
+from gradsafe.models import Layers
 from gradsafe.storage import (
     StorageError,
     load_folder,
@@ -56,6 +57,7 @@ def pack(detector: Detector) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "scales": scales,
         "reference_gap": detector.reference_gap,
         "calibration": detector.calibration.to_json() if detector.calibration else None,
+        "band": detector.band.to_json() if detector.band else None,
     }
     return tensors, metadata
 
@@ -85,8 +87,9 @@ def unpack(
             f"{folder} uses options this version does not know: {sorted(unknown)}; update gradsafe"
         )
     config = DetectorConfig(**metadata["config"])
-    layers = find_layers(model, config.layers, config.modules)
-    detector = cls(model, tokenizer, config, layers, None, None, metadata["reference_gap"])
+    detector = cls(model, tokenizer, config)
+    detector.reference_gap = metadata["reference_gap"]
+    layers = detector.layers
     # The references belong to the rows that were drawn then, whatever a draw would give today.
     detector.rows = {name: _tensor(folder, tensors, f"rows/{name}") for name in detector.rows}
     if config.uses_references:
@@ -94,7 +97,7 @@ def unpack(
         projections = metadata["output_projections"]
         detector.component_map = ComponentMap(layers, granularity, projections, detector.rows)
         unsafe = _take(folder, tensors, metadata, "unsafe", layers)
-        if config.method == "gradcoo":
+        if config.method in ("gradcoo", "cascade"):
             safe = _take(folder, tensors, metadata, "safe", layers)
             detector.method = GradCoo(config, unsafe, safe)
         else:
@@ -104,6 +107,8 @@ def unpack(
         detector.method = GradNorm()
     if metadata["calibration"] is not None:
         detector.calibration = Calibration.from_json(metadata["calibration"])
+    if metadata.get("band") is not None:
+        detector.band = Band.from_json(metadata["band"])
     return detector
 
 
