@@ -20,7 +20,7 @@ MAX_FPR = 0.01
 SHOWN_PER_KIND = 3
 WIDTH = 62
 NOTES = """* best of its column. recall@1%FPR: the best threshold, chosen with the labels.
-recall, FPR: the threshold calibrated on harmless prompts alone for at most 1 % false alarms."""
+recall, FPR: the threshold calibrated for at most 1 % false alarms."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,11 +47,12 @@ def run(args: argparse.Namespace) -> int:
     progress = not args.no_progress
     model, tokenizer = load_model(TESTBED, "float32", "cpu", progress)
     heldout = testbed.prompts("heldout")
-    benign = testbed.calibration_prompts()
+    benign, harmful = testbed.calibration_prompts("safe"), testbed.calibration_prompts("unsafe")
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(
         f"testbed of {millions:.1f} M parameters; {args.pairs} unsafe and {args.pairs} safe "
-        f"references\n{len(heldout)} held-out prompts; thresholds from {len(benign)} harmless ones"
+        f"references\n{len(heldout)} held-out prompts; thresholds from {len(benign)} harmless "
+        f"ones, the cascade's also from {len(harmful)} unsafe ones"
     )
     results = []
     hidden = not progress or not sys.stderr.isatty()
@@ -63,7 +64,12 @@ def run(args: argparse.Namespace) -> int:
             detector = Detector.fit(
                 model, tokenizer, unsafe=unsafe, safe=safe, method=method, progress=False
             )
-            detector.calibrate(benign, max_fpr=MAX_FPR, progress=False)
+            detector.calibrate(
+                benign,
+                max_fpr=MAX_FPR,
+                progress=False,
+                unsafe_prompts=harmful if method == "cascade" else None,
+            )
             results.append((detector, *_timed(detector, [row["prompt"] for row in heldout])))
             bar.update()
     detector, scores, _ = results[METHODS.index("gradcoo")]

@@ -111,7 +111,7 @@ def _settings(args: argparse.Namespace, inputs: Inputs, model: Any, tokenizer: A
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "detector": read_manifest(args.detector) if args.detector else fit_options(args),
         "references": [inputs.unsafe, inputs.safe],
-        "calibration": [inputs.benign, args.max_fpr if inputs.benign else None],
+        "calibration": [inputs.benign, args.max_fpr if inputs.benign else None, inputs.harmful],
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 

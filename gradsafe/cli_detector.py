@@ -58,7 +58,10 @@ def prepare_detector(
             max_fpr=args.max_fpr,
             batch_tokens=args.batch_tokens,
             progress=progress,
+            unsafe_prompts=texts(references.harmful),
         )
+    if detector.band:
+        _say(args, f"cascade: {detector.band}")
     if detector.calibration:
         _say(args, f"calibrated: {detector.calibration}")
     return detector
@@ -88,6 +91,7 @@ def _check_lengths(
             (args.unsafe, references.unsafe),
             (args.safe, references.safe),
             (args.calibrate, references.benign),
+            (args.calibrate_unsafe, references.harmful),
         )
         for row in rows or ()
     ]

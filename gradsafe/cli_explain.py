@@ -13,6 +13,7 @@ from gradsafe.cli_files import (
     located,
     read_line,
     read_references,
+    reference_files,
     write_text,
 )
 from gradsafe.cli_options import (
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     where, prompt = _read_prompt(args)
     references = read_references(args)
     if args.html:
-        inputs = (args.prompt_file, args.unsafe, args.safe, args.calibrate)
+        inputs = (args.prompt_file, *reference_files(args))
         check_new_file("--html", args.html, inputs, args.overwrite)
     check_saved_detector(args.detector)
 

@@ -20,6 +20,7 @@ class References:
     unsafe: list[Row] | None
     safe: list[Row] | None
     benign: list[Row] | None
+    harmful: list[Row] | None
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,15 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         references.unsafe,
         references.safe,
         references.benign,
+        references.harmful,
         rows,
         labels_of(rows, args.prompts),
     )
+
+
+def reference_files(args: argparse.Namespace) -> tuple[str | None, ...]:
+    """Paths of the files behind `References`, in the order of its fields."""
+    return args.unsafe, args.safe, args.calibrate, args.calibrate_unsafe
 
 
 def read_references(args: argparse.Namespace) -> References:
@@ -54,6 +61,7 @@ def read_references(args: argparse.Namespace) -> References:
         _only(args.unsafe, "unsafe", contrary="safe"),
         _only(args.safe, "safe", contrary="unsafe"),
         _only(args.calibrate, "harmless", contrary="unsafe"),
+        _only(args.calibrate_unsafe, "unsafe", contrary="safe"),
     )
 
 
@@ -111,7 +119,7 @@ def check_destinations(args: argparse.Namespace) -> None:
         ValueError: The output is one of the inputs, or `--detector` is no gradsafe folder.
     """
     if args.output:
-        inputs = (args.prompts, args.unsafe, args.safe, args.calibrate)
+        inputs = (args.prompts, *reference_files(args))
         _refuse_inputs("-o", args.output, inputs)
         check_output(args.output, resume=args.resume, overwrite=args.overwrite)
         check_parts(args.output, resume=args.resume, overwrite=args.overwrite)

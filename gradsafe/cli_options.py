@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 TESTBED = "testbed"
-METHODS = ("gradcoo", "gradsafe", "nll", "gradnorm")
+METHODS = ("gradcoo", "gradsafe", "cascade", "nll", "gradnorm")
 GRANULARITIES = ("tensor", "row", "column", "row+column", "head", "layer")
 RELATIVES = ("share", "ratio", "logratio", "difference", "unsafe")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -92,6 +92,12 @@ def add_detector_arguments(parser: argparse.ArgumentParser) -> argparse._Argumen
         "--calibrate", metavar="FILE", help="harmless prompts that set the threshold for flags"
     )
     fit.add_argument(
+        "--calibrate-unsafe",
+        metavar="FILE",
+        help="unsafe prompts; with --calibrate they set which prompts --method cascade decides "
+        "without gradients",
+    )
+    fit.add_argument(
         "--max-fpr",
         type=share,
         default=0.01,
@@ -115,6 +121,11 @@ def check_detector_options(args: argparse.Namespace) -> None:
     if args.detector and given:
         option = "--" + given[0].replace("_", "-")
         raise ValueError(f"--detector {args.detector} was fitted already: leave out {option}")
+    is_cascade = None if args.detector else args.method == "cascade"
+    if args.calibrate_unsafe and (is_cascade is False or not args.calibrate):
+        raise ValueError("--calibrate-unsafe needs --method cascade and --calibrate FILE")
+    if is_cascade and args.calibrate and not args.calibrate_unsafe:
+        raise ValueError("--method cascade with --calibrate needs --calibrate-unsafe FILE too")
     needs_references = not args.detector and args.method not in WITHOUT_REFERENCES
     if (args.unsafe is None) != (args.safe is None):
         raise ValueError("--unsafe and --safe belong together: give both files")

@@ -25,6 +25,12 @@ class Band:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return (
+            f"NLL below {self.low:.4g} clears a prompt, above {self.high:.4g} it counts as unsafe, "
+            "between them gradients decide"
+        )
+
     def unsure(self, nll: Tensor) -> Tensor:
         """Which prompts need gradients, `[n]` bool; a loss that is no number does."""
         return ~((nll < self.low) | (nll > self.high))

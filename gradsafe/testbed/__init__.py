@@ -21,7 +21,7 @@ from safetensors.torch import load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradsafe.testbed.cache import announce, cache_root, damage, publish, seal
-from gradsafe.testbed.corpus import Row, build
+from gradsafe.testbed.corpus import Row, build, unsafe_calibration
 from gradsafe.testbed.reference_prompts import SAFE_REFERENCES, UNSAFE_REFERENCES
 from gradsafe.testbed.tokenizer import CHAT_TEMPLATE
 from gradsafe.testbed.training import SYSTEM_MESSAGES, Recipe, isolated, train
@@ -130,10 +130,20 @@ def references(pairs: int = 2) -> tuple[list[str], list[str]]:
     return list(UNSAFE_REFERENCES[:pairs]), list(SAFE_REFERENCES[:pairs])
 
 
-def calibration_prompts() -> list[str]:
-    """Returns benign prompts to set a threshold with.
+def calibration_prompts(label: Literal["safe", "unsafe"] = "safe") -> list[str]:
+    """Returns prompts to set thresholds with.
 
-    They are drawn as the safe held-out prompts are (ordinary and look-alikes), but occur neither
-    there nor in training nor among the references.
+    They are drawn as the held-out prompts of that label are (safe: ordinary and look-alikes), but
+    occur neither there nor in training nor among the references.
+
+    Args:
+        label: Harmless prompts, or unsafe ones.
+
+    Raises:
+        ValueError: If the label is none of the two.
     """
+    if label not in ("safe", "unsafe"):
+        raise ValueError(f'gradsafe.testbed: label must be "safe" or "unsafe", got {label!r}')
+    if label == "unsafe":
+        return list(unsafe_calibration())
     return [row["prompt"] for row in build()["calibration"]]

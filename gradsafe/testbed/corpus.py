@@ -35,6 +35,7 @@ ROWS: dict[Split, dict[Kind, int]] = {
     "heldout": {"unsafe": 300, "lookalike": 180, "ordinary": 120},
     "calibration": {"unsafe": 0, "lookalike": 240, "ordinary": 160},
 }
+UNSAFE_CALIBRATION_ROWS = 400
 TOPICS: dict[Kind, tuple[Topic, ...]] = {
     "ordinary": ORDINARY,
     "unsafe": UNSAFE,
@@ -240,3 +241,22 @@ def build() -> dict[Split, tuple[Row, ...]]:
     for rows in found.values():
         rng.shuffle(rows)
     return {split: tuple(rows) for split, rows in found.items()}
+
+
+@cache
+def unsafe_calibration() -> tuple[str, ...]:
+    """Generates unsafe prompts from the pool of the calibration split, drawn apart from `build`.
+
+    Returns:
+        Prompts that occur in no split and are no references.
+    """
+    rng = random.Random(CORPUS_SEED + 1)
+    seen = {key(prompt) for prompt in UNSAFE_REFERENCES}
+    seen |= {key(row["prompt"]) for rows in build().values() for row in rows}
+    prompts: list[str] = []
+    while len(prompts) < UNSAFE_CALIBRATION_ROWS:
+        split, row = _draw("unsafe", rng.choice(_phrases()["unsafe"]), rng)
+        if split == "calibration" and key(row["prompt"]) not in seen:
+            seen.add(key(row["prompt"]))
+            prompts.append(row["prompt"])
+    return tuple(prompts)

@@ -28,7 +28,7 @@ def demo(
     monkeypatch.setattr(testbed, "load", lambda **_: (loaded, tokenizer))
     monkeypatch.setattr(testbed, "prompts", lambda _: rows)
     monkeypatch.setattr(testbed, "references", lambda n: (UNSAFE[:n], SAFE[:n]))
-    monkeypatch.setattr(testbed, "calibration_prompts", lambda: BENIGN)
+    monkeypatch.setattr(testbed, "calibration_prompts", lambda _: BENIGN)
 
     def call(*options: str) -> str:
         assert main(["demo", *options]) == 0

@@ -56,6 +56,19 @@ class TestDetect:
         assert row[titles.index("flagged")] == str(sum(flags))
         assert "calibrated: threshold" in err
 
+    def test_a_cascade_is_calibrated_with_both_kinds_and_saved(self, detect: Run) -> None:
+        Path("harmful.txt").write_text("\n".join(f"harmful {i}" for i in range(20)))
+        calibration = ("--calibrate", "benign.txt", "--max-fpr", "0.2")
+        calibration += ("--calibrate-unsafe", "harmful.txt")
+        options = ("--method", "cascade", *calibration, "--save-detector", "saved")
+        _, _, err = detect(*options, "-o", "out.jsonl")
+        assert "cascade: NLL below" in err
+        first = records()
+        detect("--detector", "saved", "-o", "again.jsonl", references=False)
+        again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
+        for one, two in zip(first, again, strict=True):
+            assert (one["score"], one["flag"]) == (two["score"], two["flag"])
+
     def test_unlabelled_prompts_get_a_spread(self, detect: Run) -> None:
         Path("bare.txt").write_text("\n".join(PROMPTS))
         _, out, _ = detect("-o", "out.jsonl", prompts="bare.txt")

@@ -32,6 +32,11 @@ class TestRefusedAtOnce:
             (("--calibrate", "gone.txt"), "no such file: gone.txt"),
             (("--calibrate", "taken"), "taken: no prompts in this file"),
             (("--calibrate", "prompts.jsonl"), "prompts.jsonl:2: labelled unsafe, expected harml"),
+            (("--calibrate-unsafe", "unsafe.txt"), "--calibrate-unsafe needs --method cascade"),
+            (
+                ("--method", "cascade", "--calibrate", "benign.txt"),
+                "--method cascade with --calibrate needs --calibrate-unsafe FILE too",
+            ),
             (("--unsafe", "prompts.jsonl"), "prompts.jsonl:1: labelled safe, expected unsafe"),
         ],
     )

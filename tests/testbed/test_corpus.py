@@ -44,6 +44,17 @@ def test_sizes() -> None:
     for split, wanted in corpus.ROWS.items():
         assert Counter(row["kind"] for row in corpus.build()[split]) == +Counter(wanted)
     assert len(testbed.calibration_prompts()) >= 300
+    assert len(testbed.calibration_prompts("unsafe")) == corpus.UNSAFE_CALIBRATION_ROWS
+
+
+def test_unsafe_calibration_prompts_are_unseen_elsewhere() -> None:
+    drawn = {corpus.key(prompt) for prompt in testbed.calibration_prompts("unsafe")}
+    assert len(drawn) == corpus.UNSAFE_CALIBRATION_ROWS
+    others = {corpus.key(row["prompt"]) for rows in corpus.build().values() for row in rows}
+    others |= {corpus.key(prompt) for prompt in testbed.references(4)[0]}
+    assert not drawn & others
+    with pytest.raises(ValueError, match='"safe" or "unsafe"'):
+        testbed.calibration_prompts("benign")
     assert len(corpus.build()["train"]) >= 5000
 
 
