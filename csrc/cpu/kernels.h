@@ -1,6 +1,7 @@
 // The table of kernels that each instruction-set object exports, and nothing else.
 #pragma once
 
+#include "gradsafe/surgery_adamw.h"
 #include "gradsafe/wgrad_moments.h"
 
 namespace gradsafe {
@@ -39,6 +40,22 @@ struct PackArgs {
   float* out;  // [count][padded]
 };
 
+// A tile of gradient surgery: `count` neighbouring elements.
+struct SurgeryRange {
+  void* user;
+  const void* align;
+  int64_t count;
+  DType dtype;
+};
+
+// The same of the fused step; `pair.user` is only read.
+struct SurgeryAdamwRange {
+  SurgeryRange pair;
+  void* param;
+  void* exp_avg;
+  void* exp_avg_sq;
+};
+
 struct CpuKernels {
   void (*moments_tile)(const MomentsTileArgs& args);
   void (*wgrad_panel)(const WgradPanelArgs& args);
@@ -46,6 +63,10 @@ struct CpuKernels {
   // True if row `row` takes no part in a weight gradient: dy is all zero there and x is finite (a
   // zero times NaN or infinity is NaN, which must be seen).
   bool (*is_idle_token)(const WgradProblem& problem, int64_t row);
+  void (*surgery_sums)(const SurgeryRange& range, double* partial);
+  void (*surgery_merge)(const SurgeryRange& range, float coefficient);
+  void (*surgery_adamw)(const SurgeryAdamwRange& range, float coefficient,
+                        const AdamwScalars& scalars);
 };
 
 // Widest tile the kernels keep column accumulators for.

@@ -5,11 +5,14 @@
 namespace gradsafe {
 namespace {
 #include "moments_impl.inl"
+#include "surgery_impl.inl"
+#include "surgery_adamw_impl.inl"
 #include "wgrad_moments_impl.inl"
 }  // namespace
 
 const CpuKernels& GRADSAFE_KERNELS() {
-  static constexpr CpuKernels table{&moments_tile, &wgrad_panel, &pack, &is_idle_token};
+  static constexpr CpuKernels table{&moments_tile, &wgrad_panel, &pack, &is_idle_token,
+                                    &surgery_sums, &surgery_merge, &surgery_adamw};
   return table;
 }
 

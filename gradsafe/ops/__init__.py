@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 from gradsafe.ops.moments import AXES, Axis, Moments, moments
+from gradsafe.ops.surgery import surgery_, surgery_merge_, surgery_sums
+from gradsafe.ops.surgery_adamw import surgery_adamw_
 from gradsafe.ops.wgrad_moments import wgrad_moments
 
-__all__ = ["AXES", "Axis", "Moments", "moments", "wgrad_moments"]
+__all__ = [
+    "AXES",
+    "Axis",
+    "Moments",
+    "moments",
+    "surgery_",
+    "surgery_adamw_",
+    "surgery_merge_",
+    "surgery_sums",
+    "wgrad_moments",
+]
