@@ -144,7 +144,9 @@ def test_a_non_finite_gradient_skips_the_whole_step(groups, bad, device):
         [False] if groups is None else [True, False, True]
     )
     for tensors, old in zip(state, before, strict=True):
-        assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(tensors, old, strict=True))
+        assert all(
+            torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(tensors, old, strict=True)
+        )
 
 
 def test_given_sums_replace_the_first_pass():
