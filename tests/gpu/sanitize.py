@@ -1,4 +1,4 @@
-"""What compute-sanitizer runs: every operator once per axis, on ragged shapes.
+"""What compute-sanitizer runs: every operator on ragged shapes.
 
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from gpu_operators import OPERATORS, flat, registered
 
-from gradsafe.ops import AXES
+from gradsafe.ops import AXES, surgery_, surgery_adamw_
 
 
 def main() -> None:
@@ -20,6 +20,13 @@ def main() -> None:
         for axis in AXES:
             total = sum(float(t.abs().sum()) for t in flat(operator.call(*arguments, axis)))
             print(operator.name, axis, f"{total:.6g}")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        shapes = [(513, 129), (7,), (70_001,)]
+        lists = [[torch.rand(s, device="cuda").to(dtype) for s in shapes] for _ in range(5)]
+        step = torch.zeros((), device="cuda")
+        stepped = surgery_adamw_(*lists, step, groups=[0, 1, 0])
+        print("surgery_adamw_", dtype, stepped.tolist())
+        print("surgery_", dtype, surgery_(lists[1], [-a for a in lists[2]]).tolist())
 
 
 if __name__ == "__main__":
