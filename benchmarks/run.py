@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases_cosine_topk, cases_moments, cases_wgrad_moments
+from benchmarks import cases_cosine_topk, cases_moments, cases_surgery, cases_wgrad_moments
 from benchmarks.environment import environment
 from benchmarks.table import markdown, row, write_csv
 from benchmarks.timing import compare, graphed
@@ -34,6 +34,23 @@ COLUMNS = {
         ("x_shared", "vs eager, products shared"),
         ("x_foreach", "vs foreach"),
         ("x_compile", "vs compile"),
+    ],
+    "surgery": [
+        ("case", "case"),
+        ("p50_us", "µs"),
+        ("GB/s", "GB/s"),
+        ("x_copy", "time / copy"),
+        ("x_cat", "vs cat"),
+        ("x_foreach", "vs dot + foreach"),
+    ],
+    "surgery_adamw": [
+        ("case", "case"),
+        ("p50_us", "µs"),
+        ("GB/s", "GB/s"),
+        ("x_copy", "time / copy"),
+        ("x_fused", "vs fused AdamW alone"),
+        ("x_two", "vs surgery_, then fused AdamW"),
+        ("x_foreach", "vs dot + foreach, then fused AdamW"),
     ],
     "wgrad_moments": [
         ("case", "case"),
@@ -113,8 +130,34 @@ def measure_cosine_topk(device: str, dry_run: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_surgery(device: str, dry_run: bool, adamw: bool = False) -> list[dict[str, Any]]:
+    """All cases of `surgery_` or `surgery_adamw_`; on CUDA also the captured call."""
+    build = cases_surgery.build_adamw if adamw else cases_surgery.build
+    rows = []
+    for case in tqdm(
+        cases_surgery.GPU_CASES if device == "cuda" else cases_surgery.CPU_CASES,
+        desc="surgery_adamw" if adamw else "surgery",
+    ):
+        if dry_run:
+            case = dataclasses.replace(case, shape=(8, 24), tensors=2)
+        calls, roofs = build(case, device)
+        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 15)
+        rows.append(row(case.name, case.bytes_adamw if adamw else case.bytes_moved, times))
+        if device == "cuda":
+            captured = compare({"graph": graphed(calls["gradsafe"])}, device)["graph"]
+            rows[-1]["graph_p50_us"] = round(captured.p50, 1)
+    return rows
+
+
+def measure_surgery_adamw(device: str, dry_run: bool) -> list[dict[str, Any]]:
+    """All cases of `surgery_adamw_`."""
+    return measure_surgery(device, dry_run, adamw=True)
+
+
 OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
     "moments": measure_moments,
+    "surgery": measure_surgery,
+    "surgery_adamw": measure_surgery_adamw,
     "wgrad_moments": measure_wgrad_moments,
     "cosine_topk": measure_cosine_topk,
 }

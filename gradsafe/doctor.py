@@ -215,6 +215,55 @@ def _cosine_topk(module: ModuleType, device: str) -> list[Tensor]:
     return found
 
 
+def _surgery(module: ModuleType, device: str) -> list[Tensor]:
+    found = []
+    for dtype in _DTYPES:
+        user, align = _conflict(dtype, device)
+        found.append(module.surgery_(user, align, 0.5))
+        # A 16-bit rounding may fall either way on the last bit of the coefficient.
+        found += user if dtype == torch.float32 else []
+    return found
+
+
+def _surgery_sums(module: ModuleType, device: str) -> list[Tensor]:
+    return [module.surgery_sums(*_conflict(dtype, device), [0, 1, 0]) for dtype in _DTYPES]
+
+
+def _surgery_merge(module: ModuleType, device: str) -> list[Tensor]:
+    found = []
+    for dtype in _DTYPES:
+        user, align = _conflict(dtype, device)
+        sums = torch.tensor([-2.0, 3.0, 4.0], dtype=torch.float64, device=device)
+        found += [module.surgery_merge_(user, align, sums, 0.5), *user]
+    return found
+
+
+def _surgery_adamw(module: ModuleType, device: str) -> list[Tensor]:
+    found = []
+    for dtype in _DTYPES:
+        user, align = _conflict(dtype, device)
+        exact = dtype != torch.float32  # 16 bits: no value that could round either way
+        if exact:
+            user, align = ([(4 * t).round() / 4 for t in tensors] for tensors in (user, align))
+        sums = torch.tensor([-2.0, 3.0, 4.0], dtype=torch.float64, device=device)
+        params = [torch.ones_like(u) for u in user]
+        first, second = [u / 2 for u in user], [torch.ones_like(u) for u in user]
+        step = torch.full((), 3.0, device=device)
+        options = {"lr": 0.0, "betas": (0.5, 0.5)} if exact else {"lr": 0.1}
+        result = module.surgery_adamw_(
+            params, user, align, first, second, step, rho=0.5, sums=sums, **options
+        )
+        found += [result, *params, *first, *second, step]
+    return found
+
+
+def _conflict(dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Gradients with a negative dot product; one is longer than a tile, others end inside one."""
+    shapes = [(33, 1031), (5,), (8, 64)]
+    user = [_noise(shape, seed, dtype, device) for seed, shape in enumerate(shapes)]
+    return user, [-_noise(shape, 8, dtype, device) for shape in shapes]
+
+
 def _sums(result: ops.Moments) -> list[Tensor]:
     return [*result.count, *result.sum, *result.sum_sq, *result.dots]
 
@@ -226,8 +275,12 @@ def _noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: str) -
 
 CASES: dict[str, Case] = {
     "moments": _moments,
-    "wgrad_moments": _wgrad_moments,
     "cosine_topk": _cosine_topk,
+    "surgery_": _surgery,
+    "surgery_adamw_": _surgery_adamw,
+    "surgery_merge_": _surgery_merge,
+    "surgery_sums": _surgery_sums,
+    "wgrad_moments": _wgrad_moments,
 }
 
 

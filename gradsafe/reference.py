@@ -90,3 +90,114 @@ def _unit(vectors: Tensor) -> Tensor:
 def _stacked(part: Moments) -> Moments:
     fields = (part.count, part.sum, part.sum_sq, part.dots)
     return Moments(*(torch.stack(list(field)) for field in fields))
+
+
+def surgery_sums(
+    user: Sequence[Tensor],
+    align: Sequence[Tensor],
+    groups: Sequence[int] | None = None,
+    dtype: torch.dtype | None = torch.float64,
+) -> Tensor:
+    """What `gradsafe.ops.surgery_sums` computes, in `dtype` (None: the dtype of each tensor)."""
+    numbers = [0] * len(user) if groups is None else groups
+    device = user[0].device if user else None
+    count = 1 if groups is None else max(numbers, default=-1) + 1
+    sums = torch.zeros(count, 3, dtype=torch.float64, device=device)
+    for u, a, group in zip(_cast(user, dtype), _cast(align, dtype), numbers, strict=True):
+        sums[group] += torch.stack([(u * a).sum(), (u * u).sum(), (a * a).sum()])
+    return sums[0] if groups is None else sums
+
+
+def surgery_merge_(
+    user: Sequence[Tensor],
+    align: Sequence[Tensor],
+    sums: Tensor,
+    rho: float = 1.0,
+    groups: Sequence[int] | None = None,
+    dtype: torch.dtype | None = torch.float64,
+) -> Tensor:
+    """What `gradsafe.ops.surgery_merge_` does; in `dtype`, rounded once to each tensor's."""
+    results = _surgery_results(sums, rho)
+    numbers = [0] * len(user) if groups is None else groups
+    rows = results.view(-1, 4)
+    merged = _merged(user, align, rows, numbers, dtype)
+    for u, new, group in zip(user, merged, numbers, strict=True):
+        if not rows[group, 3].isnan():
+            u.copy_(new)
+    return results
+
+
+def surgery_(
+    user: Sequence[Tensor],
+    align: Sequence[Tensor],
+    rho: float = 1.0,
+    groups: Sequence[int] | None = None,
+    dtype: torch.dtype | None = torch.float64,
+) -> Tensor:
+    """What `gradsafe.ops.surgery_` does."""
+    sums = surgery_sums(user, align, groups, dtype)
+    return surgery_merge_(user, align, sums, rho, groups, dtype)
+
+
+def surgery_adamw_(
+    params: Sequence[Tensor],
+    user: Sequence[Tensor],
+    align: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    step: Tensor | Sequence[Tensor],
+    *,
+    rho: float = 1.0,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    groups: Sequence[int] | None = None,
+    sums: Tensor | None = None,
+    dtype: torch.dtype | None = torch.float64,
+) -> Tensor:
+    """What `gradsafe.ops.surgery_adamw_` does; in `dtype`, rounded once to each tensor's."""
+    sums = surgery_sums(user, align, groups, dtype) if sums is None else sums
+    results = _surgery_results(sums, rho)
+    if results[..., 3].isnan().any():
+        results[..., 3] = float("nan")
+        return results
+    steps = [step] if isinstance(step, Tensor) else step
+    for counter in steps:
+        counter += 1
+    numbers = [0] * len(user) if groups is None else groups
+    merged = _merged(user, align, results.view(-1, 4), numbers, dtype)
+    lists = (params, exp_avg, exp_avg_sq)
+    for index, g in enumerate(merged):
+        p, m, v = (_cast(tensors, dtype)[index] for tensors in lists)
+        t = float(steps[0 if len(steps) == 1 else index])
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        denominator = v.sqrt() / (1 - betas[1] ** t) ** 0.5 + eps
+        p = p * (1 - lr * weight_decay) - lr / (1 - betas[0] ** t) * m / denominator
+        for tensors, new in zip(lists, (p, m, v), strict=True):
+            tensors[index].detach().copy_(new)
+    return results
+
+
+def _surgery_results(sums: Tensor, rho: float) -> Tensor:
+    dot, _, sq_align = sums.unbind(-1)
+    projection = torch.where(sq_align > 0, dot.clamp(max=0) / sq_align, torch.zeros_like(dot))
+    finite = sums.isfinite().all(-1)
+    coefficient = torch.where(finite, rho - projection, float("nan"))
+    return torch.cat([sums, coefficient.unsqueeze(-1)], -1)
+
+
+def _merged(
+    user: Sequence[Tensor],
+    align: Sequence[Tensor],
+    results: Tensor,
+    numbers: Sequence[int],
+    dtype: torch.dtype | None,
+) -> list[Tensor]:
+    pairs = zip(_cast(user, dtype), _cast(align, dtype), numbers, strict=True)
+    return [u + float(results[group, 3]) * a for u, a, group in pairs]
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    return [t.detach() if dtype is None else t.detach().to(dtype) for t in tensors]

@@ -22,6 +22,7 @@ PLAIN_OBJECTS = (
     "isa.cpp",
     "dispatch.cpp",
     "moments.cpp",
+    "surgery.cpp",
     "wgrad_moments.cpp",
     "cosine_topk.cpp",
     "level_scalar.cpp",

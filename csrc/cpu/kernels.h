@@ -2,6 +2,7 @@
 #pragma once
 
 #include "gradsafe/cosine_topk.h"
+#include "gradsafe/surgery_adamw.h"
 #include "gradsafe/wgrad_moments.h"
 
 namespace gradsafe {
@@ -69,6 +70,22 @@ struct CosinePanelArgs {
   float* scores;  // [rows][kCosinePanel]
 };
 
+// A tile of gradient surgery: `count` neighbouring elements.
+struct SurgeryRange {
+  void* user;
+  const void* align;
+  int64_t count;
+  DType dtype;
+};
+
+// The same of the fused step; `pair.user` is only read.
+struct SurgeryAdamwRange {
+  SurgeryRange pair;
+  void* param;
+  void* exp_avg;
+  void* exp_avg_sq;
+};
+
 struct CpuKernels {
   void (*moments_tile)(const MomentsTileArgs& args);
   PanelKernels singles;
@@ -83,6 +100,10 @@ struct CpuKernels {
   uint32_t (*largest_magnitude)(const void* row, DType dtype, int64_t count);
   double (*pack_scaled)(const PackScaledArgs& args);  // returns the sum of squares
   void (*cosine_panel)(const CosinePanelArgs& args);
+  void (*surgery_sums)(const SurgeryRange& range, double* partial);
+  void (*surgery_merge)(const SurgeryRange& range, float coefficient);
+  void (*surgery_adamw)(const SurgeryAdamwRange& range, float coefficient,
+                        const AdamwScalars& scalars);
 };
 
 // Widest tile the kernels keep column accumulators for.

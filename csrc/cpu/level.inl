@@ -5,6 +5,8 @@
 namespace gradsafe {
 namespace {
 #include "moments_impl.inl"
+#include "surgery_impl.inl"
+#include "surgery_adamw_impl.inl"
 #include "wgrad_moments_impl.inl"
 #include "cosine_topk_impl.inl"
 #if defined(GRADSAFE_PAIRS)
@@ -16,9 +18,19 @@ constexpr PanelKernels kPairs{};
 }  // namespace
 
 const CpuKernels& GRADSAFE_KERNELS() {
-  static constexpr CpuKernels table{&moments_tile,      {&pack, &wgrad_panel}, kPairs,
-                                    &is_idle_token,     &smallest_exponent,
-                                    &largest_magnitude, &pack_scaled,          &cosine_panel};
+  static constexpr CpuKernels table{
+      &moments_tile,
+      {&pack, &wgrad_panel},
+      kPairs,
+      &is_idle_token,
+      &smallest_exponent,
+      &largest_magnitude,
+      &pack_scaled,
+      &cosine_panel,
+      &surgery_sums,
+      &surgery_merge,
+      &surgery_adamw,
+  };
   return table;
 }
 

@@ -23,6 +23,10 @@ struct Vec {
 inline Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 inline Vec zero() { return {_mm512_setzero_ps()}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
 // `mask` is all ones, or all ones but the sign bit.
@@ -73,7 +77,37 @@ inline Vec load_first(const f8* p, int n) {
   return widen_f8(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1u), p));
 }
 
+// Rounded to nearest, ties to even; every NaN becomes the one that PyTorch stores.
+inline __m256i narrow_bf16(Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
+}
+inline __m256i narrow_f16(Vec a) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
+}
+inline void store(f16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a));
+}
+
+// The first n of sixteen elements; never touches memory past n.
+inline void store_first(float* p, Vec a, int n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), a.v);
+}
+inline void store_first(bf16* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), narrow_bf16(a));
+}
+inline void store_first(f16* p, Vec a, int n) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), narrow_f16(a));
+}
 
 inline __m512d low(Vec a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)); }
 inline __m512d high(Vec a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }

@@ -55,6 +55,30 @@ inline float widen(f8 x) {
   return from_bits(sign | ((magnitude << 20) + 0x3c000000u));
 }
 
+// Rounded to nearest, ties to even; every NaN becomes the one that PyTorch stores.
+inline void narrow(float x, float& out) { out = x; }
+inline void narrow(float x, bf16& out) {
+  const uint32_t bits = to_bits(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0u);
+}
+inline void narrow(float x, f16& out) {
+  const uint32_t bits = to_bits(x);
+  const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t result;
+  if (magnitude > 0x7f800000u) {
+    result = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+  } else if (magnitude >= 0x477ff000u) {  // from 65520 on
+    result = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {
+    // Beside 0.5 the unit of float32 is the smallest subnormal of float16: the sum rounds.
+    result = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+  } else {
+    result = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  }
+  out.bits = static_cast<uint16_t>(sign | result);
+}
+
 inline Vec broadcast(float x) {
   Vec a;
   for (int i = 0; i < kLanes; ++i) a.v[i] = x;
@@ -63,6 +87,22 @@ inline Vec broadcast(float x) {
 inline Vec zero() { return {}; }
 inline Vec add(Vec a, Vec b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
+  return a;
+}
+inline Vec sub(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+inline Vec mul(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+inline Vec div(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] /= b.v[i];
+  return a;
+}
+inline Vec root(Vec a) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
   return a;
 }
 inline Vec fma(Vec a, Vec b, Vec c) {
@@ -87,7 +127,14 @@ inline Vec load(const T* p) {
   return a;
 }
 
-inline void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof a.v); }
+template <class T>
+inline void store_first(T* p, Vec a, int n) {
+  for (int i = 0; i < n; ++i) narrow(a.v[i], p[i]);
+}
+template <class T>
+inline void store(T* p, Vec a) {
+  for (int i = 0; i < kLanes; ++i) narrow(a.v[i], p[i]);
+}
 
 inline void add_to(double* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) p[i] += a.v[i];

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "../common/tiling.h"
+#include "common/find_entry.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "gradsafe/moments.h"
@@ -46,15 +47,6 @@ struct Batch {
   uint32_t mask;  // ANDed to the bits of g in the dot products: drops the sign, or nothing
 };
 static_assert(sizeof(Batch) <= 32764, "the batch must fit the kernel arguments");
-
-__device__ inline const Entry& find_entry(const Batch& batch, int64_t tile) {
-  int low = 0, high = batch.count - 1;
-  while (low < high) {  // last entry whose first tile is not behind `tile`
-    const int middle = (low + high + 1) / 2;
-    if (batch.entries[middle].first_tile <= tile) low = middle; else high = middle - 1;
-  }
-  return batch.entries[low];
-}
 
 struct TileRange {
   int64_t row_block, col_strip, row_begin, row_end, col_begin, col_end;

@@ -6,18 +6,11 @@
 
 #include "cosine_topk.h"
 #include "moments.h"
+#include "parallel.h"
 #include "wgrad_moments.h"
 
 namespace gradsafe {
 namespace {
-
-// Waking a second thread takes microseconds: below this many element operations one is faster.
-constexpr int64_t kWorkPerThread = 65536;
-
-// Items per chunk of parallel_for when `items` share `work` element operations.
-int64_t grain_for(int64_t items, int64_t work) {
-  return items == 0 ? 1 : kWorkPerThread / (work / items + 1) + 1;
-}
 
 // Calls body(task, tile) for every tile of every task. Work is dealt out by elements, so that a
 // list of many small matrices is not cut finer than its threads can use.

@@ -2,27 +2,12 @@
 #include <tuple>
 
 #include "cosine_topk.h"
-#include "cuda_stream.h"
-#include "gradsafe/status.h"
+#include "cuda_launch.h"
 #include "moments.h"
 #include "wgrad_moments.h"
 
 namespace gradsafe {
 namespace {
-
-void* current_stream(int32_t device) {
-  const CudaStreamShim shim = cuda_stream_shim();
-  GRADSAFE_CHECK(shim != nullptr, "cuda", ": this PyTorch has no CUDA support");
-  void* stream = nullptr;
-  GRADSAFE_CHECK(shim(device, &stream) == 0, "cuda",
-                 ": PyTorch returned no current stream for device ", device);
-  return stream;
-}
-
-void check_status(Status status, const char* op) {
-  GRADSAFE_CHECK(status.ok(), op, ": ",
-                 status_text(static_cast<int>(status.code), status.cuda));
-}
 
 Tensor moments(std::vector<Tensor> grads, std::vector<Tensor> refs, int64_t num_refs, int64_t axis,
                bool unsigned_dots) {

@@ -14,4 +14,19 @@ STABLE_TORCH_LIBRARY(gradsafe, m) {
       "-> Tensor");
   // queries [Q, D], rows [N, D] -> scores [Q, k] float32, indices [Q, k] int64, counted from start.
   m.def("cosine_topk(Tensor queries, Tensor rows, int k, int start) -> (Tensor, Tensor)");
+  // groups: the conflict test of each tensor, or [] for a single one. Sums: float64
+  // [num_groups, 3] = dot, sq_user, sq_align; results: the same and the coefficient.
+  m.def("surgery_sums(Tensor[] user, Tensor[] align, int[] groups, int num_groups) -> Tensor");
+  m.def(
+      "surgery_merge_(Tensor(a!)[] user, Tensor[] align, Tensor sums, float rho, int[] groups) "
+      "-> Tensor");
+  m.def(
+      "surgery_(Tensor(a!)[] user, Tensor[] align, float rho, int[] groups, int num_groups) "
+      "-> Tensor");
+  // steps: one counter per parameter, or a single one for all. Without sums they are computed.
+  m.def(
+      "surgery_adamw_(Tensor(a!)[] params, Tensor[] user, Tensor[] align, Tensor(b!)[] exp_avg, "
+      "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, Tensor? sums, float rho, float lr, "
+      "float beta1, float beta2, float eps, float weight_decay, int[] groups, int num_groups) "
+      "-> Tensor");
 }

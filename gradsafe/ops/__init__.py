@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from gradsafe.ops.cosine_topk import TopK, cosine_topk, merge_topk
 from gradsafe.ops.moments import AXES, Axis, Moments, moments
+from gradsafe.ops.surgery import surgery_, surgery_merge_, surgery_sums
+from gradsafe.ops.surgery_adamw import surgery_adamw_
 from gradsafe.ops.wgrad_moments import wgrad_moments
 
 __all__ = [
@@ -14,5 +16,9 @@ __all__ = [
     "cosine_topk",
     "merge_topk",
     "moments",
+    "surgery_",
+    "surgery_adamw_",
+    "surgery_merge_",
+    "surgery_sums",
     "wgrad_moments",
 ]

@@ -58,6 +58,36 @@ def check_dtype(
         )
 
 
+def is_unbroken(tensor: Tensor) -> bool:
+    """Whether the elements fill one piece of memory, in whatever order of dimensions."""
+    if tensor.is_contiguous() or tensor.numel() == 0:
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def check_twin(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Same shape, strides, dtype and device as another argument."""
+    if tensor.shape != other.shape:
+        raise ValueError(
+            f"gradsafe.{op}: expected {name} of shape {list(other.shape)} like {other_name}, got "
+            f"{list(tensor.shape)}"
+        )
+    if not (tensor.is_contiguous() and other.is_contiguous()) and tensor.numel():
+        pairs = zip(tensor.shape, tensor.stride(), other.stride(), strict=True)
+        if any(size > 1 and a != b for size, a, b in pairs):
+            raise ValueError(
+                f"gradsafe.{op}: expected {name} with strides {list(other.stride())} like "
+                f"{other_name}, got {list(tensor.stride())}; bring both into one layout first"
+            )
+    check_like(op, name, tensor, other_name, other)
+
+
 def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Same dtype and device as another argument."""
     if tensor.dtype != other.dtype:

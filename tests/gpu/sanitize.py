@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from gpu_operators import OPERATORS, flat, registered
 
-from gradsafe.ops import AXES, cosine_topk
+from gradsafe.ops import AXES, cosine_topk, surgery_, surgery_adamw_
 
 
 def main() -> None:
@@ -24,6 +24,12 @@ def main() -> None:
         queries, rows = torch.randn(70, 77).to(dtype), torch.randn(5000, 77).to(dtype)
         scores, indices = cosine_topk(queries.cuda(), rows.cuda(), 9)
         print("cosine_topk", dtype, f"{float(scores.sum()):.6g}", int(indices.sum()))
+        shapes = [(513, 129), (7,), (70_001,)]
+        lists = [[torch.rand(s, device="cuda").to(dtype) for s in shapes] for _ in range(5)]
+        step = torch.zeros((), device="cuda")
+        stepped = surgery_adamw_(*lists, step, groups=[0, 1, 0])
+        print("surgery_adamw_", dtype, stepped.tolist())
+        print("surgery_", dtype, surgery_(lists[1], [-a for a in lists[2]]).tolist())
 
 
 if __name__ == "__main__":

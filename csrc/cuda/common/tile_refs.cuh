@@ -24,9 +24,7 @@ struct TileRefs {
     loads.copy(to, rows, [&](int row, int col) {
       const int64_t at = (first + row) * from.stride + from.first + col;
       if (dtype == DType::f8) {
-        S value;
-        narrow(widen(reinterpret_cast<const f8*>(from.data)[at]), value);
-        return value;
+        return narrow<S>(widen(reinterpret_cast<const f8*>(from.data)[at]));
       }
       if constexpr (sizeof(S) == 2) {
         return from.data[at];

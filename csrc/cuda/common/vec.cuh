@@ -34,16 +34,28 @@ __device__ inline float widen(f8 x) {
   return __uint_as_float(sign | (magnitude == 0x7fu ? 0x7fc00000u : number));
 }
 
-// Every e4m3 number is a normal number, or zero, of both 16-bit types.
-__device__ inline void narrow(float x, float& out) { out = x; }
-__device__ inline void narrow(float x, bf16& out) {
-  out.bits = static_cast<uint16_t>(__float_as_uint(x) >> 16);
+// Rounded to nearest, ties to even.
+template <class T>
+__device__ inline T narrow(float x);
+template <>
+__device__ inline float narrow<float>(float x) {
+  return x;
 }
-__device__ inline void narrow(float x, f16& out) {
-  const uint32_t bits = __float_as_uint(x), magnitude = bits & 0x7fffffffu;
-  const uint32_t number = magnitude == 0 ? 0 : (magnitude >> 13) - ((127u - 15u) << 10);
-  out.bits = static_cast<uint16_t>((bits >> 16 & 0x8000u) |
-                                   (magnitude > 0x7f800000u ? 0x7e00u : number));
+template <>
+__device__ inline bf16 narrow<bf16>(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return {static_cast<uint16_t>(x == x ? rounded : 0x7fc0u)};
+}
+template <>
+__device__ inline f16 narrow<f16>(float x) {
+#if defined(GRADSAFE_EMULATE)
+  return {emulated_float_to_half(x)};
+#else
+  f16 half;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half.bits) : "f"(x));
+  return half;
+#endif
 }
 
 // N neighbouring elements. At 16 bytes and more the compiler emits 16-byte loads.
@@ -85,6 +97,41 @@ template <class T, int N>
 __device__ inline void load_first(const T* p, int64_t n, float (&out)[N]) {
 #pragma unroll
   for (int i = 0; i < N; ++i) out[i] = i < n ? widen(p[i]) : 0.0f;
+}
+
+// ---- one 16-byte word, kept in its own type until it is needed ------------------------------------
+template <class T>
+constexpr int kWordSize = kVectorBytes / static_cast<int>(sizeof(T));
+template <class T>
+using Word = Pack<T, kWordSize<T>>;
+
+// `left` elements lie before the end. kWhole: they fill the word, and p is on a 16-byte border.
+// Default caching: whoever uses these reads the data twice, or writes what was read.
+template <bool kWhole, class T>
+__device__ inline Word<T> load_word(const T* p, int64_t left) {
+  if constexpr (kWhole) {
+    const uint4 bits = __ldca(reinterpret_cast<const uint4*>(p));
+    return reinterpret_cast<const Word<T>&>(bits);
+  } else {
+    Word<T> word = {};
+#pragma unroll
+    for (int i = 0; i < kWordSize<T>; ++i) {
+      if (i < left) word.v[i] = p[i];
+    }
+    return word;
+  }
+}
+
+template <bool kWhole, class T>
+__device__ inline void store_word(T* p, int64_t left, const Word<T>& word) {
+  if constexpr (kWhole) {
+    __stcg(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(word));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWordSize<T>; ++i) {
+      if (i < left) p[i] = word.v[i];
+    }
+  }
 }
 
 }  // namespace gradsafe

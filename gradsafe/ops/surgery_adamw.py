@@ -1,0 +1,164 @@
+"""Gradient surgery and the AdamW step in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gradsafe.ops.checks import check_device, check_tensor_list, check_twin
+from gradsafe.ops.surgery import RESULTS, check_pairs, check_rho, check_sums, mark_written
+
+OP = "surgery_adamw_"
+
+
+def surgery_adamw_(
+    params: Sequence[Tensor],
+    user: Sequence[Tensor],
+    align: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    step: Tensor | Sequence[Tensor],
+    *,
+    rho: float = 1.0,
+    lr: float = 1e-3,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    groups: Sequence[int] | None = None,
+    sums: Tensor | None = None,
+) -> Tensor:
+    """One AdamW step on the merged gradient of `surgery_`, which is never written.
+
+    Equal to `surgery_(user, align, rho, groups)` followed by `torch.optim.AdamW` on `user`, up to
+    rounding: everything between load and store is float32, and the merged gradient of 16-bit
+    tensors is not rounded in between. `user` stays as it is. AdamW: arXiv 1711.05101, Algorithm 2,
+    with decay by lr * weight_decay, and defaults as in PyTorch.
+
+    If any sum of any group is not finite (see `surgery_`), no parameter takes the step: parameters,
+    states and counters stay as they are, and all coefficients of the result are NaN.
+
+    Args:
+        params: parameters of any shapes; float32, bfloat16 or float16. Written, also if they
+            require gradients. Layouts and devices as for `user` of `surgery_`.
+        user: gradients of the user loss, like `params` in shape, strides and dtype.
+        align: gradients of the alignment loss, likewise.
+        exp_avg: first moments, likewise (as in PyTorch, states have the parameter's dtype).
+            Written.
+        exp_avg_sq: second moments, likewise. Written.
+        step: steps taken so far, float32 with one element on the device of the parameters: one
+            for each parameter, as PyTorch's fused AdamW keeps them, or a single one for all. Whole
+            numbers. Advanced by 1.
+        rho: weight of the alignment gradient, as in `surgery_`.
+        lr: learning rate, a number. A captured CUDA graph keeps the one of its capture.
+        betas: decay rates of the moments, each at least 0 and below 1.
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        groups: conflict tests, as in `surgery_`.
+        sums: of `surgery_sums`, added up over ranks, for sharded gradients; then they are not
+            computed here, and the gradients are read once.
+
+    Returns:
+        As `surgery_`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `surgery_`; also for options out of range.
+    """
+    steps = _check(params, user, align, exp_avg, exp_avg_sq, step)
+    beta1, beta2 = _check_options(lr, betas, eps, weight_decay)
+    check_rho(OP, rho)
+    table = None if sums is None else check_sums(OP, sums, groups)
+    rows = None if table is None else len(table)
+    numbers, count = check_pairs(OP, user, align, groups, rows)
+    if not params:
+        out = torch.zeros(count, len(RESULTS), dtype=torch.float64)
+        out[:, -1] = rho
+        return out[0] if groups is None else out
+    if sums is not None:
+        check_device(OP, "sums", sums, "params[0]", params[0])
+    with torch.no_grad():
+        out = torch.ops.gradsafe.surgery_adamw_(
+            list(params), list(user), list(align), list(exp_avg), list(exp_avg_sq), steps, table,
+            float(rho), float(lr), beta1, beta2, float(eps), float(weight_decay), numbers, count,
+        )  # fmt: skip
+    mark_written([*params, *exp_avg, *exp_avg_sq, *steps])
+    return out[0] if groups is None else out
+
+
+def _check(
+    params: Sequence[Tensor],
+    user: Sequence[Tensor],
+    align: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+    step: Tensor | Sequence[Tensor],
+) -> list[Tensor]:
+    check_tensor_list(OP, "params", params)
+    lists = {"user": user, "align": align, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensors in lists.items():
+        check_tensor_list(OP, name, tensors)
+        if len(tensors) != len(params):
+            raise ValueError(
+                f"gradsafe.{OP}: expected {name} to hold {len(params)} tensors like params, got "
+                f"{len(tensors)}"
+            )
+        if name != "align":  # `check_pairs` compares it with user
+            for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+                check_twin(OP, f"{name}[{index}]", tensor, f"params[{index}]", param)
+    steps = [step] if isinstance(step, Tensor) else step
+    check_tensor_list(OP, "step", steps)
+    if not isinstance(step, Tensor) and len(steps) != len(params):
+        raise ValueError(
+            f"gradsafe.{OP}: expected one step counter for each of {len(params)} parameters (or "
+            f"a single tensor), got {len(steps)}"
+        )
+    for index, counter in enumerate(steps):
+        name = "step" if isinstance(step, Tensor) else f"step[{index}]"
+        if counter.dtype != torch.float32:
+            raise TypeError(f"gradsafe.{OP}: expected {name} of dtype float32, got {counter.dtype}")
+        if counter.numel() != 1:
+            raise ValueError(
+                f"gradsafe.{OP}: expected {name} with one element, got shape {list(counter.shape)}"
+            )
+        if params:
+            check_device(OP, name, counter, "params[0]", params[0])
+    return list(steps)
+
+
+def _check_options(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+) -> tuple[float, float]:
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"gradsafe.{OP}: expected {name} to be a number, got a tensor")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"gradsafe.{OP}: expected {name} to be finite and >= 0, got {value}")
+    for index, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            raise ValueError(
+                f"gradsafe.{OP}: expected betas[{index}] at least 0 and below 1, got {beta}"
+            )
+    return float(betas[0]), float(betas[1])
+
+
+@torch.library.register_fake("gradsafe::surgery_adamw_")
+def _fake(
+    params: list[Tensor],
+    user: list[Tensor],
+    align: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    steps: list[Tensor],
+    sums: Tensor | None,
+    rho: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    groups: list[int],
+    num_groups: int,
+) -> Tensor:
+    return params[0].new_empty((num_groups, len(RESULTS)), dtype=torch.float64)
