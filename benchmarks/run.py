@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases_moments, cases_wgrad_moments
+from benchmarks import cases_kl_divergence, cases_moments, cases_wgrad_moments
 from benchmarks.environment import environment
 from benchmarks.table import markdown, row, write_csv
 from benchmarks.timing import compare, graphed
@@ -41,6 +41,15 @@ COLUMNS = {
         ("GFLOP/s", "GFLOP/s"),
         ("x_gemm", "time / bare GEMM"),
         ("x_eager", "vs GEMM + eager"),
+        ("x_compile", "vs compile"),
+    ],
+    "kl_divergence": [
+        ("case", "case"),
+        ("p50_us", "µs"),
+        ("GB/s", "GB/s"),
+        ("x_read", "time / read of both"),
+        ("x_eager", "vs eager"),
+        ("x_closed_form", "vs closed form"),
         ("x_compile", "vs compile"),
     ],
 }
@@ -81,9 +90,26 @@ def measure_wgrad_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_kl_divergence(device: str, dry_run: bool) -> list[dict[str, Any]]:
+    """All cases of `kl_divergence_`."""
+    rows = []
+    for case in tqdm(
+        cases_kl_divergence.GPU_CASES if device == "cuda" else cases_kl_divergence.CPU_CASES,
+        desc="kl_divergence",
+    ):
+        if dry_run:
+            case = dataclasses.replace(case, tokens=4, vocabulary=40)
+        calls, roofs = cases_kl_divergence.build(case, device)
+        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 9)
+        rows.append(row(case.name, case.bytes_touched, times))
+        torch._dynamo.reset()
+    return rows
+
+
 OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
     "moments": measure_moments,
     "wgrad_moments": measure_wgrad_moments,
+    "kl_divergence": measure_kl_divergence,
 }
 
 

@@ -31,6 +31,7 @@ BUDGETS = {
     "wgrad_moments_tile": (128, 255, 0, 112 * 1024),
     "finish_wgrad_tensor": (256, 64, 1024, 0),
     "finish_wgrad_slices": (256, 64, 0, 0),
+    "kl_rows": (512, 64, 1024, 0),
 }
 
 

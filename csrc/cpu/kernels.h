@@ -1,6 +1,8 @@
 // The table of kernels that each instruction-set object exports, and nothing else.
 #pragma once
 
+#include "../common/kl_value.h"
+#include "gradsafe/kl_divergence.h"
 #include "gradsafe/wgrad_moments.h"
 
 namespace gradsafe {
@@ -39,6 +41,20 @@ struct PackArgs {
   float* out;  // [count][padded]
 };
 
+// Neighbouring logits of one row of the student and the teacher.
+struct KlSegment {
+  const void* student;
+  const void* teacher;
+  DType student_dtype, teacher_dtype;
+  int64_t count;
+};
+
+// What turns exponentials into the gradient: 1 / sum of each side, and the row's weight.
+struct KlScales {
+  KlMaxima maxima;
+  float student, teacher, weight;
+};
+
 struct CpuKernels {
   void (*moments_tile)(const MomentsTileArgs& args);
   void (*wgrad_panel)(const WgradPanelArgs& args);
@@ -46,6 +62,10 @@ struct CpuKernels {
   // True if row `row` takes no part in a weight gradient: dy is all zero there and x is finite (a
   // zero times NaN or infinity is NaN, which must be seen).
   bool (*is_idle_token)(const WgradProblem& problem, int64_t row);
+  // Raises the maxima to the segment's, then sums it relative to them.
+  void (*kl_sums)(const KlSegment& segment, KlMaxima* maxima, KlSums* sums);
+  // `out` has the student's dtype and may be the student's own buffer.
+  void (*kl_gradient)(const KlSegment& segment, const KlScales& scales, void* out);
 };
 
 // Widest tile the kernels keep column accumulators for.

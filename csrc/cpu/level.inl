@@ -6,10 +6,13 @@ namespace gradsafe {
 namespace {
 #include "moments_impl.inl"
 #include "wgrad_moments_impl.inl"
+#include "exp_impl.inl"
+#include "kl_divergence_impl.inl"
 }  // namespace
 
 const CpuKernels& GRADSAFE_KERNELS() {
-  static constexpr CpuKernels table{&moments_tile, &wgrad_panel, &pack, &is_idle_token};
+  static constexpr CpuKernels table{&moments_tile, &wgrad_panel, &pack,
+                                    &is_idle_token, &kl_sums, &kl_gradient};
   return table;
 }
 

@@ -25,6 +25,11 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
 
+inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+// b where a is NaN.
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+
 inline Vec bit_and(Vec a, uint32_t mask) {
   const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(mask)));
   return {_mm256_and_ps(a.lo, m), _mm256_and_ps(a.hi, m)};
@@ -51,9 +56,77 @@ inline Vec load_first(const T* p, int n) {
   return load(padded);
 }
 
+// `value` in the lanes from the n-th on.
+inline Vec pad(Vec a, int n, float value) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes);
+  const __m256i high = _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lanes);
+  const __m256 other = _mm256_set1_ps(value);
+  return {_mm256_blendv_ps(other, a.lo, _mm256_castsi256_ps(low)),
+          _mm256_blendv_ps(other, a.hi, _mm256_castsi256_ps(high))};
+}
+
+// value, but 0 where a < b, and where a is 0; NaN is neither.
+inline Vec zero_if_less(Vec a, Vec b, Vec value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_NLT_UQ), value.lo),
+          _mm256_and_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_NLT_UQ), value.hi)};
+}
+inline Vec zero_if_zero(Vec a, Vec value) {
+  const __m256 none = _mm256_setzero_ps();
+  return {_mm256_and_ps(_mm256_cmp_ps(a.lo, none, _CMP_NEQ_UQ), value.lo),
+          _mm256_and_ps(_mm256_cmp_ps(a.hi, none, _CMP_NEQ_UQ), value.hi)};
+}
+
+// a * 2^n, where n are the low bits of `integer`.
+inline __m256 add_to_exponent(__m256 a, __m256 integer) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(integer), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n));
+}
+inline Vec add_to_exponent(Vec a, Vec integer) {
+  return {add_to_exponent(a.lo, integer.lo), add_to_exponent(a.hi, integer.hi)};
+}
+
+inline float largest(Vec a) {
+  const __m256 m8 = _mm256_max_ps(a.lo, a.hi);
+  const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
+  const __m128 m2 = _mm_max_ps(m4, _mm_movehl_ps(m4, m4));
+  return _mm_cvtss_f32(_mm_max_ss(m2, _mm_shuffle_ps(m2, m2, 1)));
+}
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+inline __m256i narrow_bf16(__m256 a) {
+  const __m256i bits = _mm256_castps_si256(a);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256 nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q);
+  const __m256 kept = _mm256_blendv_ps(_mm256_castsi256_ps(rounded),
+                                       _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000)), nan);
+  return _mm256_srli_epi32(_mm256_castps_si256(kept), 16);
+}
+
 inline void store(float* p, Vec a) {
   _mm256_storeu_ps(p, a.lo);
   _mm256_storeu_ps(p + 8, a.hi);
+}
+inline void store(bf16* p, Vec a) {
+  // Packing works within halves of a register; the permutation puts the quarters in order.
+  const __m256i packed = _mm256_packus_epi32(narrow_bf16(a.lo), narrow_bf16(a.hi));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+}
+inline void store(f16* p, Vec a) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  __m128i* q = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(q, _mm256_cvtps_ph(a.lo, kNearest));
+  _mm_storeu_si128(q + 1, _mm256_cvtps_ph(a.hi, kNearest));
+}
+
+// The first n of sixteen elements; memory past n is left alone.
+template <class T>
+inline void store_first(T* p, int n, Vec a) {
+  T all[kLanes];
+  store(all, a);
+  for (int i = 0; i < n; ++i) p[i] = all[i];
 }
 
 // Quarters of the sixteen lanes as float64: lanes 0-3, 4-7, 8-11, 12-15.

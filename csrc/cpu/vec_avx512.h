@@ -24,6 +24,11 @@ inline Vec zero() { return {_mm512_setzero_ps()}; }
 inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+// b where a is NaN.
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+
 // `mask` is all ones, or all ones but the sign bit.
 inline Vec bit_and(Vec a, uint32_t mask) {
   return {_mm512_castsi512_ps(
@@ -53,7 +58,59 @@ inline Vec load_first(const f16* p, int n) {
   return {_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1u), p))};
 }
 
+// `value` in the lanes from the n-th on.
+inline Vec pad(Vec a, int n, float value) {
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(value), static_cast<__mmask16>((1u << n) - 1u), a.v)};
+}
+
+// value, but 0 where a < b, and where a is 0; NaN is neither.
+inline Vec zero_if_less(Vec a, Vec b, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), value.v)};
+}
+inline Vec zero_if_zero(Vec a, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), value.v)};
+}
+
+// a * 2^n, where n are the low bits of `integer`.
+inline Vec add_to_exponent(Vec a, Vec integer) {
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(integer.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), n))};
+}
+
+inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
+
+// Rounded to nearest, ties to even; NaN stays NaN.
+inline __m256i narrow_bf16(Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i kept = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16));
+}
+inline __m256i narrow_f16(Vec a) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
 inline void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline void store(bf16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(a));
+}
+inline void store(f16* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_f16(a));
+}
+
+// The first n of sixteen elements; memory past n is left alone.
+inline void store_first(float* p, int n, Vec a) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1u), a.v);
+}
+inline void store_first(bf16* p, int n, Vec a) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), narrow_bf16(a));
+}
+inline void store_first(f16* p, int n, Vec a) {
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), narrow_f16(a));
+}
 
 inline __m512d low(Vec a) { return _mm512_cvtps_pd(_mm512_castps512_ps256(a.v)); }
 inline __m512d high(Vec a) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1)); }

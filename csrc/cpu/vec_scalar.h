@@ -42,6 +42,28 @@ inline float widen(f16 x) {
   return from_bits(sign | to_bits(from_bits(magnitude << 13) * from_bits(0x77800000u)));
 }
 
+// Rounded to nearest, ties to even; NaN stays NaN.
+inline void narrow(float x, float* p) { *p = x; }
+inline void narrow(float x, bf16* p) {
+  const uint32_t bits = to_bits(x);
+  p->bits = static_cast<uint16_t>(x != x ? 0x7fc0u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline void narrow(float x, f16* p) {
+  const uint32_t sign = to_bits(x) >> 16 & 0x8000u;
+  const uint32_t bits = to_bits(x) & 0x7fffffffu;
+  uint32_t magnitude;
+  if (x != x) {
+    magnitude = 0x7e00u;
+  } else if (bits >= 0x477ff000u) {  // 65520 and above round to infinity
+    magnitude = 0x7c00u;
+  } else if (bits >= 0x38800000u) {  // normal: drop 13 bits, shift the exponent by 112
+    magnitude = (bits - 0x38000000u + 0xfffu + (bits >> 13 & 1u)) >> 13;
+  } else {  // a multiple of 2^-24: adding 0.5 rounds to it, in the low bits of the sum
+    magnitude = to_bits(from_bits(bits) + 0.5f) - to_bits(0.5f);
+  }
+  p->bits = static_cast<uint16_t>(sign | magnitude);
+}
+
 inline Vec broadcast(float x) {
   Vec a;
   for (int i = 0; i < kLanes; ++i) a.v[i] = x;
@@ -55,6 +77,19 @@ inline Vec add(Vec a, Vec b) {
 inline Vec fma(Vec a, Vec b, Vec c) {
   for (int i = 0; i < kLanes; ++i) c.v[i] += a.v[i] * b.v[i];
   return c;
+}
+inline Vec mul(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] *= b.v[i];
+  return a;
+}
+inline Vec sub(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] -= b.v[i];
+  return a;
+}
+// b where a is NaN.
+inline Vec max(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return b;
 }
 inline Vec bit_and(Vec a, uint32_t mask) {
   for (int i = 0; i < kLanes; ++i) a.v[i] = from_bits(to_bits(a.v[i]) & mask);
@@ -74,7 +109,44 @@ inline Vec load(const T* p) {
   return a;
 }
 
-inline void store(float* p, Vec a) { std::memcpy(p, a.v, sizeof a.v); }
+// `value` in the lanes from the n-th on.
+inline Vec pad(Vec a, int n, float value) {
+  for (int i = n; i < kLanes; ++i) a.v[i] = value;
+  return a;
+}
+
+// value, but 0 where a < b, and where a is 0; NaN is neither.
+inline Vec zero_if_less(Vec a, Vec b, Vec value) {
+  for (int i = 0; i < kLanes; ++i) value.v[i] = a.v[i] < b.v[i] ? 0.0f : value.v[i];
+  return value;
+}
+inline Vec zero_if_zero(Vec a, Vec value) {
+  for (int i = 0; i < kLanes; ++i) value.v[i] = a.v[i] == 0.0f ? 0.0f : value.v[i];
+  return value;
+}
+
+// a * 2^n, where n are the low bits of `integer`.
+inline Vec add_to_exponent(Vec a, Vec integer) {
+  for (int i = 0; i < kLanes; ++i) {
+    a.v[i] = from_bits(to_bits(a.v[i]) + (to_bits(integer.v[i]) << 23));
+  }
+  return a;
+}
+
+inline float largest(Vec a) {
+  float most = a.v[0];
+  for (int i = 1; i < kLanes; ++i) most = a.v[i] > most ? a.v[i] : most;
+  return most;
+}
+
+template <class T>
+inline void store_first(T* p, int n, Vec a) {
+  for (int i = 0; i < n; ++i) narrow(a.v[i], p + i);
+}
+template <class T>
+inline void store(T* p, Vec a) {
+  store_first(p, kLanes, a);
+}
 
 inline void add_to(double* p, Vec a) {
   for (int i = 0; i < kLanes; ++i) p[i] += a.v[i];

@@ -12,4 +12,8 @@ STABLE_TORCH_LIBRARY(gradsafe, m) {
   m.def(
       "wgrad_moments(Tensor x, Tensor dy, Tensor[] refs, int[] lengths, int axis, bool unsigned) "
       "-> Tensor");
+  // student, teacher [N, V] logits; weight [N] float32. Returns KL(teacher || student) per row,
+  // float32 [N]; the form with _ writes the gradient of sum weight * KL over the student's logits.
+  m.def("kl_divergence(Tensor student, Tensor teacher) -> Tensor");
+  m.def("kl_divergence_(Tensor(a!) student, Tensor teacher, Tensor weight) -> Tensor");
 }
