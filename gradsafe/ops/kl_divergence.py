@@ -44,7 +44,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 def kl_divergence_(student_logits: Tensor, teacher_logits: Tensor, weight: Tensor) -> Tensor:
     """`kl_divergence`, and its gradient in place of the student's logits.
 
-    Afterwards `student_logits[n]` holds `weight[n] * (softmax(student_n) - softmax(teacher_n))`, the
+    Afterwards `student_logits` holds `weight[n] * (softmax(student_n) - softmax(teacher_n))`, the
     gradient of `sum_n weight[n] * KL_n`. The difference is taken in float32 and rounded to the
     buffer's dtype last. Two reads of every row and one write.
 
