@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import cases_cosine_topk, cases_moments, cases_surgery, cases_wgrad_moments
+from benchmarks import (
+    cases_cosine_topk,
+    cases_kl_divergence,
+    cases_moments,
+    cases_surgery,
+    cases_wgrad_moments,
+)
 from benchmarks.environment import environment
 from benchmarks.table import markdown, row, write_csv
 from benchmarks.timing import compare, graphed
@@ -69,6 +75,15 @@ COLUMNS = {
         ("x_eager", "vs normalise + matmul + topk"),
         ("x_compile", "vs compile"),
         ("x_loop", "vs loop over pairs"),
+    ],
+    "kl_divergence": [
+        ("case", "case"),
+        ("p50_us", "µs"),
+        ("GB/s", "GB/s"),
+        ("x_read", "time / read of both"),
+        ("x_eager", "vs eager"),
+        ("x_closed_form", "vs closed form"),
+        ("x_compile", "vs compile"),
     ],
 }
 
@@ -130,6 +145,22 @@ def measure_cosine_topk(device: str, dry_run: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_kl_divergence(device: str, dry_run: bool) -> list[dict[str, Any]]:
+    """All cases of `kl_divergence_`."""
+    rows = []
+    for case in tqdm(
+        cases_kl_divergence.GPU_CASES if device == "cuda" else cases_kl_divergence.CPU_CASES,
+        desc="kl_divergence",
+    ):
+        if dry_run:
+            case = dataclasses.replace(case, tokens=4, vocabulary=40)
+        calls, roofs = cases_kl_divergence.build(case, device)
+        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 9)
+        rows.append(row(case.name, case.bytes_touched, times))
+        torch._dynamo.reset()
+    return rows
+
+
 def measure_surgery(device: str, dry_run: bool, adamw: bool = False) -> list[dict[str, Any]]:
     """All cases of `surgery_` or `surgery_adamw_`; on CUDA also the captured call."""
     build = cases_surgery.build_adamw if adamw else cases_surgery.build
@@ -160,6 +191,7 @@ OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
     "surgery_adamw": measure_surgery_adamw,
     "wgrad_moments": measure_wgrad_moments,
     "cosine_topk": measure_cosine_topk,
+    "kl_divergence": measure_kl_divergence,
 }
 
 

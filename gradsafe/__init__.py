@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from gradsafe._version import __version__
 
 if TYPE_CHECKING:
-    from gradsafe import detection, models, ops, reference, testbed
+    from gradsafe import detection, finetuning, models, ops, reference, testbed
     from gradsafe.detection import Detector, DetectorConfig, Explanation, Scores
 
-_MODULES = ("detection", "models", "ops", "reference", "testbed")
+_MODULES = ("detection", "finetuning", "models", "ops", "reference", "testbed")
 _MEMBERS = {
     "Detector": "gradsafe.detection",
     "DetectorConfig": "gradsafe.detection",
@@ -29,6 +29,7 @@ __all__ = [
     "Scores",
     "__version__",
     "detection",
+    "finetuning",
     "models",
     "ops",
     "reference",

@@ -264,6 +264,24 @@ def _conflict(dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tenso
     return user, [-_noise(shape, 8, dtype, device) for shape in shapes]
 
 
+def _kl_divergence(module: ModuleType, device: str) -> list[Tensor]:
+    found = []
+    for dtype in _DTYPES:
+        student, teacher = (_noise((5, 1031), seed, dtype, device) for seed in (0, 1))
+        teacher[1, ::3] = -math.inf  # a masked vocabulary
+        found.append(module.kl_divergence(student, teacher))
+    return found
+
+
+def _kl_divergence_(module: ModuleType, device: str) -> list[Tensor]:
+    found = []
+    for dtype in _DTYPES:
+        student = _noise((5, 1031), 0, torch.float32, device)
+        teacher, weight = _noise((5, 1031), 1, dtype, device), torch.arange(5.0, device=device)
+        found += [module.kl_divergence_(student, teacher, weight), student]
+    return found
+
+
 def _sums(result: ops.Moments) -> list[Tensor]:
     return [*result.count, *result.sum, *result.sum_sq, *result.dots]
 
@@ -276,6 +294,8 @@ def _noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: str) -
 CASES: dict[str, Case] = {
     "moments": _moments,
     "cosine_topk": _cosine_topk,
+    "kl_divergence": _kl_divergence,
+    "kl_divergence_": _kl_divergence_,
     "surgery_": _surgery,
     "surgery_adamw_": _surgery_adamw,
     "surgery_merge_": _surgery_merge,

@@ -87,6 +87,34 @@ def _unit(vectors: Tensor) -> Tensor:
     return vectors / torch.where(norms == 0, torch.ones_like(norms), norms)
 
 
+def kl_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, dtype: torch.dtype | None = torch.float64
+) -> Tensor:
+    """What `gradsafe.ops.kl_divergence` computes: log_softmax, softmax and a sum."""
+    if dtype is not None:
+        student_logits, teacher_logits = student_logits.to(dtype), teacher_logits.to(dtype)
+    log_student = student_logits.log_softmax(1)
+    log_teacher = teacher_logits.log_softmax(1)
+    teacher = log_teacher.exp()
+    terms = teacher * (log_teacher - log_student)
+    return torch.where(teacher == 0, torch.zeros_like(terms), terms).sum(1)
+
+
+def kl_divergence_(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype | None = torch.float64,
+) -> Tensor:
+    """What `gradsafe.ops.kl_divergence_` computes, the gradient in place included."""
+    value = kl_divergence(student_logits, teacher_logits, dtype)
+    target = student_logits.dtype if dtype is None else dtype
+    difference = student_logits.to(target).softmax(1) - teacher_logits.to(target).softmax(1)
+    gradient = weight.to(target)[:, None] * difference
+    student_logits.copy_(torch.where(weight[:, None] == 0, torch.zeros_like(gradient), gradient))
+    return value
+
+
 def _stacked(part: Moments) -> Moments:
     fields = (part.count, part.sum, part.sum_sq, part.dots)
     return Moments(*(torch.stack(list(field)) for field in fields))

@@ -39,6 +39,7 @@ BUDGETS = {
     "cosine_norms": (256, 64, 0, 0),
     "cosine_scores": (128, 168, 16384, 0),
     "cosine_select": (256, 64, 12288, 0),
+    "kl_rows": (512, 64, 1024, 0),
 }
 
 

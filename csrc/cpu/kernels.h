@@ -1,7 +1,9 @@
 // The table of kernels that each instruction-set object exports, and nothing else.
 #pragma once
 
+#include "../common/kl_value.h"
 #include "gradsafe/cosine_topk.h"
+#include "gradsafe/kl_divergence.h"
 #include "gradsafe/surgery_adamw.h"
 #include "gradsafe/wgrad_moments.h"
 
@@ -86,6 +88,20 @@ struct SurgeryAdamwRange {
   void* exp_avg_sq;
 };
 
+// Neighbouring logits of one row of the student and the teacher.
+struct KlSegment {
+  const void* student;
+  const void* teacher;
+  DType student_dtype, teacher_dtype;
+  int64_t count;
+};
+
+// What turns exponentials into the gradient: 1 / sum of each side, and the row's weight.
+struct KlScales {
+  KlMaxima maxima;
+  float student, teacher, weight;
+};
+
 struct CpuKernels {
   void (*moments_tile)(const MomentsTileArgs& args);
   PanelKernels singles;
@@ -104,6 +120,10 @@ struct CpuKernels {
   void (*surgery_merge)(const SurgeryRange& range, float coefficient);
   void (*surgery_adamw)(const SurgeryAdamwRange& range, float coefficient,
                         const AdamwScalars& scalars);
+  // Raises the maxima to the segment's, then sums it relative to them.
+  void (*kl_sums)(const KlSegment& segment, KlMaxima* maxima, KlSums* sums);
+  // `out` has the student's dtype and may be the student's own buffer.
+  void (*kl_gradient)(const KlSegment& segment, const KlScales& scales, void* out);
 };
 
 // Widest tile the kernels keep column accumulators for.

@@ -9,6 +9,8 @@ namespace {
 #include "surgery_adamw_impl.inl"
 #include "wgrad_moments_impl.inl"
 #include "cosine_topk_impl.inl"
+#include "exp_impl.inl"
+#include "kl_divergence_impl.inl"
 #if defined(GRADSAFE_PAIRS)
 #include GRADSAFE_PAIRS
 constexpr PanelKernels kPairs{&pack_pairs, &pair_panel};
@@ -30,6 +32,8 @@ const CpuKernels& GRADSAFE_KERNELS() {
       &surgery_sums,
       &surgery_merge,
       &surgery_adamw,
+      &kl_sums,
+      &kl_gradient,
   };
   return table;
 }

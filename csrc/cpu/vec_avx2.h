@@ -29,6 +29,8 @@ inline Vec root(Vec a) { return {_mm256_sqrt_ps(a.lo), _mm256_sqrt_ps(a.hi)}; }
 inline Vec fma(Vec a, Vec b, Vec c) {
   return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)};
 }
+// b where a is NaN.
+inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
 
 inline Vec bit_and(Vec a, uint32_t mask) {
   const __m256 m = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(mask)));
@@ -68,6 +70,43 @@ inline Vec load_first(const T* p, int n) {
   T padded[kLanes] = {};
   for (int i = 0; i < n; ++i) padded[i] = p[i];
   return load(padded);
+}
+
+// `value` in the lanes from the n-th on.
+inline Vec pad(Vec a, int n, float value) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i low = _mm256_cmpgt_epi32(_mm256_set1_epi32(n), lanes);
+  const __m256i high = _mm256_cmpgt_epi32(_mm256_set1_epi32(n - 8), lanes);
+  const __m256 other = _mm256_set1_ps(value);
+  return {_mm256_blendv_ps(other, a.lo, _mm256_castsi256_ps(low)),
+          _mm256_blendv_ps(other, a.hi, _mm256_castsi256_ps(high))};
+}
+
+// value, but 0 where a < b, and where a is 0; NaN is neither.
+inline Vec zero_if_less(Vec a, Vec b, Vec value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_NLT_UQ), value.lo),
+          _mm256_and_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_NLT_UQ), value.hi)};
+}
+inline Vec zero_if_zero(Vec a, Vec value) {
+  const __m256 none = _mm256_setzero_ps();
+  return {_mm256_and_ps(_mm256_cmp_ps(a.lo, none, _CMP_NEQ_UQ), value.lo),
+          _mm256_and_ps(_mm256_cmp_ps(a.hi, none, _CMP_NEQ_UQ), value.hi)};
+}
+
+// a * 2^n, where n are the low bits of `integer`.
+inline __m256 add_to_exponent(__m256 a, __m256 integer) {
+  const __m256i n = _mm256_slli_epi32(_mm256_castps_si256(integer), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), n));
+}
+inline Vec add_to_exponent(Vec a, Vec integer) {
+  return {add_to_exponent(a.lo, integer.lo), add_to_exponent(a.hi, integer.hi)};
+}
+
+inline float largest(Vec a) {
+  const __m256 m8 = _mm256_max_ps(a.lo, a.hi);
+  const __m128 m4 = _mm_max_ps(_mm256_castps256_ps128(m8), _mm256_extractf128_ps(m8, 1));
+  const __m128 m2 = _mm_max_ps(m4, _mm_movehl_ps(m4, m4));
+  return _mm_cvtss_f32(_mm_max_ss(m2, _mm_shuffle_ps(m2, m2, 1)));
 }
 
 inline void store(float* p, Vec a) {

@@ -29,6 +29,9 @@ inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 inline Vec root(Vec a) { return {_mm512_sqrt_ps(a.v)}; }
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
+// b where a is NaN.
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+
 // `mask` is all ones, or all ones but the sign bit.
 inline Vec bit_and(Vec a, uint32_t mask) {
   return {_mm512_castsi512_ps(
@@ -76,6 +79,27 @@ inline Vec load_first(const f16* p, int n) {
 inline Vec load_first(const f8* p, int n) {
   return widen_f8(_mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1u), p));
 }
+
+// `value` in the lanes from the n-th on.
+inline Vec pad(Vec a, int n, float value) {
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(value), static_cast<__mmask16>((1u << n) - 1u), a.v)};
+}
+
+// value, but 0 where a < b, and where a is 0; NaN is neither.
+inline Vec zero_if_less(Vec a, Vec b, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ), value.v)};
+}
+inline Vec zero_if_zero(Vec a, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.v, _mm512_setzero_ps(), _CMP_NEQ_UQ), value.v)};
+}
+
+// a * 2^n, where n are the low bits of `integer`.
+inline Vec add_to_exponent(Vec a, Vec integer) {
+  const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(integer.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), n))};
+}
+
+inline float largest(Vec a) { return _mm512_reduce_max_ps(a.v); }
 
 // Rounded to nearest, ties to even; every NaN becomes the one that PyTorch stores.
 inline __m256i narrow_bf16(Vec a) {

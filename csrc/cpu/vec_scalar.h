@@ -109,6 +109,11 @@ inline Vec fma(Vec a, Vec b, Vec c) {
   for (int i = 0; i < kLanes; ++i) c.v[i] += a.v[i] * b.v[i];
   return c;
 }
+// b where a is NaN.
+inline Vec max(Vec a, Vec b) {
+  for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
+  return b;
+}
 inline Vec bit_and(Vec a, uint32_t mask) {
   for (int i = 0; i < kLanes; ++i) a.v[i] = from_bits(to_bits(a.v[i]) & mask);
   return a;
@@ -125,6 +130,36 @@ inline Vec load(const T* p) {
   Vec a;
   for (int i = 0; i < kLanes; ++i) a.v[i] = widen(p[i]);
   return a;
+}
+
+// `value` in the lanes from the n-th on.
+inline Vec pad(Vec a, int n, float value) {
+  for (int i = n; i < kLanes; ++i) a.v[i] = value;
+  return a;
+}
+
+// value, but 0 where a < b, and where a is 0; NaN is neither.
+inline Vec zero_if_less(Vec a, Vec b, Vec value) {
+  for (int i = 0; i < kLanes; ++i) value.v[i] = a.v[i] < b.v[i] ? 0.0f : value.v[i];
+  return value;
+}
+inline Vec zero_if_zero(Vec a, Vec value) {
+  for (int i = 0; i < kLanes; ++i) value.v[i] = a.v[i] == 0.0f ? 0.0f : value.v[i];
+  return value;
+}
+
+// a * 2^n, where n are the low bits of `integer`.
+inline Vec add_to_exponent(Vec a, Vec integer) {
+  for (int i = 0; i < kLanes; ++i) {
+    a.v[i] = from_bits(to_bits(a.v[i]) + (to_bits(integer.v[i]) << 23));
+  }
+  return a;
+}
+
+inline float largest(Vec a) {
+  float most = a.v[0];
+  for (int i = 1; i < kLanes; ++i) most = a.v[i] > most ? a.v[i] : most;
+  return most;
 }
 
 template <class T>

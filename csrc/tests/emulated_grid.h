@@ -211,6 +211,7 @@ template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / sqrt(static_cast<double>(x))); }
 inline float __expf(float x) { return expf(x); }  // the fast forms are less exact on a GPU
 inline float __logf(float x) { return logf(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fdividef(float x, float y) { return x / y; }
 
 float emulated_half_to_float(uint16_t bits);

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "cosine_topk.h"
+#include "kl_divergence.h"
 #include "moments.h"
 #include "parallel.h"
 #include "wgrad_moments.h"
@@ -173,12 +174,33 @@ std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor rows, int64_t k, i
   return {scores, indices};
 }
 
+Tensor run_kl_divergence(KlProblem problem, const Tensor& student) {
+  Tensor out = torch::stable::new_empty(student, {problem.rows}, ScalarType::Float);
+  problem.out = static_cast<float*>(out.mutable_data_ptr());
+  // Four exponentials per entry with the gradient, two without, about ten operations each.
+  const int64_t work = problem.rows * problem.vocabulary * (problem.gradient ? 4 : 2);
+  torch::stable::parallel_for(
+      0, problem.rows, grain_for(problem.rows, work),
+      [&](int64_t begin, int64_t end) { kl_divergence_cpu(problem, begin, end); });
+  return out;
+}
+
+Tensor kl_divergence(Tensor student, Tensor teacher) {
+  return run_kl_divergence(parse_kl("kl_divergence", student, teacher), student);
+}
+
+Tensor kl_divergence_(Tensor student, Tensor teacher, Tensor weight) {
+  return run_kl_divergence(parse_kl_in_place(student, teacher, weight), student);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gradsafe, CPU, m) {
   m.impl("moments", TORCH_BOX(&moments));
   m.impl("wgrad_moments", TORCH_BOX(&wgrad_moments));
   m.impl("cosine_topk", TORCH_BOX(&cosine_topk));
+  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
+  m.impl("kl_divergence_", TORCH_BOX(&kl_divergence_));
 }
 
 }  // namespace gradsafe

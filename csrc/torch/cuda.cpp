@@ -3,6 +3,7 @@
 
 #include "cosine_topk.h"
 #include "cuda_launch.h"
+#include "kl_divergence.h"
 #include "moments.h"
 #include "wgrad_moments.h"
 
@@ -67,12 +68,31 @@ std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor rows, int64_t k, i
   return {scores, indices};
 }
 
+Tensor run_kl_divergence(KlProblem problem, const Tensor& student, const char* op) {
+  const torch::stable::accelerator::DeviceGuard guard(student.get_device_index());
+  Tensor out = torch::stable::new_empty(student, {problem.rows}, ScalarType::Float);
+  problem.out = static_cast<float*>(out.mutable_data_ptr());
+  check_status(kl_divergence_cuda(problem, current_stream(student.get_device_index())), op);
+  return out;
+}
+
+Tensor kl_divergence(Tensor student, Tensor teacher) {
+  constexpr const char* op = "kl_divergence";
+  return run_kl_divergence(parse_kl(op, student, teacher), student, op);
+}
+
+Tensor kl_divergence_(Tensor student, Tensor teacher, Tensor weight) {
+  return run_kl_divergence(parse_kl_in_place(student, teacher, weight), student, "kl_divergence_");
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(gradsafe, CUDA, m) {
   m.impl("moments", TORCH_BOX(&moments));
   m.impl("wgrad_moments", TORCH_BOX(&wgrad_moments));
   m.impl("cosine_topk", TORCH_BOX(&cosine_topk));
+  m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
+  m.impl("kl_divergence_", TORCH_BOX(&kl_divergence_));
 }
 
 }  // namespace gradsafe

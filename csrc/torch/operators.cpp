@@ -29,4 +29,8 @@ STABLE_TORCH_LIBRARY(gradsafe, m) {
       "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, Tensor? sums, float rho, float lr, "
       "float beta1, float beta2, float eps, float weight_decay, int[] groups, int num_groups) "
       "-> Tensor");
+  // student, teacher [N, V] logits; weight [N] float32. Returns KL(teacher || student) per row,
+  // float32 [N]; the form with _ writes the gradient of sum weight * KL over the student's logits.
+  m.def("kl_divergence(Tensor student, Tensor teacher) -> Tensor");
+  m.def("kl_divergence_(Tensor(a!) student, Tensor teacher, Tensor weight) -> Tensor");
 }

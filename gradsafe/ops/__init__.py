@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradsafe.ops.cosine_topk import TopK, cosine_topk, merge_topk
+from gradsafe.ops.kl_divergence import kl_divergence, kl_divergence_
 from gradsafe.ops.moments import AXES, Axis, Moments, moments
 from gradsafe.ops.surgery import surgery_, surgery_merge_, surgery_sums
 from gradsafe.ops.surgery_adamw import surgery_adamw_
@@ -14,6 +15,8 @@ __all__ = [
     "Moments",
     "TopK",
     "cosine_topk",
+    "kl_divergence",
+    "kl_divergence_",
     "merge_topk",
     "moments",
     "surgery_",

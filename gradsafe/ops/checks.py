@@ -29,12 +29,16 @@ def check_tensor_list(op: str, name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def check_matrix(
-    op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+    op: str,
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype] = FLOAT_DTYPES,
+    shape: str = "[O, I]",
 ) -> None:
     """A dense matrix of one of the dtypes whose rows are unbroken in memory."""
     if tensor.dim() != 2:
         raise ValueError(
-            f"gradsafe.{op}: expected {name} of shape [O, I], got {list(tensor.shape)}"
+            f"gradsafe.{op}: expected {name} of shape {shape}, got {list(tensor.shape)}"
         )
     if tensor.layout is not torch.strided:
         raise TypeError(f"gradsafe.{op}: expected {name} to be dense, got {tensor.layout}")

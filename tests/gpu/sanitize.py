@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from gpu_operators import OPERATORS, flat, registered
 
-from gradsafe.ops import AXES, cosine_topk, surgery_, surgery_adamw_
+from gradsafe.ops import AXES, cosine_topk, kl_divergence_, surgery_, surgery_adamw_
 
 
 def main() -> None:
@@ -30,6 +30,9 @@ def main() -> None:
         stepped = surgery_adamw_(*lists, step, groups=[0, 1, 0])
         print("surgery_adamw_", dtype, stepped.tolist())
         print("surgery_", dtype, surgery_(lists[1], [-a for a in lists[2]]).tolist())
+        student, teacher = (torch.randn(7, 10_003).cuda().to(dtype) for _ in range(2))
+        value = kl_divergence_(student, teacher, torch.ones(7, device="cuda"))
+        print("kl_divergence_", dtype, f"{float(value.sum()):.6g}")
 
 
 if __name__ == "__main__":

@@ -75,20 +75,37 @@ constexpr int64_t pack_size(int64_t a, int64_t b) {
 template <class A, class B>
 constexpr int kPackSize = static_cast<int>(pack_size(sizeof(A), sizeof(B)));
 
-// Reads N elements as float32. Gradients and references are read once: evict them first.
-template <class T, int N>
+// Reads N elements as float32. What is read for the last time (kLast) leaves the caches first.
+template <class T, int N, bool kLast = true>
 __device__ inline void load_pack(const T* p, float (&out)[N]) {
   constexpr int kBytes = sizeof(T) * N;
-  using Word = std::conditional_t<kBytes == 8, uint2, uint4>;
-  constexpr int kWords = kBytes / static_cast<int>(sizeof(Word));
+  using Chunk = std::conditional_t<kBytes == 8, uint2, uint4>;
+  constexpr int kWords = kBytes / static_cast<int>(sizeof(Chunk));
   static_assert(kBytes == 8 || kBytes % kVectorBytes == 0, "a pack is whole words");
   constexpr int kPerWord = N / kWords;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
-    const Word word = __ldcs(reinterpret_cast<const Word*>(p) + w);
+    const Chunk* from = reinterpret_cast<const Chunk*>(p) + w;
+    const Chunk word = kLast ? __ldcs(from) : __ldcg(from);
     const Pack<T, kPerWord>& pack = reinterpret_cast<const Pack<T, kPerWord>&>(word);
 #pragma unroll
     for (int i = 0; i < kPerWord; ++i) out[w * kPerWord + i] = widen(pack.v[i]);
+  }
+}
+
+// Writes N elements, rounded to their type; they are not read again soon.
+template <class T, int N>
+__device__ inline void store_pack(T* p, const float (&values)[N]) {
+  constexpr int kWords = sizeof(T) * N / kVectorBytes;
+  static_assert(kWords >= 1 && sizeof(T) * N % kVectorBytes == 0, "a pack is whole 16-byte words");
+  constexpr int kPerWord = N / kWords;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    uint4 word;
+    Pack<T, kPerWord>& pack = reinterpret_cast<Pack<T, kPerWord>&>(word);
+#pragma unroll
+    for (int i = 0; i < kPerWord; ++i) pack.v[i] = narrow<T>(values[w * kPerWord + i]);
+    __stcs(reinterpret_cast<uint4*>(p) + w, word);
   }
 }
 

@@ -1,0 +1,92 @@
+"""Cases of `kl_divergence_`: what is compared, and the bytes each must touch once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gradsafe.ops import kl_divergence_
+
+Alternatives = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Logits of one chunk of tokens, of a student and a teacher in one dtype."""
+
+    name: str
+    tokens: int
+    vocabulary: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_touched(self) -> int:
+        """Both read once, the gradient written once."""
+        return 3 * self.tokens * self.vocabulary * self.dtype.itemsize
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+CPU_CASES = [
+    Case("1024 x 32k fp32", 1024, 32_000, F32),
+    Case("1024 x 32k bf16", 1024, 32_000, BF16),
+    Case("128 x 128k fp32", 128, 128_256, F32),
+    Case("128 x 128k bf16", 128, 128_256, BF16),
+    Case("1024 x 512 fp32", 1024, 512, F32),
+]
+GPU_CASES = [
+    Case("1024 x 32k bf16", 1024, 32_000, BF16),
+    Case("1024 x 128k fp32", 1024, 128_256, F32),
+    Case("1024 x 128k bf16", 1024, 128_256, BF16),
+    Case("8192 x 128k bf16", 8192, 128_256, BF16),
+]
+
+
+def eager(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The plain formula and its autograd; its gradient is a new tensor."""
+    leaf = student.detach().requires_grad_()
+    value = functional.kl_div(
+        leaf.float().log_softmax(1), teacher.float().softmax(1), reduction="none"
+    ).sum(1)
+    (gradient,) = torch.autograd.grad(value, leaf, weight)
+    return value, gradient
+
+
+def closed_form(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Values and gradient without autograd: what a compiler can fuse."""
+    log_student = student.float().log_softmax(1)
+    log_teacher = teacher.float().log_softmax(1)
+    target = log_teacher.exp()
+    value = (target * (log_teacher - log_student)).sum(1)
+    gradient = weight[:, None] * (log_student.exp() - target)
+    return value, gradient.to(student.dtype)
+
+
+def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
+    """Alternatives of one case: (ours and baselines, roofs)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def logits() -> Tensor:
+        noise = torch.randn(case.tokens, case.vocabulary, generator=generator)
+        return (3 * noise).to(case.dtype).to(device)
+
+    student, teacher, target = logits(), logits(), logits()
+    weight = torch.full((case.tokens,), 1.0, device=device)
+    # Ours overwrites the logits with its gradient: it gets a buffer of its own, and finds there,
+    # from the second call on, other finite numbers, which take equally long.
+    buffer = student.clone()
+    compiled = torch.compile(closed_form, dynamic=False)
+    calls: Alternatives = {
+        "gradsafe": lambda: kl_divergence_(buffer, teacher, weight),
+        "eager": lambda: eager(student, teacher, weight),
+        "closed_form": lambda: closed_form(student, teacher, weight),
+        "compile": lambda: compiled(student, teacher, weight),
+    }
+    roofs: Alternatives = {
+        "read": lambda: [t.sum() for t in (student, teacher)],
+        "copy": lambda: target.copy_(teacher),
+    }
+    return calls, roofs

@@ -1,0 +1,44 @@
+// From a row's shifted sums to its divergence; shared by the CPU and CUDA kernels.
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define GRADSAFE_HOST_DEVICE __host__ __device__
+#else
+#define GRADSAFE_HOST_DEVICE
+#endif
+
+namespace gradsafe {
+
+// Largest logits seen so far. They start at the lowest finite number, so that rows (or parts of
+// rows) of -inf have exp(-inf - maximum) = 0 and not NaN. NaN never becomes a maximum; it reaches
+// the sums.
+struct KlMaxima {
+  float student, teacher;
+};
+constexpr float kLowestLogit = -3.4028234663852886e38f;
+
+// Sums over a row, or a part of it, relative to its maxima.
+struct KlSums {
+  double student;  // sum of exp(s - max s)
+  double teacher;  // sum of exp(t - max t)
+  double cross;    // sum of exp(t - max t) (t - s); 0 where the exponential is 0
+};
+
+// Sums move to larger maxima by factors. What underflows has no share left, even if `cross` was
+// infinite; NaN stays in the two other sums.
+template <class Float>
+GRADSAFE_HOST_DEVICE inline Float moved_cross(Float cross, Float factor) {
+  return factor == 0 ? Float{0} : cross * factor;
+}
+
+// sum p_t (log p_t - log p_s) = cross / Z_t + logsumexp(s) - logsumexp(t). Equal rows give exactly
+// 0; rounding may push a tiny value below 0, where no divergence is.
+GRADSAFE_HOST_DEVICE inline float kl_value(const KlMaxima& maxima, const KlSums& sums) {
+  const double shift = static_cast<double>(maxima.student) - static_cast<double>(maxima.teacher);
+  const double value = sums.cross / sums.teacher + (shift + log(sums.student / sums.teacher));
+  return static_cast<float>(value < 0 ? 0.0 : value);
+}
+
+}  // namespace gradsafe
