@@ -178,10 +178,11 @@ def check_destination(path: str | os.PathLike[str], kind: str) -> None:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """SHA-256 of a model's parameters: names, shapes, dtypes and at most 1,024 values of each.
+    """SHA-256 of a model's weights: names, shapes, dtypes and at most 1,024 values of each.
 
-    The values are evenly spaced, so the cost does not grow with the model, and they are compared
-    as bytes, so the fingerprint is the same on every device.
+    Weights are its parameters, and the buffers of its state dict, where quantised layers keep
+    theirs. The values are evenly spaced, so the cost does not grow with the model, and they are
+    compared as bytes, so the fingerprint is the same on every device.
 
     Args:
         model: Any module; weights tied under several names count once.
@@ -190,13 +191,15 @@ def model_fingerprint(model: nn.Module) -> str:
         64 hexadecimal digits.
 
     Raises:
-        ValueError: A parameter is on the meta device, so it has no values to read.
+        ValueError: A weight is on the meta device, so it has no values to read.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        _refuse_meta(parameter, f"parameter {name!r}", "load the weights before fingerprinting")
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(_sampled_bytes(parameter.detach()))
+    saved = model.state_dict(keep_vars=True)
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+    for name, weight in sorted([*model.named_parameters(), *buffers], key=lambda item: item[0]):
+        _refuse_meta(weight, f"weight {name!r}", "load the weights before fingerprinting")
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
+        digest.update(_sampled_bytes(weight.detach()))
     return digest.hexdigest()
 
 

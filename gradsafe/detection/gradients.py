@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,11 +77,35 @@ class GradientPass:
         with tqdm(total=len(items), desc=progress, disable=progress is None, unit="prompt") as bar:
             for indices in plan_batches([len(item) for item in items], self.batch_tokens):
                 visit = begin(indices) if begin is not None else None
-                nll[indices] = self._batch([items[i] for i in indices], visit)
+                batch = [items[i] for i in indices]
+                with self._explained(batch):
+                    nll[indices] = self._batch(batch, visit)
                 if end is not None:
                     end(indices)
                 bar.update(len(indices))
         return nll
+
+    @contextmanager
+    def _explained(self, batch: list[Encoded]) -> Iterator[None]:
+        """Says what to do when memory runs out."""
+        try:
+            yield
+        except RuntimeError as error:
+            # The CPU's allocator has no exception of its own.
+            if not (
+                isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+            ):
+                raise
+            longest = max(len(item) for item in batch)
+            advice = (
+                f"lower batch_tokens, now {self.batch_tokens}"
+                if len(batch) > 1
+                else "it cannot be split; free memory, or use a smaller dtype or row_fraction"
+            )
+            raise torch.OutOfMemoryError(
+                f"gradsafe.Detector: out of memory in a batch of {len(batch)} prompts of up to "
+                f"{longest} tokens: {advice}"
+            ) from error
 
     def _batch(self, items: list[Encoded], visit: Visit | None) -> Tensor:
         batch = collate(items, self.pad_id)

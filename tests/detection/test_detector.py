@@ -288,3 +288,28 @@ def test_nan_gradients_name_layer_and_prompt(tokenizer):
         score(detector, ["fine", "with a z", "fine"])
     with pytest.raises(NonFiniteGradientError, match="reference gradient of model"):
         fit(broken, tokenizer, unsafe=["zzz"])
+
+
+@pytest.mark.parametrize(
+    ("error", "batch_tokens", "advice"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 4096, r"lower batch_tokens, now 4096"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate"), 1, "cannot be split"),
+    ],
+)
+def test_a_batch_too_large_for_memory_names_the_fix(
+    model, tokenizer, monkeypatch, error, batch_tokens, advice
+):
+    detector = fit(model, tokenizer)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(model.lm_head, "forward", fail)
+    with pytest.raises(torch.OutOfMemoryError, match=advice) as caught:
+        score(detector, batch_tokens=batch_tokens)
+    assert caught.value.__cause__ is error
+    monkeypatch.undo()
+    monkeypatch.setattr(model.lm_head, "forward", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        score(detector)

@@ -88,6 +88,11 @@ def test_quantised_detectors_are_saved_and_explained(tokenizer, tmp_path):
     detector.save(tmp_path / "detector")
     loaded = Detector.load(tmp_path / "detector", model, tokenizer)
     assert torch.equal(loaded.score(PROMPTS, progress=False).values, got.values)
+    codes = model.model.layers[1].mlp.up_proj.codes
+    codes[0, 0] += 1
+    with pytest.raises(ValueError, match="another model"):
+        Detector.load(tmp_path / "detector", model, tokenizer)
+    codes[0, 0] -= 1
     explanation = loaded.explain(PROMPTS[0])
     assert abs(float(explanation.token_evidence.sum()) - (2 * explanation.score - 1)) < 1e-5
 
