@@ -1,8 +1,11 @@
-"""Detection end to end: prompts per second and peak memory of each method, in fresh processes.
+"""Detection end to end: time per prompt and peak memory of each method, in fresh processes.
 
 python -m benchmarks.bench_detection                           the default sweep, CSV
-python -m benchmarks.bench_detection --size 100M --tokens 64   one point
+python -m benchmarks.bench_detection --size 100M --tokens 64   one model and length
 python -m benchmarks.bench_detection --size 7B --device cuda --dtype bfloat16
+
+The loops score one prompt at a time. `x_loop` compares with the published loop in the same dtype,
+`x_loop_fp32` with the one in float32, where it was measured.
 """
 
 from __future__ import annotations
@@ -13,25 +16,53 @@ import resource
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from benchmarks.detection_methods import METHODS, ours
+from benchmarks.detection_methods import METHODS
 from benchmarks.detection_models import SIZES, make_model, make_prompts, make_tokenizer
 from benchmarks.table import markdown, write_csv
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SWEEP = [("60M", 16), ("60M", 64), ("60M", 256), ("100M", 64), ("300M", 64)]
+LOOP_PROMPTS = 3
+ROUNDS = 3
 COLUMNS = [
     ("size", "model"),
     ("tokens", "tokens"),
     ("dtype", "dtype"),
     ("method", "method"),
+    ("batch", "batch"),
     ("ms_per_prompt", "ms / prompt"),
     ("x_loop", "vs loop"),
-    ("extra_MB", "peak MB above model"),
+    ("x_loop_fp32", "vs fp32 loop"),
+    ("extra_MB", "peak MB above model and references"),
+    ("extra_share", "of the weights"),
+]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model and prompt length, and the batches that the batched methods take."""
+
+    size: str
+    tokens: int
+    batches: tuple[int, ...]
+    dtype: str = "float32"
+
+
+SWEEP = [
+    Point("60M", 64, (1, 16)),
+    Point("100M", 64, (1, 4, 16, 32)),
+    Point("100M", 64, (1, 16), "bfloat16"),
+    Point("100M", 16, (1, 16)),
+    Point("100M", 256, (1, 16)),
+    Point("100M", 512, (1, 8)),
+    Point("300M", 64, (1, 16)),
+    Point("1B", 64, (1, 8)),
 ]
 
 
@@ -42,39 +73,42 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(method: str, size: str, tokens: int, dtype: str, device: str, count: int) -> dict:
+def measure(method: str, batch: int, point: Point, device: str) -> dict[str, Any]:
     """One method in this process."""
-    model = make_model(size, getattr(torch, dtype), device)
+    model = make_model(point.size, getattr(torch, point.dtype), device)
     tokenizer = make_tokenizer()
-    prepare = METHODS[method]
-    if "half layers" in method:
-        prepare = ours(16, layers=SIZES[size][2] // 2)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     start_memory = peak_bytes(device)
     references = make_prompts(4, 32)
-    score = prepare(model, tokenizer, references[:2], references[2:])
-    prompts = make_prompts(count, tokens)
-    score(prompts[: min(count, 16)])  # warm-up
+    prepare = METHODS[method].prepare
+    score, reference_bytes = prepare(model, tokenizer, references[:2], references[2:], batch)
+    prompts = make_prompts(max(batch, LOOP_PROMPTS), point.tokens)
+    score(prompts[: max(batch, 1)])  # warm-up
     times = []
-    for _ in range(3):
+    for _ in range(ROUNDS):
         if device == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
         score(prompts)
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / count)
+        times.append((time.perf_counter() - start) / len(prompts))
+    extra = peak_bytes(device) - start_memory - reference_bytes
     return {
-        "ms_per_prompt": round(sorted(times)[1] * 1e3, 2),
-        "extra_MB": round((peak_bytes(device) - start_memory) / 1e6),
-        "weights_MB": round(sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6),
+        "ms_per_prompt": round(sorted(times)[ROUNDS // 2] * 1e3, 2),
+        "extra_MB": round(extra / 1e6),
+        "extra_share": round(extra / weights, 3),
+        "references_MB": round(reference_bytes / 1e6),
+        "weights_MB": round(weights / 1e6),
     }
 
 
-def in_fresh_process(method: str, size: str, tokens: int, dtype: str, device: str) -> dict:
+def in_fresh_process(method: str, batch: int, point: Point, device: str) -> dict[str, Any]:
     """`measure` where nothing ran before: peak memory means something only there."""
     command = [
-        sys.executable, "-m", "benchmarks.bench_detection", "--one", method, "--size", size,
-        "--tokens", str(tokens), "--dtype", dtype, "--device", device,
+        sys.executable, "-m", "benchmarks.bench_detection", "--one", method,
+        "--batch", str(batch), "--size", point.size, "--tokens", str(point.tokens),
+        "--dtype", point.dtype, "--device", device,
     ]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -82,19 +116,27 @@ def in_fresh_process(method: str, size: str, tokens: int, dtype: str, device: st
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def sweep(points: list[tuple[str, int]], dtype: str, device: str) -> list[dict[str, Any]]:
+def sweep(points: list[Point], device: str) -> list[dict[str, Any]]:
     """All methods at all points."""
-    rows = []
-    for size, tokens in points:
-        loop = None
-        for method in METHODS:
-            result = in_fresh_process(method, size, tokens, dtype, device)
-            loop = loop or result["ms_per_prompt"]
-            rows.append(
-                {"size": size, "tokens": tokens, "dtype": dtype, "method": method, **result}
-            )
-            rows[-1]["x_loop"] = round(loop / result["ms_per_prompt"], 2)
-            print(rows[-1], flush=True)
+    plan = [
+        (point, name, batch)
+        for point in points
+        for name, method in METHODS.items()
+        for batch in (point.batches if method.batched else (1,))
+    ]
+    rows: list[dict[str, Any]] = []
+    loops: dict[tuple[str, int, str], float] = {}
+    for point, name, batch in tqdm(plan, unit="process"):
+        result = in_fresh_process(name, batch, point, device)
+        place = (point.size, point.tokens)
+        if name == "gradsafe loop":
+            loops[(*place, point.dtype)] = result["ms_per_prompt"]
+        row = {"size": point.size, "tokens": point.tokens, "dtype": point.dtype}
+        row |= {"method": name, "batch": batch, **result}
+        for column, dtype in (("x_loop", point.dtype), ("x_loop_fp32", "float32")):
+            if (*place, dtype) in loops:
+                row[column] = round(loops[(*place, dtype)] / result["ms_per_prompt"], 2)
+        rows.append(row)
     return rows
 
 
@@ -102,18 +144,19 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--one", choices=[*METHODS], help="measure in this process, print JSON")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", choices=[*SIZES])
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    parser.add_argument("--count", type=int, default=16)
     a = parser.parse_args()
+    batches = (a.batch,) if a.one else tuple(sorted({1, a.batch}))
+    point = Point(a.size or "tiny", a.tokens, batches, a.dtype)
     if a.one:
-        print(json.dumps(measure(a.one, a.size, a.tokens, a.dtype, a.device, a.count)))
+        print(json.dumps(measure(a.one, a.batch, point, a.device)))
         return 0
-    points = [(a.size, a.tokens)] if a.size else SWEEP
-    rows = sweep(points, a.dtype, a.device)
+    rows = sweep([point] if a.size else SWEEP, a.device)
     print(markdown(rows, COLUMNS))
     name = f"detection_{a.device}" + (f"_{a.size}_{a.dtype}" if a.size else "")
     write_csv(a.out / f"{name}.csv", rows)

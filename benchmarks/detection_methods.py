@@ -1,9 +1,10 @@
-"""Ways to score prompts, each as `prepare(...) -> score(prompts)`."""
+"""Ways to score prompts: each prepares references; it returns a scorer and the bytes it keeps."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.detection_models import TEMPLATE
 from gradsafe import Detector
+from gradsafe.ops import moments
 
 Score = Callable[[list[str]], object]
+Prepared = tuple[Score, int]  # and the bytes of the references
 RESPONSE = "w2"
 
 
@@ -38,7 +41,13 @@ def _mean_gradients(model: nn.Module, tokenizer: Any, prompts: list[str]) -> dic
     return gradients
 
 
-def gradsafe_loop(model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str]) -> Score:
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def gradsafe_loop(
+    model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str], batch: int
+) -> Prepared:
     """The published GradSafe loop, retold: one prompt at a time, all gradients, Python lists.
 
     Every slice counts (a random model has none that separates), which is the cost before the
@@ -61,16 +70,23 @@ def gradsafe_loop(model: nn.Module, tokenizer: Any, unsafe: list[str], safe: lis
         model.zero_grad(set_to_none=True)
         return scores
 
-    return score
+    return score, _bytes(reference.values())
 
 
-def gradcoo_eager(model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str]) -> Score:
-    """GradCoo as one writes it: gradients of the scored weights, then std, abs and two dots."""
+def _gradcoo_loop(
+    model: nn.Module,
+    tokenizer: Any,
+    unsafe: list[str],
+    safe: list[str],
+    shares: Callable[[list[Tensor], list[list[Tensor]]], Tensor],
+) -> Prepared:
+    """GradCoo over stored gradients; `shares(gradients, references of each)` gives the shares."""
     references = []
     for prompts in (unsafe, safe):
         mean = _mean_gradients(model, tokenizer, prompts)
         references.append({n: (g / g.std(correction=0)).abs() for n, g in mean.items()})
     scored = _scored(model)
+    pairs = [[reference[name] for reference in references] for name in scored]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for parameter in scored.values():
@@ -80,41 +96,85 @@ def gradcoo_eager(model: nn.Module, tokenizer: Any, unsafe: list[str], safe: lis
         scores = []
         for prompt in prompts:
             _loss_of(model, tokenizer, prompt).backward()
-            shares = []
-            for name, parameter in scored.items():
-                normalized = (parameter.grad / parameter.grad.std(correction=0)).abs()
-                a, b = ((normalized * r[name]).sum() for r in references)
-                shares.append(a / (a + b))
-            scores.append(float(torch.stack(shares).mean()))
+            found = shares([p.grad for p in scored.values()], pairs)
+            scores.append(float(found.mean()))
             model.zero_grad(set_to_none=True)
         return scores
 
-    return score
+    return score, _bytes(r for pair in pairs for r in pair)
 
 
-def ours(batch: int, **options: Any) -> Callable[..., Score]:
-    """`Detector.score` with `batch` prompts at a time."""
+def gradcoo_eager(
+    model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str], batch: int
+) -> Prepared:
+    """GradCoo as one writes it: gradients of the scored weights, then std, abs and two dots."""
 
-    def prepare(model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str]) -> Score:
+    def shares(grads: list[Tensor], pairs: list[list[Tensor]]) -> Tensor:
+        found = []
+        for grad, pair in zip(grads, pairs, strict=True):
+            normalized = (grad / grad.std(correction=0)).abs()
+            a, b = ((normalized * r).sum() for r in pair)
+            found.append(a / (a + b))
+        return torch.stack(found)
+
+    return _gradcoo_loop(model, tokenizer, unsafe, safe, shares)
+
+
+def gradcoo_moments(
+    model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str], batch: int
+) -> Prepared:
+    """The same gradients, stored by autograd, scored in one read by `gradsafe.ops.moments`."""
+
+    def shares(grads: list[Tensor], pairs: list[list[Tensor]]) -> Tensor:
+        dots = torch.stack(moments(grads, pairs).dots)
+        return dots[:, 0] / dots.sum(1)
+
+    return _gradcoo_loop(model, tokenizer, unsafe, safe, shares)
+
+
+def ours(part: bool = False, **options: Any) -> Callable[..., Prepared]:
+    """`Detector.score`; `part` for a quarter of the rows of the last half of the blocks."""
+
+    def prepare(
+        model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str], batch: int
+    ) -> Prepared:
+        chosen = dict(options)
+        if part:
+            half = max(1, model.config.num_hidden_layers // 2)
+            chosen |= {"row_fraction": 0.25, "layers": half}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a random model refuses nothing
             detector = Detector.fit(
                 model, tokenizer, unsafe, safe, response=RESPONSE, template=TEMPLATE,
-                progress=False, **options,
+                progress=False, **chosen,
             )  # fmt: skip
-        return lambda prompts: detector.score(
-            prompts, batch_tokens=batch * (len(prompts[0].split()) + 1), progress=False
-        )
+        kept = 0
+        if detector.method is not None:
+            groups = [detector.method.references(layer) for layer in detector.layers.scored]
+            kept = _bytes(r for group in groups for r in group)
+
+        def score(prompts: list[str]) -> object:
+            length = len(prompts[0].split()) + 1
+            return detector.score(prompts, batch_tokens=batch * length, progress=False)
+
+        return score, kept
 
     return prepare
 
 
-METHODS: dict[str, Callable[..., Score]] = {
-    "gradsafe loop": gradsafe_loop,
-    "gradcoo eager": gradcoo_eager,
-    "ours b1": ours(1),
-    "ours b4": ours(4),
-    "ours b16": ours(16),
-    "ours b16 half layers": ours(16),  # the caller sets layers to the last half
-    "nll b16": ours(16, method="nll"),
+@dataclass(frozen=True)
+class Method:
+    """One way to score; the loops take one prompt at a time."""
+
+    prepare: Callable[..., Prepared]
+    batched: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "gradsafe loop": Method(gradsafe_loop, batched=False),
+    "gradcoo eager": Method(gradcoo_eager, batched=False),
+    "gradcoo, autograd + moments": Method(gradcoo_moments, batched=False),
+    "gradsafe.Detector": Method(ours()),
+    "Detector, 1/4 rows, last half": Method(ours(part=True)),
+    "Detector, NLL only": Method(ours(method="nll")),
 }
