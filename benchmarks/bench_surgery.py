@@ -6,28 +6,17 @@ python -m benchmarks.run surgery surgery_adamw           CSV and table, alternat
 
 from __future__ import annotations
 
-import pytest
-
 from benchmarks.cases_surgery import CPU_CASES, Case, build, build_adamw
-from benchmarks.environment import environment
+from benchmarks.pedantic import each, entry
 
 
-def measure(benchmark, case: Case, build_calls, alternative: str, moved: int) -> None:
-    calls, roofs = build_calls(case, "cpu")
-    benchmark.group = case.name
-    benchmark.extra_info.update(environment())
-    benchmark.pedantic({**calls, **roofs}[alternative], rounds=9, warmup_rounds=2)
-    benchmark.extra_info["bytes_moved"] = moved
-    benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 2)
-
-
-@pytest.mark.parametrize("alternative", ["gradsafe", "cat", "foreach", "copy"])
-@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.name.replace(" ", "-"))
+@each(CPU_CASES, ["gradsafe", "cat", "foreach", "copy"])
 def test_surgery(benchmark, case: Case, alternative: str) -> None:
-    measure(benchmark, case, build, alternative, case.bytes_moved)
+    seconds = entry(benchmark, build, case, alternative)
+    benchmark.extra_info["GB/s"] = round(case.bytes_moved / seconds / 1e9, 2)
 
 
-@pytest.mark.parametrize("alternative", ["gradsafe", "fused", "two", "foreach", "copy"])
-@pytest.mark.parametrize("case", CPU_CASES, ids=lambda case: case.name.replace(" ", "-"))
+@each(CPU_CASES, ["gradsafe", "fused", "two", "foreach", "copy"])
 def test_surgery_adamw(benchmark, case: Case, alternative: str) -> None:
-    measure(benchmark, case, build_adamw, alternative, case.bytes_adamw)
+    seconds = entry(benchmark, build_adamw, case, alternative)
+    benchmark.extra_info["GB/s"] = round(case.bytes_adamw / seconds / 1e9, 2)

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from builders import make_model, make_tokenizer
 
 from gradsafe import Detector
 from gradsafe.detection.cascade import Band, choose_band
@@ -18,16 +17,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning"),
     pytest.mark.filterwarnings("ignore:gradsafe.calibrate"),
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model("llama", vocab_size=300, max_position_embeddings=128)
 
 
 def fit(model, tokenizer, **options):

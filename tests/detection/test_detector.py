@@ -18,16 +18,6 @@ PROMPTS = ["hello", "a much longer prompt than others", "x", "why is it so", "te
 pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model("llama", vocab_size=300, max_position_embeddings=128)
-
-
 def fit(model, tokenizer, unsafe=UNSAFE, safe=SAFE, **options):
     options.setdefault("reference_dtype", "float32")
     return Detector.fit(model, tokenizer, unsafe, safe, progress=False, **options)

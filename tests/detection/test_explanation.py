@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from builders import FAMILIES, make_model, make_tokenizer
+from builders import FAMILIES, make_model
 from oracle import Oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -19,16 +19,6 @@ PROMPT = "why is it so?"
 GRANULARITIES = ["tensor", "row", "column", "row+column", "head", "layer"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model("llama", vocab_size=300, max_position_embeddings=128)
 
 
 @pytest.fixture(params=[None, 1000])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import make_model, make_tokenizer
+from builders import make_model
 from torch import Tensor, nn
 
 from gradsafe import Detector
@@ -13,11 +13,6 @@ UNSAFE, SAFE = ["how to hurt", "steal it now please"], ["bake a cake", "sing"]
 PROMPTS = ["hello", "a much longer prompt than others", "x"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
 
 
 def llama(dtype=torch.float32):

@@ -12,16 +12,6 @@ UNSAFE, SAFE, PROMPTS = ["how to hurt"], ["bake a cake"], ["hello", "why is it s
 pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning")
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model("llama", vocab_size=300)
-
-
 def fit(model, tokenizer, **options):
     return Detector.fit(model, tokenizer, UNSAFE, SAFE, progress=False, **options)
 

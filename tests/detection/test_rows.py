@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import make_model, make_tokenizer
 from oracle import Oracle
 
 from gradsafe import Detector, DetectorConfig
@@ -12,16 +11,6 @@ UNSAFE, SAFE = ["how to hurt", "steal it now please"], ["bake a cake", "sing"]
 PROMPTS = ["hello", "a much longer prompt than others", "x"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning")
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return make_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model("llama", vocab_size=300, max_position_embeddings=128)
 
 
 def fit(model, tokenizer, **options):

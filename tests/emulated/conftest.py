@@ -15,6 +15,13 @@ def _program(flavour: str) -> emulator.Runner:
     return functools.partial(emulator.run, emulator.build(flavour=flavour))
 
 
+@pytest.fixture
+def needs_a_compiler() -> None:
+    """Skips where kernels cannot be compiled for the emulated grid."""
+    if problem := emulator.compiler_problem():
+        pytest.skip(problem)
+
+
 @pytest.fixture(scope="session")
 def emulate() -> emulator.Runner:
     """Runs cases with the emulator's own checks of every access."""

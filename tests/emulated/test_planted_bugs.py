@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-
 import pytest
 import torch
 
-from . import emulator
-from .emulator import BugFound
+from .emulator import Runner
 from .moments_cases import Problem, assert_equals_oracle, make
+from .planted import ORACLE, Bug, Target
+
+pytestmark = pytest.mark.usefixtures("needs_a_compiler")
 
 MOMENTS, REDUCE = "cuda/moments.cu", "cuda/common/reduce.cuh"
-ORACLE = "differs from the float64 oracle"
 
 # Fewer instantiations: only float32 is compiled. No bug, and part of every copy.
 FLOAT_ONLY = [
     (
         MOMENTS,
         "    case DType::bf16: return choose_refs<G, bf16>(problem.num_refs);\n"
-        "    default: return choose_refs<G, f16>(problem.num_refs);\n",
+        "    case DType::f16: return choose_refs<G, f16>(problem.num_refs);\n"
+        "    default: return choose_refs<G, f8>(problem.num_refs);\n",
         "    default: return nullptr;\n",
     ),
     (
@@ -30,14 +29,6 @@ FLOAT_ONLY = [
         "    default: return nullptr;\n",
     ),
 ]
-
-
-@dataclass(frozen=True)
-class Bug:
-    file: str
-    old: str
-    new: str
-    found_by: str  # pattern of the report
 
 
 BUGS = {
@@ -98,35 +89,20 @@ BUGS = {
 }
 
 
-def exercise(program) -> None:
+def check(run: Runner) -> None:
     problems = [make([(270, 140), (3, 33)], 2, axis) for axis in ("tensor", "both")]
     view = torch.randn(40, 90)[:, 3:80]
     problems.append(Problem([view], [[view]], "tensor"))
-    try:
-        assert_equals_oracle(functools.partial(emulator.run, program), problems)
-    except BugFound:
-        raise
-    except AssertionError as error:
-        raise BugFound(ORACLE) from error
+    assert_equals_oracle(run, problems)
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_compiler() -> None:
-    if problem := emulator.compiler_problem():
-        pytest.skip(problem)
-
-
-def build(folder, edits):
-    return emulator.build(emulator.planted(folder, [*FLOAT_ONLY, *edits]), only=["moments"])
+TARGET = Target(["moments"], FLOAT_ONLY, check)
 
 
 def test_the_unmodified_kernel_passes(tmp_path):
-    exercise(build(tmp_path, []))
+    TARGET.passes(tmp_path)
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found(tmp_path, name):
-    bug = BUGS[name]
-    program = build(tmp_path, [(bug.file, bug.old, bug.new)])
-    with pytest.raises(BugFound, match=bug.found_by):
-        exercise(program)
+    TARGET.finds(tmp_path, BUGS[name])

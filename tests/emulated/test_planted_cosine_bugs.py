@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
-from . import emulator
 from .cosine_topk_cases import DTYPES, Problem, assert_equals_oracle, make
-from .emulator import BugFound
-from .test_planted_bugs import ORACLE, Bug
+from .emulator import Runner
+from .planted import ORACLE, Bug, Target
+
+pytestmark = pytest.mark.usefixtures("needs_a_compiler")
 
 TOPK, TILE = "cuda/cosine_topk.cu", "cuda/common/cosine_tile.cuh"
 KEY, SCALE = "common/topk_key.h", "common/cosine_scale.h"
@@ -153,7 +152,7 @@ BUGS = {
 }  # fmt: skip
 
 
-def exercise(program) -> None:
+def check(run: Runner) -> None:
     problems = [make(70, 150, 100, 40, torch.bfloat16), make(3, 131, 70, 100, torch.float16)]
     problems += [make(4, 140, 90, 33), make(2, 70, 41, 70, torch.float32, torch.float16)]
     for dtype in DTYPES:
@@ -174,32 +173,16 @@ def exercise(program) -> None:
     spread.queries[:, 20:23] *= 2.0**90
     spread.rows[:, 20:23] *= 2.0**90
     problems.append(spread)
-    try:
-        assert_equals_oracle(functools.partial(emulator.run, program), problems)
-    except BugFound:
-        raise
-    except AssertionError as error:
-        raise BugFound(ORACLE) from error
+    assert_equals_oracle(run, problems)
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_compiler() -> None:
-    if problem := emulator.compiler_problem():
-        pytest.skip(problem)
-
-
-def build(folder, edits):
-    return emulator.build(emulator.planted(folder, [*SMALL, *edits]), only=["cosine_topk"])
+TARGET = Target(["cosine_topk"], SMALL, check)
 
 
 def test_the_unmodified_kernel_passes(tmp_path):
-    torch.manual_seed(0)
-    exercise(build(tmp_path, []))
+    TARGET.passes(tmp_path)
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found(tmp_path, name):
-    bug = BUGS[name]
-    program = build(tmp_path, [(bug.file, bug.old, bug.new)])
-    with pytest.raises(BugFound, match=bug.found_by):
-        exercise(program)
+    TARGET.finds(tmp_path, BUGS[name])

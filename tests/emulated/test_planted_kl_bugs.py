@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 
-from . import emulator
-from .emulator import BugFound
+from .emulator import Runner
 from .kl_divergence_cases import Problem, assert_equals_oracle, make
-from .test_planted_bugs import ORACLE, Bug
+from .planted import ORACLE, Bug, Target
+
+pytestmark = pytest.mark.usefixtures("needs_a_compiler")
 
 KL = "cuda/kl_divergence.cu"
 
@@ -75,7 +74,7 @@ BUGS = {
 }  # fmt: skip
 
 
-def exercise(program) -> None:
+def check(run: Runner) -> None:
     problems = [make((3, 2100)), make((4, 5001))]
     view = torch.randn(6, 90)[:, 3:80]
     problems.append(Problem(view, torch.randn(6, 77), torch.ones(6)))
@@ -84,37 +83,22 @@ def exercise(program) -> None:
     vanishing.student[0, 0] = -float("inf")
     vanishing.teacher[0, 0] = -30
     problems.append(vanishing)
-    try:
-        assert_equals_oracle(functools.partial(emulator.run, program), problems)
-    except BugFound:
-        raise
-    except AssertionError as error:
-        raise BugFound(ORACLE) from error
+    assert_equals_oracle(run, problems)
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_compiler() -> None:
-    if problem := emulator.compiler_problem():
-        pytest.skip(problem)
-
-
-def build(folder, edits):
-    return emulator.build(emulator.planted(folder, [*FLOAT_ONLY, *edits]), only=["kl_divergence"])
+TARGET = Target(["kl_divergence"], FLOAT_ONLY, check)
 
 
 def test_the_unmodified_kernel_passes(tmp_path):
-    exercise(build(tmp_path, []))
+    TARGET.passes(tmp_path)
 
 
 def test_more_rows_than_blocks(tmp_path):
     """Two blocks share all rows: no bug, only a smaller grid than the kernel's own limit."""
     small = (KL, "constexpr int64_t kMaxBlocks = 16384;", "constexpr int64_t kMaxBlocks = 2;")
-    exercise(build(tmp_path, [small]))
+    TARGET.passes(tmp_path, [small])
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found(tmp_path, name):
-    bug = BUGS[name]
-    program = build(tmp_path, [(bug.file, bug.old, bug.new)])
-    with pytest.raises(BugFound, match=bug.found_by):
-        exercise(program)
+    TARGET.finds(tmp_path, BUGS[name])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import pytest
 import torch
 
-from . import emulator
-from .emulator import BugFound
+from .emulator import Runner
+from .planted import ORACLE, Bug, Target
 from .surgery_cases import (
     TILE,
     Problem,
@@ -18,7 +17,8 @@ from .surgery_cases import (
     make,
     make_adamw,
 )
-from .test_planted_bugs import ORACLE, Bug
+
+pytestmark = pytest.mark.usefixtures("needs_a_compiler")
 
 SURGERY, ADAMW = "cuda/surgery.cu", "cuda/surgery_adamw.cu"
 MATH, VEC = "common/surgery_math.h", "cuda/common/vec.cuh"
@@ -128,8 +128,7 @@ BUGS = {
 }
 
 
-def exercise(program) -> None:
-    run = functools.partial(emulator.run, program)
+def check(run: Runner) -> None:
     problems = [
         make([300, TILE + 5, 7, 2 * TILE, 40], groups=[2, 0, 1, 0, 1]),
         make([TILE + 9, 5], torch.bfloat16),
@@ -144,35 +143,17 @@ def exercise(program) -> None:
     stopped.sums[1, 0] = math.nan
     shifted = make_adamw([TILE])
     shifted.exp_avg[0] = torch.cat([torch.zeros(1), shifted.exp_avg[0]])[1:]
-    try:
-        assert_equals_oracle(run, problems)
-        assert_adamw_equals_oracle(run, [steps, stopped, shifted])
-    except BugFound:
-        raise
-    except AssertionError as error:
-        raise BugFound(ORACLE) from error
+    assert_equals_oracle(run, problems)
+    assert_adamw_equals_oracle(run, [steps, stopped, shifted])
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_compiler() -> None:
-    if problem := emulator.compiler_problem():
-        pytest.skip(problem)
+TARGET = Target(["surgery", "surgery_adamw"], SMALL, check)
 
 
-def build(folder, edits):
-    root = emulator.planted(folder, [*SMALL, *edits])
-    return emulator.build(root, only=["surgery", "surgery_adamw"])
-
-
-def test_the_unmodified_kernels_pass(tmp_path):
-    torch.manual_seed(0)
-    exercise(build(tmp_path, []))
+def test_the_unmodified_kernel_passes(tmp_path):
+    TARGET.passes(tmp_path)
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found(tmp_path, name):
-    bug = BUGS[name]
-    torch.manual_seed(0)
-    program = build(tmp_path, [(bug.file, bug.old, bug.new)])
-    with pytest.raises(BugFound, match=bug.found_by):
-        exercise(program)
+    TARGET.finds(tmp_path, BUGS[name])

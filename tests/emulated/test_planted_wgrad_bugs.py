@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
-import torch
 
-from . import emulator
-from .emulator import BugFound
-from .test_planted_bugs import ORACLE, Bug
+from .emulator import Runner
+from .planted import ORACLE, Bug, Target
 from .wgrad_moments_cases import Problem, assert_equals_oracle, make
+
+pytestmark = pytest.mark.usefixtures("needs_a_compiler")
 
 WGRAD = "cuda/wgrad_moments.cu"
 PRODUCT, REFS = "cuda/common/tile_product.cuh", "cuda/common/tile_refs.cuh"
@@ -145,7 +143,7 @@ BUGS = {
 }  # fmt: skip
 
 
-def exercise(program) -> None:
+def check(run: Runner) -> None:
     lengths = (33, 0, 1, 40, 16, 7, 70)
     problems = [make((300, 40), lengths, 2, axis) for axis in ("tensor", "both")]
     problems.append(make((37, 136), lengths, 2, "both"))  # rows of dy off 16-byte borders
@@ -154,33 +152,16 @@ def exercise(program) -> None:
     problems.append(infinite)
     inner = make((24, 40), (60,), 2)  # rows of others behind each sample
     problems.append(Problem(inner.x, inner.dy, [0, 20], [9, 33], inner.refs))
-    try:
-        assert_equals_oracle(functools.partial(emulator.run, program), problems)
-    except BugFound:
-        raise
-    except AssertionError as error:
-        raise BugFound(ORACLE) from error
+    assert_equals_oracle(run, problems)
 
 
-@pytest.fixture(autouse=True)
-def _needs_a_compiler() -> None:
-    if problem := emulator.compiler_problem():
-        pytest.skip(problem)
-
-
-def build(folder, edits):
-    root = emulator.planted(folder, [*SMALL, *edits])
-    return emulator.build(root, only=["wgrad_moments"])
+TARGET = Target(["wgrad_moments"], SMALL, check)
 
 
 def test_the_unmodified_kernel_passes(tmp_path):
-    torch.manual_seed(0)
-    exercise(build(tmp_path, []))
+    TARGET.passes(tmp_path)
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_found(tmp_path, name):
-    bug = BUGS[name]
-    program = build(tmp_path, [(bug.file, bug.old, bug.new)])
-    with pytest.raises(BugFound, match=bug.found_by):
-        exercise(program)
+    TARGET.finds(tmp_path, BUGS[name])
