@@ -1,10 +1,14 @@
-"""GradCoo's ablations on the testbed's held-out prompts, and on XSTest beside the repository.
+"""GradCoo's ablations on testbed prompts, and on XSTest beside the repository.
 
     python -m benchmarks.experiments.gradcoo      CSV in benchmarks/results, table on the screen
 
 The paper reports that scores fall without the absolute value or without the normalisation. Both are
 options of one code path here; the difference form shows it, since in the share form the prompt's
 standard deviation cancels. Every row is one detector fitted on the same references.
+
+"heldout" are the prompts on which the testbed's training recipe was chosen; "fresh" is another draw
+from the same pool, looked at by nobody before this table. `backward` is the share of fresh prompts
+that cost a backward pass.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from tqdm import tqdm
 
 from benchmarks.table import markdown, write_csv
 from gradsafe import Detector, testbed
+from gradsafe.testbed.corpus import fresh_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 XSTEST = ROOT.parent / "shared" / "data" / "xstest" / "prompts.jsonl"
@@ -47,6 +52,13 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("with EOS", {"append_eos": True}),
     ("response Yes", {"response": "Yes"}),
     ("last 2 layers", {"layers": 2}),
+    ("last 2 layers, 1/4 of the rows", {"layers": 2, "row_fraction": 0.25}),
+    ("1/4 of the rows", {"row_fraction": 0.25}),
+    ("1/16 of the rows", {"row_fraction": 1 / 16}),
+    ("references float32", {"reference_dtype": "float32"}),
+    ("references float8", {"reference_dtype": "float8"}),
+    ("cascade", {"method": "cascade"}),
+    ("cascade, max_fnr 0.05", {"method": "cascade"}),
     ("GradSafe, published", {"method": "gradsafe"}),
     ("NLL, forward only", {"method": "nll"}),
     ("gradient norm", {"method": "gradnorm"}),
@@ -57,6 +69,8 @@ def load_sets() -> dict[str, tuple[list[str], list[int]]]:
     """Name to prompts and labels (1 = unsafe)."""
     rows = testbed.prompts("heldout")
     sets = {"heldout": ([r["prompt"] for r in rows], [int(r["label"] == "unsafe") for r in rows])}
+    fresh = fresh_rows("heldout", 300, 180, 120)
+    sets["fresh"] = ([r["prompt"] for r in fresh], [int(r["label"] == "unsafe") for r in fresh])
     hard = [r for r in rows if r["kind"] != "ordinary"]
     sets["look-alikes"] = (
         [r["prompt"] for r in hard],
@@ -86,11 +100,21 @@ def main() -> int:
             detector = Detector.fit(
                 model, tokenizer, unsafe, safe, progress=False, overflow="window", **options
             )
+            if "cascade" in name:
+                detector.calibrate(
+                    testbed.calibration_prompts("safe"),
+                    progress=False,
+                    unsafe_prompts=testbed.calibration_prompts("unsafe"),
+                    max_fnr=0.05 if "0.05" in name else 0.01,
+                )
             row: dict[str, Any] = {"variant": name, "pairs": pairs}
             for set_name, (prompts, labels) in sets.items():
-                scores = detector.score(prompts, progress=False, components=False).values
+                result = detector.score(prompts, progress=False, components=False)
+                scores = result.values
                 row[f"{set_name} AUPRC"] = round(average_precision_score(labels, scores), 3)
                 row[f"{set_name} AUROC"] = round(roc_auc_score(labels, scores), 3)
+                if set_name == "fresh":
+                    row["backward"] = round(float(result.backward.float().mean()), 3)
             rows.append(row)
     print(markdown(rows, [(key, key) for key in rows[0]]))
     write_csv(arguments.out / "gradcoo_testbed.csv", rows)

@@ -21,7 +21,7 @@ from safetensors.torch import load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradsafe.testbed.cache import announce, cache_root, damage, publish, seal
-from gradsafe.testbed.corpus import Row, build, unsafe_calibration
+from gradsafe.testbed.corpus import Row, build, fresh_rows
 from gradsafe.testbed.reference_prompts import SAFE_REFERENCES, UNSAFE_REFERENCES
 from gradsafe.testbed.tokenizer import CHAT_TEMPLATE
 from gradsafe.testbed.training import SYSTEM_MESSAGES, Recipe, isolated, train
@@ -145,5 +145,5 @@ def calibration_prompts(label: Literal["safe", "unsafe"] = "safe") -> list[str]:
     if label not in ("safe", "unsafe"):
         raise ValueError(f'gradsafe.testbed: label must be "safe" or "unsafe", got {label!r}')
     if label == "unsafe":
-        return list(unsafe_calibration())
+        return [row["prompt"] for row in fresh_rows("calibration", 400, 0, 0)]
     return [row["prompt"] for row in build()["calibration"]]

@@ -35,7 +35,6 @@ ROWS: dict[Split, dict[Kind, int]] = {
     "heldout": {"unsafe": 300, "lookalike": 180, "ordinary": 120},
     "calibration": {"unsafe": 0, "lookalike": 240, "ordinary": 160},
 }
-UNSAFE_CALIBRATION_ROWS = 400
 TOPICS: dict[Kind, tuple[Topic, ...]] = {
     "ordinary": ORDINARY,
     "unsafe": UNSAFE,
@@ -244,19 +243,37 @@ def build() -> dict[Split, tuple[Row, ...]]:
 
 
 @cache
-def unsafe_calibration() -> tuple[str, ...]:
-    """Generates unsafe prompts from the pool of the calibration split, drawn apart from `build`.
+def fresh_rows(split: Split, unsafe: int, lookalike: int, ordinary: int) -> tuple[Row, ...]:
+    """Draws further rows from the pool of a split, apart from `build`.
+
+    Args:
+        split: Pool to draw from.
+        unsafe: Rows of that kind; as the next two.
+        lookalike: Harmless rows in the words of unsafe ones.
+        ordinary: Other harmless rows.
 
     Returns:
-        Prompts that occur in no split and are no references.
+        Rows whose prompts occur in no split and are no references, shuffled.
+
+    Raises:
+        RuntimeError: If the word lists are too small for the wanted number of rows.
     """
     rng = random.Random(CORPUS_SEED + 1)
-    seen = {key(prompt) for prompt in UNSAFE_REFERENCES}
+    seen = {key(prompt) for prompt in UNSAFE_REFERENCES + SAFE_REFERENCES}
     seen |= {key(row["prompt"]) for rows in build().values() for row in rows}
-    prompts: list[str] = []
-    while len(prompts) < UNSAFE_CALIBRATION_ROWS:
-        split, row = _draw("unsafe", rng.choice(_phrases()["unsafe"]), rng)
-        if split == "calibration" and key(row["prompt"]) not in seen:
-            seen.add(key(row["prompt"]))
-            prompts.append(row["prompt"])
-    return tuple(prompts)
+    wanted: dict[Kind, int] = {"unsafe": unsafe, "lookalike": lookalike, "ordinary": ordinary}
+    found: list[Row] = []
+    for kind, count in wanted.items():
+        missing = count
+        for _ in range(600 * count):
+            if not missing:
+                break
+            drawn, row = _draw(kind, rng.choice(_phrases()[kind]), rng)
+            if drawn == split and key(row["prompt"]) not in seen:
+                seen.add(key(row["prompt"]))
+                found.append(row)
+                missing -= 1
+        if missing:
+            raise RuntimeError(f"gradsafe.testbed: {missing} {kind} rows are missing")
+    rng.shuffle(found)
+    return tuple(found)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,16 +41,16 @@ class Operator:
     terms: Callable[..., Result]
 
 
-def _make_moments(device: str) -> tuple[Any, ...]:
+def _make_moments(device: str, ref_dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
     shapes = [(513, 2049), (64, 128), (7, 5), (1, 70_000)]
     grads = [torch.randn(s).bfloat16() for s in shapes]
-    refs = [[torch.randn(s).bfloat16() for _ in range(2)] for s in shapes]
+    refs = [[torch.randn(s).to(ref_dtype) for _ in range(2)] for s in shapes]
     return [g.to(device) for g in grads], [[r.to(device) for r in group] for group in refs]
 
 
-def _make_wgrad(device: str) -> tuple[Any, ...]:
+def _make_wgrad(device: str, ref_dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
     x, dy = torch.randn(3, 50, 390).bfloat16(), torch.randn(3, 50, 260).bfloat16()
-    refs = [torch.randn(260, 390).bfloat16() for _ in range(2)]
+    refs = [torch.randn(260, 390).to(ref_dtype) for _ in range(2)]
     return x.to(device), dy.to(device), [r.to(device) for r in refs]
 
 
@@ -60,7 +61,7 @@ OPERATORS = [
         lambda g, r, axis: moments(g, r, axis),
         lambda g, r, axis: reference.moments(g, r, axis),
         lambda g, r, axis: reference.moments(
-            [t.abs() for t in g], [[t.abs() for t in group] for group in r], axis
+            [t.abs() for t in g], [[t.float().abs() for t in group] for group in r], axis
         ),
     ),
     Operator(
@@ -69,9 +70,13 @@ OPERATORS = [
         lambda x, dy, r, axis: wgrad_moments(x, dy, r, axis, lengths=[50, 17, 1]),
         lambda x, dy, r, axis: reference.wgrad_moments(x, dy, r, axis, lengths=[50, 17, 1]),
         lambda x, dy, r, axis: reference.wgrad_moments(
-            x.abs(), dy.abs(), [t.abs() for t in r], axis, lengths=[50, 17, 1]
+            x.abs(), dy.abs(), [t.float().abs() for t in r], axis, lengths=[50, 17, 1]
         ),
     ),
+]
+OPERATORS += [
+    replace(operator, make=functools.partial(operator.make, ref_dtype=torch.float8_e4m3fn))
+    for operator in list(OPERATORS)
 ]
 
 

@@ -44,12 +44,24 @@ def test_sizes() -> None:
     for split, wanted in corpus.ROWS.items():
         assert Counter(row["kind"] for row in corpus.build()[split]) == +Counter(wanted)
     assert len(testbed.calibration_prompts()) >= 300
-    assert len(testbed.calibration_prompts("unsafe")) == corpus.UNSAFE_CALIBRATION_ROWS
+    assert len(testbed.calibration_prompts("unsafe")) == 400
+
+
+def test_fresh_rows_are_unseen_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = corpus.fresh_rows("heldout", 60, 30, 30)
+    assert Counter(row["kind"] for row in rows) == {"unsafe": 60, "lookalike": 30, "ordinary": 30}
+    drawn = {corpus.key(row["prompt"]) for row in rows}
+    assert len(drawn) == 120
+    known = {corpus.key(row["prompt"]) for split in corpus.build().values() for row in split}
+    assert not drawn & known
+    monkeypatch.setattr(corpus, "_draw", lambda *_: ("train", rows[0]))
+    with pytest.raises(RuntimeError, match="1 ordinary rows are missing"):
+        corpus.fresh_rows("heldout", 0, 0, 1)
 
 
 def test_unsafe_calibration_prompts_are_unseen_elsewhere() -> None:
     drawn = {corpus.key(prompt) for prompt in testbed.calibration_prompts("unsafe")}
-    assert len(drawn) == corpus.UNSAFE_CALIBRATION_ROWS
+    assert len(drawn) == 400
     others = {corpus.key(row["prompt"]) for rows in corpus.build().values() for row in rows}
     others |= {corpus.key(prompt) for prompt in testbed.references(4)[0]}
     assert not drawn & others
