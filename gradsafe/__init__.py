@@ -11,22 +11,27 @@ from typing import TYPE_CHECKING, Any
 from gradsafe._version import __version__
 
 if TYPE_CHECKING:
-    from gradsafe import detection, finetuning, models, ops, reference, testbed
+    from gradsafe import detection, finetuning, models, ops, reference, testbed, tracing
     from gradsafe.detection import Detector, DetectorConfig, Explanation, Scores
+    from gradsafe.tracing import Hits, TraceIndex
 
-_MODULES = ("detection", "finetuning", "models", "ops", "reference", "testbed")
+_MODULES = ("detection", "finetuning", "models", "ops", "reference", "testbed", "tracing")
 _MEMBERS = {
     "Detector": "gradsafe.detection",
     "DetectorConfig": "gradsafe.detection",
     "Explanation": "gradsafe.detection",
+    "Hits": "gradsafe.tracing",
     "Scores": "gradsafe.detection",
+    "TraceIndex": "gradsafe.tracing",
 }
 
 __all__ = [
     "Detector",
     "DetectorConfig",
     "Explanation",
+    "Hits",
     "Scores",
+    "TraceIndex",
     "__version__",
     "detection",
     "finetuning",
@@ -34,6 +39,7 @@ __all__ = [
     "ops",
     "reference",
     "testbed",
+    "tracing",
 ]
 
 

@@ -66,18 +66,18 @@ def save_folder(
         json.dumps(manifest, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"cannot save {path}: metadata is not JSON: {error}") from error
-    ready = dict(_ready_to_write(tensors, path))
+    ready = dict(ready_to_write(tensors, path))
 
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     partial.mkdir()
     try:
         save_file(ready, partial / TENSORS)
-        manifest["files"] = {TENSORS: _file_record(partial / TENSORS)}
+        manifest["files"] = {TENSORS: file_record(partial / TENSORS)}
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")
         for written in (partial / TENSORS, partial / MANIFEST, partial):
-            _flush_to_disk(written)
-        _swap_in(partial, target)
+            flush_to_disk(written)
+        swap_in(partial, target)
     except SafetensorError as error:
         raise OSError(f"cannot write {path}: {error}") from error
     finally:
@@ -113,7 +113,7 @@ def load_folder(
     if TENSORS not in manifest["files"]:
         raise StorageError(f"{folder / MANIFEST} is malformed: it lists no {TENSORS}")
     for name, record in manifest["files"].items():
-        _verify_file(folder / name, record)
+        verify_file(folder / name, record)
     try:
         return load_file(folder / TENSORS), manifest["metadata"]
     except SafetensorError as error:
@@ -234,7 +234,7 @@ def _sampled_bytes(values: Tensor) -> bytes:
     return bytes(sample.view(torch.uint8).numpy())
 
 
-def _ready_to_write(
+def ready_to_write(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields contiguous CPU tensors; safetensors refuses two names on one storage."""
@@ -253,7 +253,8 @@ def _refuse_meta(tensor: Tensor, what: str, advice: str) -> None:
         raise ValueError(f"{what} is on the meta device and has no values: {advice}")
 
 
-def _file_record(path: Path) -> dict[str, Any]:
+def file_record(path: Path) -> dict[str, Any]:
+    """SHA-256 and size of a file, as a manifest lists them."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_READ_BYTES):
@@ -261,17 +262,19 @@ def _file_record(path: Path) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
 
 
-def _verify_file(path: Path, record: Mapping[str, Any]) -> None:
+def verify_file(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises StorageError where a file is not what its record says."""
     if not path.is_file():
         raise StorageError(f"{path} is missing although {MANIFEST} lists it")
     size = path.stat().st_size
     if size != record.get("bytes"):
         raise StorageError(f"{path} is damaged: {size} bytes, expected {record.get('bytes')}")
-    if _file_record(path)["sha256"] != record.get("sha256"):
+    if file_record(path)["sha256"] != record.get("sha256"):
         raise StorageError(f"{path} is damaged or altered: its SHA-256 is not the manifest's")
 
 
-def _swap_in(partial: Path, target: Path) -> None:
+def swap_in(partial: Path, target: Path) -> None:
+    """Puts a finished folder in the place of `target`, which may exist."""
     # A folder cannot be renamed over a full one, so the former one steps aside under a known name
     # for an instant; a crash in between loses nothing and load_folder says where it is.
     previous = _previous(target)
@@ -284,7 +287,7 @@ def _swap_in(partial: Path, target: Path) -> None:
         if previous.exists():
             previous.rename(target)
         raise
-    _flush_to_disk(target.parent)
+    flush_to_disk(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -292,7 +295,8 @@ def _previous(target: Path) -> Path:
     return target.with_name(f".{target.name}.previous")
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
+    """Forces a file or the entries of a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

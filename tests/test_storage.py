@@ -118,7 +118,7 @@ class TestReplacing:
         with pytest.raises(FileNotFoundError, match=r"no such folder .*nowhere"):
             check_destination(tmp_path / "nowhere" / "x", "detector")
 
-    @pytest.mark.parametrize("failing", ["save_file", "_flush_to_disk", "_swap_in"])
+    @pytest.mark.parametrize("failing", ["save_file", "flush_to_disk", "swap_in"])
     def test_a_failing_save_keeps_the_former_folder(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str
     ) -> None:
@@ -238,6 +238,6 @@ class TestDamage:
     def test_foreign_tensor_file_with_matching_checksum(self, folder: Path) -> None:
         file = folder / "tensors.safetensors"
         file.write_bytes(b"not tensors")
-        edit_manifest(folder, files={file.name: storage._file_record(file)})
+        edit_manifest(folder, files={file.name: storage.file_record(file)})
         with pytest.raises(StorageError, match="is not a safetensors file"):
             load_folder(folder, "detector")

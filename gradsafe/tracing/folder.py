@@ -1,0 +1,274 @@
+"""The folder of an index: a manifest, shards, and the batches of the shard being built."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gradsafe._version import __version__
+from gradsafe.storage import (
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST,
+    StorageError,
+    check_destination,
+    file_record,
+    flush_to_disk,
+    read_manifest,
+    swap_in,
+    verify_file,
+)
+from gradsafe.tracing.examples import Id
+from gradsafe.tracing.shard import Shard, ShardPlan, parse_ids
+
+KIND = "trace-index"
+PARTIAL = ".partial"  # ends the name of a file that is being written
+WORK = ".work-"  # begins the name of a folder with the batches of an unfinished shard
+
+
+class IndexFolder:
+    """Reads and writes the folder; every file appears whole or not at all.
+
+    Attributes:
+        path: The folder.
+        metadata: JSON values of the manifest; `write_manifest` saves changes.
+        files: Shards that are complete, each with its checksum.
+    """
+
+    def __init__(
+        self, path: Path, metadata: dict[str, Any], files: dict[str, dict[str, Any]]
+    ) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.files = files
+
+    @classmethod
+    def create(cls, path: Path, metadata: dict[str, Any]) -> IndexFolder:
+        """Start a folder.
+
+        Raises:
+            FileNotFoundError: The parent folder does not exist.
+            FileExistsError: `path` exists and is not empty.
+        """
+        if not path.resolve().parent.is_dir():
+            raise FileNotFoundError(f"cannot build {path}: no such folder {path.parent}")
+        if path.exists() and not is_blank(path):
+            raise FileExistsError(f"cannot build {path}: it exists and is no index; choose another")
+        path.mkdir(exist_ok=True)
+        folder = cls(path, metadata, {})
+        folder.write_manifest()
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> IndexFolder:
+        """Read the manifest; the shards stay untouched.
+
+        Raises:
+            StorageError: No index, or one of a newer version.
+        """
+        manifest = read_manifest(path)
+        if manifest["kind"] != KIND:
+            raise StorageError(f"{path} is of kind {manifest['kind']!r}, expected {KIND!r}")
+        if manifest["format_version"] > FORMAT_VERSION:
+            raise StorageError(
+                f"{path} has format version {manifest['format_version']}, this gradsafe "
+                f"{__version__} reads up to version {FORMAT_VERSION}: update gradsafe"
+            )
+        return cls(path, manifest["metadata"], dict(manifest["files"]))
+
+    @property
+    def plan(self) -> list[ShardPlan]:
+        """All shards of the finished index."""
+        step = self.metadata["shard_samples"]
+        plan: list[ShardPlan] = []
+        begin = 0
+        for part in self.metadata["parts"]:
+            end = begin + part["count"]
+            for first in range(begin, end, step):
+                name = f"shard-{len(plan):06d}.safetensors"
+                plan.append(ShardPlan(name, first, min(step, end - first)))
+            begin = end
+        return plan
+
+    @property
+    def present(self) -> list[ShardPlan]:
+        """The shards that are complete."""
+        return [shard for shard in self.plan if shard.name in self.files]
+
+    @property
+    def missing(self) -> list[ShardPlan]:
+        """The shards that are still to be computed."""
+        return [shard for shard in self.plan if shard.name not in self.files]
+
+    def write_manifest(self) -> None:
+        """Replace the manifest."""
+        manifest = {
+            "format": FORMAT,
+            "kind": KIND,
+            "format_version": FORMAT_VERSION,
+            "gradsafe_version": __version__,
+            "metadata": self.metadata,
+            "files": dict(sorted(self.files.items())),
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        partial = self.path / (MANIFEST + PARTIAL)
+        partial.write_text(text, encoding="utf-8")
+        flush_to_disk(partial)
+        os.replace(partial, self.path / MANIFEST)
+        flush_to_disk(self.path)
+
+    def finish(self, plan: ShardPlan, shard: Shard) -> None:
+        """Write a shard, list it, and drop its batches."""
+        _write(self.path / plan.name, shard.tensors(), durable=True)
+        self.files[plan.name] = file_record(self.path / plan.name)
+        self.write_manifest()
+        shutil.rmtree(self._work(plan), ignore_errors=True)
+
+    def sweep(self) -> None:
+        """Remove what a killed run left and nothing needs."""
+        kept = {self._work(shard).name for shard in self.missing}
+        for entry in self.path.iterdir():
+            if entry.name.startswith(WORK) and entry.name not in kept:
+                shutil.rmtree(entry)
+            elif entry.name.endswith(PARTIAL):
+                entry.unlink()
+
+    def copy_to(self, path: Path) -> None:
+        """Copy what is complete to another folder, atomically; an index there is replaced.
+
+        Raises:
+            FileNotFoundError: The parent folder does not exist.
+            FileExistsError: `path` exists and is not an index.
+            StorageError: A shard is damaged.
+        """
+        check_destination(path, KIND)
+        target = path.resolve()
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+            copy = IndexFolder(Path(scratch) / "index", self.metadata, self.files)
+            copy.path.mkdir()
+            for shard in self.present:
+                shutil.copyfile(self.path / shard.name, copy.path / shard.name)
+                copy._verify(shard)
+                flush_to_disk(copy.path / shard.name)
+            copy.write_manifest()
+            swap_in(copy.path, target)
+
+    def write_batch(self, plan: ShardPlan, number: int, key: str, values: Tensor) -> None:
+        """Keep the signatures of one batch of an unfinished shard."""
+        work = self._work(plan)
+        work.mkdir(exist_ok=True)
+        # The checksum, not a forced write to disk, guards against a torn file.
+        note = {"key": key, "sha256": _digest(values)}
+        _write(work / f"{number:06d}.safetensors", {"signatures": values}, note, durable=False)
+
+    def read_batch(self, plan: ShardPlan, number: int, key: str) -> Tensor | None:
+        """The signatures of a batch that an earlier run left, None if there are none to use."""
+        path = self._work(plan) / f"{number:06d}.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, "pt") as file:
+                note, values = file.metadata(), file.get_tensor("signatures")
+        except SafetensorError:
+            return None  # torn by a crash of the machine: it is computed again
+        if note is None or note.get("key") != key or note.get("sha256") != _digest(values):
+            return None
+        return values
+
+    def verify(self) -> None:
+        """Check every shard against the manifest.
+
+        Raises:
+            StorageError: Names the first damaged shard, its samples and the way out.
+        """
+        for shard in self.present:
+            self._verify(shard)
+
+    def drop_damaged(self) -> list[ShardPlan]:
+        """Strike damaged shards from the manifest and remove them; returns them."""
+        damaged = [shard for shard in self.present if self._is_damaged(shard)]
+        for shard in damaged:
+            del self.files[shard.name]
+        self.write_manifest()
+        for shard in damaged:
+            (self.path / shard.name).unlink(missing_ok=True)
+        return damaged
+
+    def read(self, plan: ShardPlan) -> Shard:
+        """Read one shard."""
+        try:
+            return Shard.from_tensors(load_file(self.path / plan.name))
+        except (SafetensorError, FileNotFoundError) as error:
+            raise StorageError(f"{self.path / plan.name} cannot be read: {error}") from error
+
+    def read_ids(self, plan: ShardPlan) -> tuple[list[Id], Tensor]:
+        """Ids and owners of one shard."""
+        path = self.path / plan.name
+        with safe_open(path, "pt") as file:
+            ids, owners = file.get_tensor("ids"), file.get_tensor("owners")
+        return parse_ids(ids), owners
+
+    def signatures(self) -> Iterator[Tensor]:
+        """The signatures of the complete shards, one shard in memory at a time."""
+        for shard in self.present:
+            with safe_open(self.path / shard.name, "pt") as file:
+                yield file.get_tensor("signatures")
+
+    def _verify(self, plan: ShardPlan) -> None:
+        try:
+            verify_file(self.path / plan.name, self.files[plan.name])
+        except StorageError as error:
+            raise StorageError(
+                f"{error} (samples {plan.first} to {plan.first + plan.count - 1}); "
+                f"gradsafe.TraceIndex.repair({str(self.path)!r}) drops damaged shards and keeps "
+                f"the rest, build or extend with resume computes them again"
+            ) from error
+
+    def _is_damaged(self, plan: ShardPlan) -> bool:
+        try:
+            self._verify(plan)
+        except StorageError:
+            return True
+        return False
+
+    def _work(self, plan: ShardPlan) -> Path:
+        return self.path / (WORK + Path(plan.name).stem)
+
+
+def is_blank(path: Path) -> bool:
+    """Whether a folder is empty but for a manifest that was never finished."""
+    return path.is_dir() and all(entry.name.endswith(PARTIAL) for entry in path.iterdir())
+
+
+def batch_key(indices: Sequence[int], samples: str) -> str:
+    """What a batch file must say to be used: which rows it holds, of which shard."""
+    return hashlib.sha256(f"{samples} {list(indices)}".encode()).hexdigest()
+
+
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], note: dict[str, str] | None = None, *, durable: bool
+) -> None:
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        save_file(dict(tensors), partial, note)
+        if durable:
+            flush_to_disk(partial)
+        os.replace(partial, path)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()

@@ -1,0 +1,351 @@
+"""The index of a training set: build, resume, extend, save, load, query."""
+
+from __future__ import annotations
+
+import bisect
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gradsafe.models import Encoded, pad_token_id
+from gradsafe.tracing import build as building
+from gradsafe.tracing.examples import Encoding, ExampleEncoder, Id, read_examples
+from gradsafe.tracing.folder import IndexFolder, is_blank
+from gradsafe.tracing.hits import Hits
+from gradsafe.tracing.matching import (
+    FeatureMoments,
+    Metric,
+    PartNorm,
+    best_rows,
+    best_samples,
+    feature_moments,
+    rows_needed,
+)
+from gradsafe.tracing.signature import LAST, signatures
+from gradsafe.tracing.tokens import token_texts, unit_gradients
+
+Samples = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
+
+
+class IncompleteIndexWarning(UserWarning):
+    """An index holds only some of its samples: its build was stopped, or it was repaired."""
+
+
+class TraceIndex:
+    """Finds the training samples that a behavior of the model comes from (RepT).
+
+    Make one with `TraceIndex.build` or `TraceIndex.load`.
+
+    Attributes:
+        path: The folder it lives in.
+        layer: Index into `hidden_states`, see `resolve_layer`.
+        layer_curve: Similarities of consecutive layers, see `LayerChoice`; None unless the layer
+            was chosen by a rule.
+        part_norm: How queries compare signatures unless they say otherwise, see `Metric`.
+    """
+
+    def __init__(self, folder: IndexFolder, model: nn.Module, tokenizer: Any) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self._folder = folder
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._refresh()
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        examples: Samples,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        layer: int | Literal["last", "auto", "auto-lower", "auto-single"] = "last",
+        part_norm: PartNorm = "zscore",
+        resume: bool = True,
+        batch_tokens: int = 4096,
+        progress: bool = True,
+        shard_samples: int = building.SHARD_SAMPLES,
+        **encoding: Any,
+    ) -> TraceIndex:
+        """Compute the signatures of all samples.
+
+        A build that was killed goes on at the batch where it stopped and ends with the same bytes.
+
+        Args:
+            model: A causal language model of `transformers`, fine-tuned on the samples.
+            tokenizer: Its tokenizer.
+            examples: A JSON Lines file, or dicts (a list, a `datasets.Dataset`) with prompt,
+                response and optionally id (text or integer; else the sample's number).
+            path: The folder to write; None for a temporary one, see `save`.
+            layer: "last", an index into `hidden_states` (see `resolve_layer`), or a rule of
+                `choose_layer`: "auto" is the phase transition.
+            part_norm: The default of `query`.
+            resume: Go on with an index that is there already.
+            batch_tokens: Padded tokens per batch; lower it if memory runs out.
+            progress: Show a progress bar.
+            shard_samples: Samples per file; an index that is there keeps its own.
+            **encoding: Fields of `Encoding`: template, system, append_eos, overflow, max_length.
+
+        Returns:
+            The complete index.
+
+        Raises:
+            ValueError: Samples without prompt or response, ids that occur twice, a sample beyond
+                the context (as ContextOverflowError), options that do not fit, NaN (as
+                NonFiniteSignatureError), or a folder started with another model, layer, options or
+                examples; fingerprints are printed.
+            FileExistsError: `path` holds something else, or an index and `resume` is False.
+            FileNotFoundError: Its parent folder, or the file of examples, does not exist.
+            OSError: The disk is full; what is complete stays usable.
+        """
+        samples = read_examples(examples)
+        Metric(part_norm)
+        _check_counts(batch_tokens=batch_tokens, shard_samples=shard_samples)
+        settings = building.settings_of(model, tokenizer, layer, Encoding(**encoding))
+        temporary = tempfile.TemporaryDirectory(prefix="gradsafe-") if path is None else None
+        place = Path(temporary.name if temporary is not None else os.fspath(path or ""))
+        if place.exists() and not is_blank(place):
+            folder = building.reopen(place, resume)
+            building.check_settings(folder, settings, "build")
+            building.check_examples(folder, samples)
+            folder.metadata["part_norm"] = part_norm
+            folder.write_manifest()
+        else:
+            metadata = building.new_metadata(
+                settings, model, tokenizer, samples, part_norm, shard_samples, batch_tokens
+            )
+            folder = IndexFolder.create(place, metadata)
+        building.fill(folder, model, tokenizer, samples, 0, batch_tokens, progress)
+        index = cls(folder, model, tokenizer)
+        index._temporary = temporary
+        index._warn_if_incomplete()
+        return index
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module, tokenizer: Any) -> TraceIndex:
+        """Open an index of the same model and tokenizer, after checking every shard.
+
+        Raises:
+            StorageError: The folder is missing, foreign or damaged (a ValueError); a damaged shard
+                is named.
+            ValueError: It was built with another model or tokenizer.
+
+        Warns:
+            IncompleteIndexWarning: Some samples are missing; the others can be queried.
+        """
+        folder = IndexFolder.open(Path(path))
+        given = building.settings_of(model, tokenizer, LAST, Encoding())
+        own = {name: given[name] for name in ("model", "tokenizer")}
+        building.check_settings(folder, own, "load")
+        folder.verify()
+        index = cls(folder, model, tokenizer)
+        index._warn_if_incomplete()
+        return index
+
+    @staticmethod
+    def repair(path: str | os.PathLike[str]) -> list[str]:
+        """Drop the damaged shards of an index; the rest can be loaded again.
+
+        `build` or `extend` with the same samples computes them anew.
+
+        Returns:
+            Names of the files that were dropped.
+
+        Raises:
+            StorageError: The manifest itself cannot be used.
+        """
+        return [shard.name for shard in IndexFolder.open(Path(path)).drop_damaged()]
+
+    def extend(self, examples: Samples, *, batch_tokens: int = 4096, progress: bool = True) -> None:
+        """Add samples; a call that was killed is taken up by the same call.
+
+        Raises:
+            ValueError: As in `build`; an id that is taken; or the samples before are incomplete.
+            OSError: As in `build`.
+        """
+        _check_counts(batch_tokens=batch_tokens)
+        if not isinstance(examples, (str, os.PathLike)):
+            examples = list(examples)
+        parts = self._folder.metadata["parts"]
+        first = 0
+        for number, part in enumerate(parts):
+            # The same samples again: a killed call goes on, a complete one does nothing.
+            again = read_examples(examples, first=first) if number else []
+            if again and building.new_part(again) == part:
+                self._fill(again, number, batch_tokens, progress)
+                return
+            first += part["count"]
+        if self._folder.missing:
+            raise ValueError(
+                f"gradsafe.TraceIndex.extend: {self.path} is incomplete; first finish it with the "
+                "samples it was started with"
+            )
+        samples = read_examples(examples, first=first, taken=self.ids)
+        encode = ExampleEncoder(self.model, self.tokenizer, self._encoding)
+        for sample in samples:  # before the manifest promises them
+            encode(sample)
+        parts.append(building.new_part(samples))
+        self._folder.write_manifest()
+        self._fill(samples, len(parts) - 1, batch_tokens, progress)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Copy the index to another folder, atomically; an index there is replaced.
+
+        Raises:
+            FileNotFoundError: The parent folder does not exist.
+            FileExistsError: `path` exists and is not an index.
+            ValueError: `path` is the folder of this index.
+        """
+        if Path(path).resolve() == self.path.resolve():
+            raise ValueError(f"gradsafe.TraceIndex.save: {path} is the folder of this index")
+        self._folder.copy_to(Path(path))
+
+    def query(
+        self,
+        queries: Samples | Mapping[str, Any],
+        k: int = 10,
+        *,
+        part_norm: PartNorm | None = None,
+        gradient_weight: float | None = None,
+        batch_tokens: int = 4096,
+        progress: bool = False,
+    ) -> Hits:
+        """Find the samples most similar to observed behavior.
+
+        Args:
+            queries: Dicts with prompt and the observed response, one such dict, or a JSON Lines
+                file.
+            k: Samples per query, at most 1024.
+            part_norm: None for the index's own, see `Metric`.
+            gradient_weight: Share of the gradient part, see `Metric`; None for equal parts.
+            batch_tokens: Padded tokens per batch.
+            progress: Show a progress bar over the queries' signatures.
+
+        Returns:
+            The hits, best first.
+
+        Raises:
+            ValueError: No query, k above the number of samples, or options that do not fit.
+        """
+        metric = Metric(part_norm or self.part_norm, gradient_weight)
+        _check_counts(k=k, batch_tokens=batch_tokens)
+        if k > len(self):
+            raise ValueError(
+                f"gradsafe.TraceIndex.query: expected k at most {len(self)}, the number of samples "
+                f"in the index, got {k}; pass min(k, len(index))"
+            )
+        needed = rows_needed(k, len(self._owners), len(self))
+        single = isinstance(queries, Mapping)
+        samples = read_examples([queries] if single else queries, "queries")  # type: ignore[list-item, arg-type]
+        encode = ExampleEncoder(self.model, self.tokenizer, self._encoding)
+        items, owners = encode.all(samples)
+        label = "queries" if progress else None
+        found = signatures(
+            self.model, items, [self.layer], pad_token_id(self.tokenizer), batch_tokens, label
+        )[self.layer]
+        moments = self._feature_moments() if metric.part_norm == "zscore" else None
+        best = best_rows(found, self._folder.signatures(), needed, metric, moments)
+        scores, rows = best_samples(best, self._owners, owners, len(samples), k)
+        positions = self._owners[rows]
+        return Hits(
+            [[self._id_of[position] for position in row] for row in positions.tolist()],
+            scores,
+            positions,
+            rows,
+            list(dict(zip(owners, items, strict=True)).values()),  # the last window of each
+            self._item,
+            lambda item: unit_gradients(self.model, self.tokenizer, item, self.layer),
+            lambda ids: token_texts(self.tokenizer, ids),
+        )
+
+    @property
+    def path(self) -> Path:
+        """The folder it lives in."""
+        return self._folder.path
+
+    @property
+    def layer(self) -> int:
+        """Index into `hidden_states`."""
+        return int(self._folder.metadata["layer"])
+
+    @property
+    def layer_curve(self) -> list[float] | None:
+        """Similarities of consecutive layers, None unless the layer was chosen by a rule."""
+        curve: list[float] | None = self._folder.metadata["layer_curve"]
+        return curve
+
+    @property
+    def part_norm(self) -> PartNorm:
+        """How queries compare signatures unless they say otherwise."""
+        norm: PartNorm = self._folder.metadata["part_norm"]
+        return norm
+
+    @property
+    def ids(self) -> list[Id]:
+        """Ids of the samples it holds, in order."""
+        return list(self._id_of.values())
+
+    def __len__(self) -> int:
+        """How many samples it holds."""
+        return len(self._id_of)
+
+    @property
+    def _encoding(self) -> Encoding:
+        return Encoding(**self._folder.metadata["settings"]["encoding"])
+
+    def _fill(self, samples: list[Any], part: int, batch_tokens: int, progress: bool) -> None:
+        building.fill(
+            self._folder, self.model, self.tokenizer, samples, part, batch_tokens, progress
+        )
+        self._refresh()
+        self._warn_if_incomplete()
+
+    def _refresh(self) -> None:
+        """Read what is small: ids and the sample of each row."""
+        self._id_of: dict[int, Id] = {}
+        self._starts: list[int] = []  # first row of each shard
+        owners = [torch.empty(0, dtype=torch.int64)]
+        for shard in self._folder.present:
+            ids, rows = self._folder.read_ids(shard)
+            self._id_of.update(zip(range(shard.first, shard.first + shard.count), ids, strict=True))
+            self._starts.append(sum(map(len, owners)))
+            owners.append(rows)
+        self._owners = torch.cat(owners)
+        self._moments: FeatureMoments | None = None
+
+    def _feature_moments(self) -> FeatureMoments:
+        if self._moments is None:
+            self._moments = feature_moments(self._folder.signatures)
+        return self._moments
+
+    def _item(self, row: int) -> Encoded:
+        """Token ids of a row of the index."""
+        shard = bisect.bisect_right(self._starts, row) - 1
+        plan = self._folder.present[shard]
+        return self._folder.read(plan).items[row - self._starts[shard]]
+
+    def _warn_if_incomplete(self) -> None:
+        missing = sum(shard.count for shard in self._folder.missing)
+        if missing:
+            warnings.warn(
+                f"gradsafe.TraceIndex: {self.path} holds {len(self)} of {len(self) + missing} "
+                "samples; build or extend with the samples it was started with computes the rest",
+                IncompleteIndexWarning,
+                stacklevel=3,
+            )
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(
+                f"gradsafe.TraceIndex: expected {name} to be an int, got {type(value).__name__}"
+            )
+        if value < 1:
+            raise ValueError(f"gradsafe.TraceIndex: expected {name} of at least 1, got {value}")

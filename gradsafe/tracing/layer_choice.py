@@ -1,0 +1,115 @@
+"""Which layer to trace at: the phase transition of the hidden states over a few probes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gradsafe.models import Encoded, collate, plan_batches
+from gradsafe.models.inspection import forward_parameters, input_device
+from gradsafe.models.modes import evaluating
+
+LayerRule = Literal["auto", "auto-lower", "auto-single"]
+RULES: tuple[str, ...] = get_args(LayerRule)
+PROBES = 32
+TIE = 1e-6  # similarities closer than this are no unique minimum
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """A chosen layer and why.
+
+    Attributes:
+        layer: Index into `hidden_states`.
+        curve: `curve[i]` is the mean cosine similarity of layers i + 1 and i + 2 at the last prompt
+            token, L - 1 values; the last one reaches over the final norm and is no candidate.
+    """
+
+    layer: int
+    curve: list[float]
+
+
+def choose_layer(
+    model: nn.Module,
+    probes: Sequence[Encoded],
+    pad_id: int,
+    rule: LayerRule = "auto",
+    batch_tokens: int = 4096,
+) -> LayerChoice:
+    """Find the least similar pair of consecutive layers.
+
+    The pairs are (1, 2) to (L - 2, L - 1), as in the published code: the input of the first block
+    and the final norm are left out. Without a unique minimum the last layer L is chosen, as the
+    paper does (arXiv 2510.02334).
+
+    Args:
+        model: A causal language model.
+        probes: Encoded samples, of which only the prompts are read.
+        pad_id: Token id of the padding.
+        rule: "auto" takes the upper layer of the pair, averaged over the probes; "auto-lower" the
+            lower one; "auto-single" the upper one of the first probe alone, as the published code.
+        batch_tokens: Padded tokens per batch.
+
+    Raises:
+        ValueError: No probe, or an unknown rule.
+    """
+    if rule not in RULES:
+        raise ValueError(f"gradsafe.choose_layer: expected a rule among {RULES}, got {rule!r}")
+    if len(probes) == 0:
+        raise ValueError("gradsafe.choose_layer: expected at least one probe, got none")
+    if rule == "auto-single":
+        probes = probes[:1]
+    curve = similarity_curve(model, probes, pad_id, batch_tokens)
+    depth = len(curve) + 1
+    candidates = curve[:-1].tolist()
+    lowest = min(candidates, default=0.0)
+    minima = [index for index, value in enumerate(candidates) if value <= lowest + TIE]
+    if len(minima) != 1:
+        return LayerChoice(depth, curve.tolist())
+    lower = minima[0] + 1
+    return LayerChoice(lower if rule == "auto-lower" else lower + 1, curve.tolist())
+
+
+def similarity_curve(
+    model: nn.Module, probes: Sequence[Encoded], pad_id: int, batch_tokens: int = 4096
+) -> Tensor:
+    """Mean cosine similarity of consecutive hidden states, layers (1, 2) to (L - 1, L), float64."""
+    total: Tensor | None = None
+    with torch.no_grad(), evaluating(model, ()):
+        for indices in plan_batches([p.prompt_length for p in probes], batch_tokens):
+            states = _prompt_states(model, [probes[i] for i in indices], pad_id)
+            part = functional.cosine_similarity(states[1:-1], states[2:], dim=-1).sum(1)
+            total = part if total is None else total + part
+    assert total is not None
+    return total / len(probes)
+
+
+def _prompt_states(model: nn.Module, probes: Sequence[Encoded], pad_id: int) -> Tensor:
+    """Hidden states at the last prompt token, `[L + 1, B, d]` float64 on the CPU."""
+    # One response token is all that a batch needs; the states before it do not see it.
+    cut = [Encoded(p.input_ids[: p.prompt_length + 1], p.prompt_length) for p in probes]
+    batch = collate(cut, pad_id, "left").to(input_device(model) or "cpu")
+    accepted = forward_parameters(model)
+    arguments: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+        "output_hidden_states": True,
+    }
+    if "position_ids" in accepted:
+        arguments["position_ids"] = batch.position_ids
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = 1
+    states = model(**arguments).hidden_states
+    return torch.stack([state[:, -2].double().cpu() for state in states])
+
+
+def pick_probes(count: int, probes: int = PROBES) -> list[int]:
+    """Numbers of the probes among `count` samples: evenly spaced."""
+    picked = min(count, probes)
+    return [index * count // picked for index in range(picked)]

@@ -1,0 +1,193 @@
+"""How alike two signatures are: the weighing of their two parts, and the best rows of an index."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from gradsafe.ops.cosine_topk import MAX_K, TopK, cosine_topk, merge_topk
+
+PartNorm = Literal["none", "unit", "zscore"]
+EQUAL = 0.5
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Cosine of signatures `[h ; g]` after their parts were made comparable.
+
+    Attributes:
+        part_norm: "none": as they are, the published procedure, which ranks by h alone where |h| is
+            hundreds of times |g|. "unit": each part divided by its norm. "zscore": each feature
+            minus its mean over the index, divided by its standard deviation.
+        gradient_weight: w in [0, 1] for "unit" and "zscore": h counts sqrt(1 - w) times, g sqrt(w)
+            times, so "unit" gives (1 - w) cos_h + w cos_g. Not for "none".
+
+    Raises:
+        ValueError: An unknown `part_norm`, or a weight that is out of range or does not apply.
+    """
+
+    part_norm: PartNorm = "zscore"
+    gradient_weight: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.part_norm not in get_args(PartNorm):
+            raise ValueError(
+                f'gradsafe.TraceIndex: expected part_norm "none", "unit" or "zscore", got '
+                f"{self.part_norm!r}"
+            )
+        weight = self.gradient_weight
+        if weight is None:
+            return
+        if self.part_norm == "none":
+            raise ValueError(
+                'gradsafe.TraceIndex: gradient_weight needs part_norm "unit" or "zscore"; "none" '
+                "takes the parts as they are"
+            )
+        if not 0 <= weight <= 1:
+            raise ValueError(
+                f"gradsafe.TraceIndex: expected gradient_weight between 0 and 1, got {weight}"
+            )
+
+    def prepare(self, rows: Tensor, moments: FeatureMoments | None) -> Tensor:
+        """Make `[n, 2d]` signatures comparable by their cosine.
+
+        A part without length stays zero, and so does a feature that is the same in every row of
+        the index.
+        """
+        if self.part_norm == "none":
+            return rows
+        weight = EQUAL if self.gradient_weight is None else self.gradient_weight
+        half = rows.shape[1] // 2
+        parts = [rows[:, :half], rows[:, half:]]
+        if self.part_norm == "zscore":
+            assert moments is not None
+            scaled = (rows.double() - moments.mean) * moments.inverse_std
+            parts = [scaled[:, :half].float(), scaled[:, half:].float()]
+        else:
+            parts = [_unit(part) for part in parts]
+        factors = (math.sqrt(1 - weight), math.sqrt(weight))
+        return torch.cat([part * f for part, f in zip(parts, factors, strict=True)], 1)
+
+
+@dataclass(frozen=True)
+class FeatureMoments:
+    """Mean and 1 / standard deviation of every feature over an index, `[2d]` float64."""
+
+    mean: Tensor
+    inverse_std: Tensor
+
+
+def feature_moments(shards: Callable[[], Iterable[Tensor]]) -> FeatureMoments:
+    """Two passes over the signatures, in float64, one shard in memory at a time."""
+    count = 0
+    total: Tensor | None = None
+    for rows in shards():
+        count += len(rows)
+        part = rows.double().sum(0)
+        total = part if total is None else total + part
+    assert total is not None
+    mean = total / count
+    squares = torch.zeros_like(mean)
+    for rows in shards():
+        squares += (rows.double() - mean).square_().sum(0)
+    std = (squares / count).sqrt_()
+    # Equal float32 values differ from their mean by float64 rounding only.
+    constant = std <= 1e-12 * mean.abs()
+    return FeatureMoments(mean, torch.where(constant, 0.0, 1 / std))
+
+
+def best_rows(
+    queries: Tensor,
+    shards: Iterable[Tensor],
+    k: int,
+    metric: Metric,
+    moments: FeatureMoments | None,
+) -> TopK:
+    """The k rows most similar to each query, streaming shard by shard; nothing is `[Q, N]`.
+
+    Args:
+        queries: `[Q, 2d]` raw signatures.
+        shards: `[n, 2d]` raw signatures each.
+        k: Rows per query, at most 1024 and at most the rows of all shards.
+        metric: How to compare.
+        moments: Of the index; needed for "zscore".
+
+    Returns:
+        Scores and row numbers over all shards, best first; equal scores by row number.
+    """
+    ready = metric.prepare(queries.float(), moments).contiguous()
+    found: TopK | None = None
+    start = 0
+    for rows in shards:
+        prepared = metric.prepare(rows, moments)
+        best = cosine_topk(ready, prepared, min(k, len(rows)), start)
+        found = best if found is None else merge_topk([found, best], k)
+        start += len(rows)
+    assert found is not None
+    return found
+
+
+def best_samples(
+    found: TopK, row_owners: Tensor, query_owners: list[int], queries: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """Reduce windows to samples: a query or sample with several counts by its most similar pair.
+
+    Args:
+        found: Best rows of each query window.
+        row_owners: Sample of each row.
+        query_owners: Query of each query window.
+        queries: Number of queries.
+        k: Samples per query.
+
+    Returns:
+        Scores `[queries, k]` and row numbers `[queries, k]`, best first.
+    """
+    scores = torch.empty(queries, k)
+    rows = torch.empty(queries, k, dtype=torch.int64)
+    lists: list[list[tuple[float, int]]] = [[] for _ in range(queries)]
+    for owner, values, places in zip(
+        query_owners, found.scores.tolist(), found.indices.tolist(), strict=True
+    ):
+        lists[owner].extend(zip(values, places, strict=True))
+    for query, candidates in enumerate(lists):
+        candidates.sort(key=lambda pair: (-pair[0], pair[1]))
+        kept = list(_first_of_each(candidates, row_owners))[:k]
+        scores[query] = torch.tensor([score for score, _ in kept])
+        rows[query] = torch.tensor([row for _, row in kept])
+    return scores, rows
+
+
+def rows_needed(k: int, rows: int, samples: int) -> int:
+    """How many rows hold the best k samples for sure.
+
+    Raises:
+        ValueError: More than the operator finds in one call.
+    """
+    needed = min(k + rows - samples, rows)
+    if needed > MAX_K:
+        raise ValueError(
+            f"gradsafe.TraceIndex.query: expected k of at most {MAX_K - (rows - samples)} "
+            f"({MAX_K} less the {rows - samples} windows beyond one per sample), got {k}"
+        )
+    return needed
+
+
+def _first_of_each(
+    candidates: list[tuple[float, int]], row_owners: Tensor
+) -> Iterator[tuple[float, int]]:
+    seen: set[int] = set()
+    for score, row in candidates:
+        owner = int(row_owners[row])
+        if owner not in seen:
+            seen.add(owner)
+            yield score, row
+
+
+def _unit(part: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float64)
+    return torch.where(norms > 0, part.double() / norms, 0.0).float()
