@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from gradsafe import cli_demo, cli_detect, cli_explain, cli_options
+from gradsafe import cli_demo, cli_detect, cli_explain, cli_options, cli_trace
 from gradsafe._version import __version__
 from gradsafe.distributed import Processes, Stopped
 
@@ -134,6 +134,12 @@ def _parser() -> argparse.ArgumentParser:
             cli_explain.add_arguments,
             cli_explain.run,
         ),
+        (
+            "trace",
+            "find the training samples that a behavior comes from",
+            cli_trace.add_arguments,
+            None,
+        ),
         ("demo", "compare the methods on the testbed", cli_demo.add_arguments, cli_demo.run),
         ("doctor", "show versions and devices, test the operators", _doctor_arguments, _doctor),
     ):
@@ -144,8 +150,10 @@ def _parser() -> argparse.ArgumentParser:
             parents=[common],
             allow_abbrev=False,
         )
+        if run is not None:  # else the command has commands of its own
+            command.set_defaults(run=run, parser=command)
         add_arguments(command)
-        command.set_defaults(run=run, parser=command, in_several_processes=name == "detect")
+        command.set_defaults(in_several_processes=name == "detect")
     return parser
 
 

@@ -1,0 +1,161 @@
+"""The answer to a query as one HTML page that loads nothing."""
+
+from __future__ import annotations
+
+from html import escape
+
+from gradsafe.cli_trace_view import Found, QueryView, joined, visible
+
+OPACITY = 0.7  # of the full color: the text stays readable on it, in both color schemes
+STYLE = """
+:root { color-scheme: light dark; --for: 220, 50, 47; --against: 38, 110, 220;
+  --line: rgba(128, 128, 128, .35); }
+body { font: 16px/1.6 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.3rem; } h2 { font-size: 1rem; margin-top: 2rem; } p { margin: .3rem 0; }
+.tokens, .text { white-space: pre-wrap; overflow-wrap: anywhere;
+  font: 15px/2 ui-monospace, monospace; border: 1px solid var(--line); border-radius: 6px;
+  padding: .4rem .8rem; margin: .4rem 0; }
+.text { line-height: 1.5; } .tokens span { border-radius: 3px; padding: .15em 0; }
+.tokens span:hover { outline: 2px solid currentColor; }
+.legend { display: flex; gap: .6rem; align-items: center; font-size: .85rem; flex-wrap: wrap; }
+.scale { width: 12rem; height: .9rem; border-radius: 3px; background: linear-gradient(to right,
+  rgba(var(--against), .7), rgba(var(--against), 0), rgba(var(--for), 0), rgba(var(--for), .7)); }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; }
+th { text-align: left; } td { padding: .1rem .5rem .1rem 0; overflow-wrap: anywhere; }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
+td.bar { width: 40%; } .bar div { height: .8rem; border-radius: 2px; }
+.bar .for { background: rgba(var(--for), .7); }
+.bar .against { background: rgba(var(--against), .7); }
+svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; }
+svg .axis { stroke: var(--line); } svg polyline { fill: none; stroke: rgb(var(--against)); }
+svg text { fill: currentColor; } svg .chosen { fill: rgb(var(--for)); }
+"""
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="color-scheme" content="light dark">
+<title>gradsafe trace</title>
+<style>{style}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{query}
+<h2>Training samples</h2>
+<table>
+<tr><th>rank</th><th>id</th><th></th><th>score</th></tr>
+{samples}
+</table>
+{details}
+{curve}
+</body>
+</html>
+"""
+LEGEND = """<p class="legend"><span>against {low}</span><span class="scale"></span>
+<span>{high} for the behavior</span><span>influence of each response token; numbers under the
+pointer</span></p>"""
+WIDTH, HEIGHT, MARGIN = 600, 160, 30
+
+
+def page(shown: QueryView) -> str:
+    """Lays the answer out as a page.
+
+    Returns:
+        HTML; no part of a sample can act in it as markup.
+    """
+    return PAGE.format(
+        style=STYLE,
+        title=escape(shown.title),
+        query=_texts(shown.prompt, shown.response),
+        samples="\n".join(_row(found) for found in shown.found),
+        details="\n".join(_details(found) for found in shown.found),
+        curve=_curve(shown.layer_curve, shown.layer) if shown.layer_curve else "",
+    )
+
+
+def _row(found: Found) -> str:
+    width = min(100.0, 100 * abs(found.score))
+    side = "for" if found.score > 0 else "against"
+    return (
+        f'<tr><td>{found.rank}</td><td>{escape(visible(str(found.id)))}</td><td class="bar">'
+        f'<div class="{side}" style="width: {width:.1f}%"></div></td>'
+        f'<td class="number">{found.score:.4f}</td></tr>'
+    )
+
+
+def _details(found: Found) -> str:
+    if found.tokens is None and found.prompt is None:
+        return ""
+    lines = [f"<h2>Rank {found.rank}: {escape(visible(str(found.id)))}</h2>"]
+    if found.tokens is None:
+        lines.append(_texts(found.prompt, found.response))
+    else:
+        pieces = joined(found.tokens)
+        scale = max((abs(influence) for _, influence in pieces), default=0.0)
+        lines.append(_texts(found.prompt, None))
+        lines.append(
+            '<div class="tokens" dir="ltr">'
+            + "".join(_token(text, influence, scale) for text, influence in pieces)
+            + "</div>"
+        )
+        lines.append(LEGEND.format(low=f"{-scale:+.3g}", high=f"{scale:+.3g}"))
+    return "\n".join(lines)
+
+
+def _texts(prompt: str | None, response: str | None) -> str:
+    return "\n".join(
+        f'<div class="text" dir="ltr">{_lines(text)}</div>' for text in (prompt, response) if text
+    )
+
+
+def _token(text: str, influence: float, scale: float) -> str:
+    share = abs(influence) / scale if scale else 0.0
+    side = "for" if influence > 0 else "against"
+    return (
+        f'<span title="{influence:+.3g}" '
+        f'style="background: rgba(var(--{side}), {OPACITY * share:.3f})">{_lines(text)}</span>'
+    )
+
+
+def _lines(text: str) -> str:
+    return "".join(
+        escape(visible(line)) + "\n" * line.endswith("\n")
+        for line in text.splitlines(keepends=True)
+    )
+
+
+def _curve(curve: list[float], layer: int) -> str:
+    """Similarity of consecutive layers as a line; the chosen layer is marked."""
+    low, high = min(curve), max(curve)
+    span = (high - low) or 1.0
+    step = (WIDTH - 2 * MARGIN) / max(1, len(curve) - 1)
+
+    def place(index: int) -> tuple[float, float]:
+        return (
+            MARGIN + index * step,
+            HEIGHT - MARGIN - (curve[index] - low) / span * (HEIGHT - 2 * MARGIN),
+        )
+
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, range(len(curve))))
+    marks = []
+    for index, value in enumerate(curve):
+        x, y = place(index)
+        chosen = ' class="chosen"' if index + 2 == layer else ""
+        marks.append(
+            f'<circle{chosen} cx="{x:.1f}" cy="{y:.1f}" r="4"><title>layers {index + 1} and '
+            f"{index + 2}: {value:.4f}</title></circle>"
+        )
+    base = HEIGHT - MARGIN
+    return (
+        "<h2>Similarity of consecutive layers</h2>\n"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="layer curve">'
+        f'<line class="axis" x1="{MARGIN}" y1="{base}" x2="{WIDTH - MARGIN}" y2="{base}"/>'
+        f'<polyline points="{points}"/>{"".join(marks)}'
+        f'<text x="{MARGIN}" y="{HEIGHT - 8}">1-2</text>'
+        f'<text x="{WIDTH - MARGIN}" y="{HEIGHT - 8}" text-anchor="end">'
+        f"{len(curve)}-{len(curve) + 1}</text>"
+        f'<text x="{MARGIN}" y="{MARGIN - 12}">{low:.3f} to {high:.3f}; layer {layer} is used'
+        "</text></svg>"
+    )
