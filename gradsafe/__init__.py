@@ -13,6 +13,7 @@ from gradsafe._version import __version__
 if TYPE_CHECKING:
     from gradsafe import detection, finetuning, models, ops, reference, testbed, tracing
     from gradsafe.detection import Detector, DetectorConfig, Explanation, Scores
+    from gradsafe.finetuning import GradientSurgery
     from gradsafe.tracing import Hits, TraceIndex
 
 _MODULES = ("detection", "finetuning", "models", "ops", "reference", "testbed", "tracing")
@@ -20,6 +21,7 @@ _MEMBERS = {
     "Detector": "gradsafe.detection",
     "DetectorConfig": "gradsafe.detection",
     "Explanation": "gradsafe.detection",
+    "GradientSurgery": "gradsafe.finetuning",
     "Hits": "gradsafe.tracing",
     "Scores": "gradsafe.detection",
     "TraceIndex": "gradsafe.tracing",
@@ -29,6 +31,7 @@ __all__ = [
     "Detector",
     "DetectorConfig",
     "Explanation",
+    "GradientSurgery",
     "Hits",
     "Scores",
     "TraceIndex",

@@ -1,5 +1,14 @@
 """Fine-tuning on untrusted data without losing alignment (SafeGrad, arXiv 2508.07172)."""
 
 from gradsafe.finetuning.alignment import KL_TOKENS, KLAlignment, KLTokens, SFTAlignment
+from gradsafe.finetuning.statistics import SurgeryStatistics
+from gradsafe.finetuning.surgery import GradientSurgery
 
-__all__ = ["KL_TOKENS", "KLAlignment", "KLTokens", "SFTAlignment"]
+__all__ = [
+    "KL_TOKENS",
+    "GradientSurgery",
+    "KLAlignment",
+    "KLTokens",
+    "SFTAlignment",
+    "SurgeryStatistics",
+]
