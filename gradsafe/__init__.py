@@ -13,7 +13,8 @@ from gradsafe._version import __version__
 if TYPE_CHECKING:
     from gradsafe import detection, finetuning, models, ops, reference, testbed, tracing
     from gradsafe.detection import Detector, DetectorConfig, Explanation, Scores
-    from gradsafe.finetuning import GradientSurgery
+    from gradsafe.finetuning import GradientSurgery, SafeGradConfig
+    from gradsafe.finetuning.trainer import SafeGradTrainer
     from gradsafe.tracing import Hits, TraceIndex
 
 _MODULES = ("detection", "finetuning", "models", "ops", "reference", "testbed", "tracing")
@@ -23,6 +24,8 @@ _MEMBERS = {
     "Explanation": "gradsafe.detection",
     "GradientSurgery": "gradsafe.finetuning",
     "Hits": "gradsafe.tracing",
+    "SafeGradConfig": "gradsafe.finetuning",
+    "SafeGradTrainer": "gradsafe.finetuning.trainer",
     "Scores": "gradsafe.detection",
     "TraceIndex": "gradsafe.tracing",
 }
@@ -33,6 +36,8 @@ __all__ = [
     "Explanation",
     "GradientSurgery",
     "Hits",
+    "SafeGradConfig",
+    "SafeGradTrainer",
     "Scores",
     "TraceIndex",
     "__version__",

@@ -1,6 +1,7 @@
 """Fine-tuning on untrusted data without losing alignment (SafeGrad, arXiv 2508.07172)."""
 
 from gradsafe.finetuning.alignment import KL_TOKENS, KLAlignment, KLTokens, SFTAlignment
+from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.finetuning.statistics import SurgeryStatistics
 from gradsafe.finetuning.surgery import GradientSurgery
 
@@ -10,5 +11,6 @@ __all__ = [
     "KLAlignment",
     "KLTokens",
     "SFTAlignment",
+    "SafeGradConfig",
     "SurgeryStatistics",
 ]

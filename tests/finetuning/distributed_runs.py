@@ -1,0 +1,131 @@
+"""What the tests of several processes run in each of them; spawned, so importable by name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+STEPS = 20
+
+
+def start(rank: int, world: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    # As torchrun sets them; the file store below needs no port.
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    sys.path.insert(0, str(Path(__file__).parent))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
+
+
+def trainer_run(rank: int, world: int, folder: str) -> None:
+    """The trainer under DDP, half of the batch in each process."""
+    start(rank, world, folder)
+    from tiny_run import weights
+
+    trainer = trainer_for(Path(folder) / "run", batch=4 // world, ddp_backend="gloo")
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    torch.save((weights(trainer.model), history), f"{folder}/trainer{rank}.pt")
+    dist.destroy_process_group()
+
+
+def trainer_for(folder: Path, batch: int, **options: Any) -> Any:
+    from tiny_run import make_trainer
+
+    return make_trainer(
+        folder,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=2,
+        max_steps=STEPS,
+        optim="sgd",
+        learning_rate=0.5,
+        **options,
+    )
+
+
+def make_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(9, 17), nn.Tanh(), nn.Linear(17, 5, bias=False), nn.Linear(5, 3))
+
+
+def losses(net: nn.Module, step: int, part: slice) -> tuple[Tensor, Tensor]:
+    x = torch.randn(8, 9, generator=torch.Generator().manual_seed(step))[part]
+    y = net(x)
+    return (y - 1).square().mean(), (y + 1).square().mean() + y[:, 0].sin().mean()
+
+
+def loop(net: nn.Module, surgery: Any, part: slice, bad: int | None = None) -> list[list[float]]:
+    """Twenty steps of AdamW; in step `bad` the alignment loss is not finite."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.03)
+    results = []
+    for step in range(STEPS):
+        losses(net, step, part)[0].backward()
+        surgery.stash()
+        align = losses(net, step, part)[1]
+        (align * float("inf") if step == bad else align).backward()
+        results.append(surgery.merge()[:, :4].tolist())
+        optimizer.step()
+        optimizer.zero_grad()
+    return results
+
+
+def loops_run(rank: int, world: int, folder: str) -> None:
+    """DDP, FSDP2 with uneven and empty shards, and a mix of both, in loops of their own."""
+    start(rank, world, folder)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    from gradsafe import GradientSurgery
+
+    part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+    mesh = init_device_mesh("cpu", (world,))
+    saved: dict[str, Any] = {}
+
+    net = make_net()
+    wrapped = DistributedDataParallel(net)
+    saved["ddp"] = (loop(wrapped, GradientSurgery(net.parameters()), part), full(net))
+
+    for name, scope, bad in (
+        ("fsdp", "global", None),
+        ("layer", "layer", None),
+        ("bad", "global", 7),
+    ):
+        net = make_net()
+        fully_shard(net[2], mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        surgery = GradientSurgery(net.named_parameters(), scope=scope)
+        saved[name] = (loop(net, surgery, part, bad), full(net), surgery.skipped)
+
+    # One part sharded, the others plain and reduced by hand: sums must not count them twice.
+    net = make_net()
+    fully_shard(net[0], mesh=mesh)
+    for parameter in [*net[2].parameters(), *net[3].parameters()]:
+        parameter.register_post_accumulate_grad_hook(average)
+    saved["mixed"] = (loop(net, GradientSurgery(net.parameters()), part), full(net))
+
+    net = DistributedDataParallel(make_net(), gradient_as_bucket_view=True)
+    try:
+        loop(net, GradientSurgery(net.parameters()), part)
+    except ValueError as error:
+        saved["bucket"] = str(error)
+    torch.save(saved, f"{folder}/loops{rank}.pt")
+    dist.destroy_process_group()
+
+
+def average(parameter: Tensor) -> None:
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
+
+
+def full(net: nn.Module) -> dict[str, Tensor]:
+    named = net.named_parameters()
+    return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in named}

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import killed_run
+import pytest
+import torch
+from tiny_run import ALIGNMENT, largest_difference, make_model, make_rows, make_trainer, weights
+
+from gradsafe import SafeGradConfig
+from gradsafe.finetuning.checkpoint import FILE
+from gradsafe.finetuning.order import AlignmentOrder
+
+
+def test_a_killed_run_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, killed_run.__file__, str(tmp_path / "killed")],
+        env=environment,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert [p.name for p in (tmp_path / "killed").glob("checkpoint-*")] == ["checkpoint-3"]
+    undisturbed = killed_run.build(str(tmp_path / "whole"))
+    undisturbed.train()
+    torch.manual_seed(99)
+    resumed = killed_run.build(str(tmp_path / "killed"))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    assert largest_difference(weights(undisturbed.model), weights(make_model())) > 1e-2
+    assert largest_difference(weights(undisturbed.model), weights(resumed.model)) == 0
+
+
+class TestRefused:
+    @pytest.fixture
+    def checkpoint(self, tmp_path: Path) -> Path:
+        trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+        trainer.train()
+        return tmp_path / "checkpoint-1"
+
+    def test_other_rows_and_options(self, checkpoint: Path) -> None:
+        folder = checkpoint.parent
+        other = make_trainer(folder, alignment_dataset=make_rows(12, seed=8))
+        with pytest.raises(ValueError, match=r"alignment_rows was '.*', now it is '.*'; set it bac"):
+            other.train(str(checkpoint))
+        other = make_trainer(folder, safegrad=SafeGradConfig(rho=2.0))
+        with pytest.raises(ValueError, match=r"rho was 1.0, now it is 2.0"):
+            other.train(True)
+        other = make_trainer(folder, data_seed=3)
+        with pytest.raises(ValueError, match=r"alignment_seed was 0, now it is 3"):
+            other.train(True)
+
+    def test_a_checkpoint_of_another_trainer(self, checkpoint: Path) -> None:
+        trainer = make_trainer(checkpoint.parent)
+        (checkpoint / FILE).write_text(json.dumps({"rho": 1.0}))
+        with pytest.raises(ValueError, match=f"{FILE} is malformed"):
+            trainer.train(True)
+        (checkpoint / FILE).unlink()
+        with pytest.raises(ValueError, match="was not written by SafeGradTrainer"):
+            trainer.train(True)
+
+    def test_cached_states_of_another_start(self, tmp_path: Path) -> None:
+        def build(change: float) -> object:
+            model = make_model()
+            with torch.no_grad():
+                model.get_input_embeddings().weight[5, 0] += change
+            return make_trainer(
+                tmp_path,
+                model,
+                safegrad=SafeGradConfig(reference="cached"),
+                max_steps=1,
+                save_strategy="steps",
+                save_steps=1,
+            )
+
+        build(0.0).train()
+        with pytest.raises(ValueError, match="start_model was"):
+            build(0.5).train(True)
+
+
+class TestOrder:
+    def test_every_row_once_per_pass_and_each_pass_anew(self) -> None:
+        order = AlignmentOrder(len(ALIGNMENT), seed=3)
+        drawn = [row for _ in range(6) for row in order.draw(8)]
+        passes = [drawn[i : i + 12] for i in range(0, 48, 12)]
+        assert all(sorted(turn) == list(range(12)) for turn in passes)
+        assert len({tuple(turn) for turn in passes}) == 4
+
+    def test_depends_on_seed_and_place_alone(self) -> None:
+        whole = AlignmentOrder(7, seed=3).draw(40)
+        again = AlignmentOrder(7, seed=3)
+        again.drawn = 23
+        assert again.draw(17) == whole[23:]
+        assert AlignmentOrder(7, seed=4).draw(40) != whole

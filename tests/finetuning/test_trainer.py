@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_run import (
+    ALIGNMENT,
+    USER,
+    largest_difference,
+    make_model,
+    make_rows,
+    make_trainer,
+    weights,
+)
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from gradsafe import SafeGradConfig, reference
+from gradsafe.finetuning.alignment import KLAlignment
+from gradsafe.finetuning.rows import RowCollator
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients that the optimizer gets, by step."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Tensor | None]] = []
+
+    def on_pre_optimizer_step(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        named = model.named_parameters()
+        self.seen.append(
+            {n: None if p.grad is None else p.grad.clone() for n, p in named if p.requires_grad}
+        )
+
+
+def norm(gradients: dict[str, Tensor | None]) -> float:
+    return math.sqrt(sum(float(g.square().sum()) for g in gradients.values() if g is not None))
+
+
+def plain_kl(model: Any, rows: list[dict[str, list[int]]]) -> Tensor:
+    """Mean KL over response tokens, row by row, from whole logits in float64."""
+    total, tokens = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row["input_ids"]])
+        first = row["labels"].count(-100)
+        with torch.no_grad(), model.disable_adapter():
+            teacher = model(input_ids=ids).logits.double().log_softmax(-1)
+        student = model(input_ids=ids).logits.double().log_softmax(-1)
+        divergence = (teacher.exp() * (teacher - student)).sum(-1)[0, first - 1 : -1]
+        total, tokens = total + divergence.sum(), tokens + len(divergence)
+    return total / tokens
+
+
+def plain_nll(model: Any, rows: list[dict[str, list[int]]]) -> Tensor:
+    total, tokens = 0.0, 0
+    for row in rows:
+        first = row["labels"].count(-100)
+        ids = torch.tensor([row["input_ids"]])
+        logs = model(input_ids=ids).logits.double().log_softmax(-1)[0, first - 1 : -1]
+        targets = ids[0, first:]
+        total = total - logs[torch.arange(len(targets)), targets].sum()
+        tokens += len(targets)
+    return total / tokens
+
+
+def plain_gradient(model: Any, loss: Tensor) -> list[Tensor]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [g.double() for g in torch.autograd.grad(loss, trained)]
+
+
+def test_the_optimizer_gets_the_formula(tmp_path: Path) -> None:
+    """One step on all rows, against plain PyTorch: losses row by row, surgery in float64."""
+    seen = Gradients()
+    trainer = make_trainer(
+        tmp_path,
+        train_dataset=USER[:8],
+        safegrad=SafeGradConfig(rho=0.7, alignment_batch_size=12),
+        callbacks=[seen],
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=1,
+        max_grad_norm=0.0,
+    )
+    model = make_model()
+    user = plain_gradient(model, plain_nll(model, USER[:8]))
+    align = plain_gradient(model, plain_kl(model, ALIGNMENT))
+    reference.surgery_(user, align, 0.7)
+    trainer.train()
+    scale = max(float(u.abs().max()) for u in user)
+    assert scale > 1e-3
+    for got, want in zip(seen.seen[0].values(), user, strict=True):
+        assert float((got - want).abs().max()) <= 1e-5 * scale
+
+
+def test_accumulation_of_4_times_2_is_a_batch_of_8(tmp_path: Path) -> None:
+    runs = []
+    for batch, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=8,
+            optim="sgd",
+            learning_rate=0.5,
+        )
+        assert trainer.alignment_batch_size == 8
+        trainer.train()
+        runs.append((weights(trainer.model), trainer.state.log_history))
+    assert largest_difference(runs[0][0], weights(make_model())) > 0.05
+    assert largest_difference(runs[0][0], runs[1][0]) < 1e-6
+    for one, other in zip(runs[0][1][:8], runs[1][1][:8], strict=True):
+        for name in ("cosine", "user_norm", "align_norm", "kl"):
+            key = f"safegrad/{name}"
+            assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6)
+
+
+def test_clipping_acts_on_the_merged_gradient(tmp_path: Path) -> None:
+    seen = Gradients()
+    options = {"max_steps": 2, "learning_rate": 0.0}
+    make_trainer(tmp_path, callbacks=[seen], max_grad_norm=0.0, **options).train()
+    free = [norm(g) for g in seen.seen]
+    clipped = Gradients()
+    trainer = make_trainer(tmp_path, callbacks=[clipped], max_grad_norm=1e-3, **options)
+    trainer.train()
+    assert [norm(g) for g in clipped.seen] == pytest.approx([1e-3, 1e-3], rel=1e-3)
+    logged = [entry["grad_norm"] for entry in trainer.state.log_history[:2]]
+    assert logged == pytest.approx(free, rel=1e-5)
+
+
+def test_logs_what_the_surgery_saw(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, logging_steps=2)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(entries) == 2
+    for entry in entries:
+        assert -1 <= entry["safegrad/cosine"] <= 1
+        assert entry["safegrad/conflict_rate"] in (0.0, 0.5, 1.0)
+        assert entry["safegrad/user_norm"] > 0
+        assert entry["safegrad/align_norm"] > 0
+        assert entry["safegrad/kl"] > 0
+        assert entry["safegrad/skipped_steps"] == 0
+    assert not any("safegrad" in key for key in trainer.state.log_history[-1])
+
+
+def test_the_logged_kl_is_the_mean_over_response_tokens(tmp_path: Path) -> None:
+    options = SafeGradConfig(alignment_batch_size=12)
+    trainer = make_trainer(tmp_path, safegrad=options, max_steps=1)
+    model = make_model()
+    expected = float(plain_kl(model, ALIGNMENT).detach())
+    trainer.train()
+    assert trainer.state.log_history[0]["safegrad/kl"] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_at_the_start_of_lora_nothing_is_taken_away(bf16: bool, tmp_path: Path) -> None:
+    """Adapters of zero: the model is its own reference, so the first step is the plain one."""
+    runs = []
+    for kind in (None, Trainer):
+        model = make_model()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.zeros_(parameter)
+        seen = Gradients()
+        trainer = make_trainer(tmp_path, model, max_steps=1, callbacks=[seen], bf16=bf16)
+        if kind:
+            arguments = trainer.args
+            trainer = Trainer(model, arguments, RowCollator(), train_dataset=USER, callbacks=[seen])
+        trainer.train()
+        runs.append(seen.seen[0])
+    for name, gradient in runs[0].items():
+        assert torch.allclose(gradient, runs[1][name], rtol=0, atol=1e-9), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"safegrad": SafeGradConfig(loss="sft", scope="layer")},
+        {"safegrad": SafeGradConfig(projection=False, kl_tokens="all", rho=0.0)},
+        {"bf16": True},
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"data_seed": 5, "safegrad": SafeGradConfig(alignment_batch_size=30)},
+    ],
+    ids=["sft", "sum", "bf16", "checkpointing", "compile", "small alignment set"],
+)
+def test_trains_under(options: dict[str, Any], tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, max_steps=3, **options)
+    before = weights(trainer.model)
+    trainer.train()
+    assert largest_difference(before, weights(trainer.model)) > 1e-3
+    entry = trainer.state.log_history[0]
+    assert entry["safegrad/align_norm"] > 0
+    assert entry["safegrad/skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("reference_kind", ["cached", "model"])
+def test_full_fine_tuning(reference_kind: str, tmp_path: Path) -> None:
+    model = make_model(lora=False)
+    model.lm_head.requires_grad_(False)
+    options = SafeGradConfig(
+        reference=make_model(lora=False) if reference_kind == "model" else "cached",
+        alignment_batch_size=12,
+    )
+    trainer = make_trainer(tmp_path, model, safegrad=options, max_steps=3)
+    trainer.train()
+    kl = [entry["safegrad/kl"] for entry in trainer.state.log_history[:3]]
+    assert kl[0] == pytest.approx(0, abs=1e-6)
+    assert kl[2] > 1e-4
+    # Both references are the model before training.
+    start = make_model(lora=False)
+    rows = RowCollator()(ALIGNMENT)
+    expected = KLAlignment(model, start)(rows)
+    got = trainer._alignment_loss(rows, None)
+    assert float(got) == pytest.approx(float(expected), rel=1e-4)
+
+
+class TestSkippedSteps:
+    def run(self, folder: Path, **options: Any) -> tuple[Any, list[dict[str, Tensor]]]:
+        """Four steps; the second meets a weight gradient that is not finite."""
+        trainer = make_trainer(folder, weight_decay=0.5, **options)
+        seen: list[dict[str, Tensor]] = []
+        loss = trainer._alignment_loss
+
+        def bad(*args: Any, **more: Any) -> Tensor:
+            seen.append(weights(trainer.model))
+            value = loss(*args, **more)
+            return value * math.inf if len(seen) == 2 else value
+
+        trainer._alignment_loss = bad
+        trainer.train()
+        return trainer, [*seen, weights(trainer.model)]
+
+    def test_change_nothing_and_are_counted(self, tmp_path: Path) -> None:
+        trainer, seen = self.run(tmp_path)
+        changes = [largest_difference(a, b) for a, b in itertools.pairwise(seen)]
+        assert changes[1] == 0
+        assert min(changes[0], changes[2], changes[3]) > 1e-3
+        logged = [entry["safegrad/skipped_steps"] for entry in trainer.state.log_history[:4]]
+        assert logged == [0, 1, 1, 1]
+        assert "safegrad/cosine" not in trainer.state.log_history[1]
+        states = trainer.optimizer.state_dict()["state"].values()
+        assert {int(state["step"]) for state in states} == {3}
+
+
+class TestWarning:
+    def run(self, folder: Path, **options: Any) -> list[str]:
+        config = SafeGradConfig(warn_steps=4, **options)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            make_trainer(folder, safegrad=config, max_steps=5).train()
+        return [str(w.message) for w in caught if "mean cosine" in str(w.message)]
+
+    def test_of_a_cosine_near_zero(self, tmp_path: Path) -> None:
+        (text,) = self.run(tmp_path, warn_cosine=1.0)
+        assert "over 4 steps" in text
+        assert "another style" in text
+
+    def test_not_of_another(self, tmp_path: Path) -> None:
+        assert not self.run(tmp_path, warn_cosine=0.0)
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"alignment_dataset": []}, "expected alignment_dataset= with at least one row"),
+            ({"alignment_dataset": None}, "expected alignment_dataset= with at least one row"),
+            (
+                {"alignment_dataset": [*ALIGNMENT, {"input_ids": [3, 4], "labels": [4, -100]}]},
+                r"alignment_dataset\[12\] has no response token",
+            ),
+            (
+                {"alignment_dataset": [{"input_ids": [3, 4], "labels": [4]}]},
+                r"alignment_dataset\[0\] to have one label for each of 2 input_ids, got 1",
+            ),
+            (
+                {"alignment_dataset": [{"prompt": "a", "answer": "b"}]},
+                r"alignment_dataset\[0\] to have prompt and response.*got \['answer', 'prompt'\]",
+            ),
+            (
+                {"alignment_dataset": [{"prompt": "a", "response": "b"}]},
+                r"alignment_dataset\[0\] is text: pass processing_class",
+            ),
+            (
+                {"safegrad": SafeGradConfig(max_length=5)},
+                r"alignment_dataset\[\d\] has \d+ tokens, max_length is 5",
+            ),
+            ({"optim": "galore_adamw_layerwise"}, "steps inside the backward pass"),
+            ({"ddp_static_graph": True}, "ddp_static_graph=True"),
+            ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+        ],
+    )
+    def test_options(self, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, **options)
+
+    def test_adapter_off_without_adapters(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match='"adapter_off" needs a model with PEFT adapters'):
+            make_trainer(tmp_path, make_model(lora=False))
+
+    def test_parameters_that_the_optimizer_does_not_step(self, tmp_path: Path) -> None:
+        model = make_model()
+        some = [p for p in model.parameters() if p.requires_grad][1:]
+        trainer = make_trainer(tmp_path, model, optimizers=(torch.optim.SGD(some, lr=0.1), None))
+        with pytest.raises(ValueError, match="but the optimizer does not step it"):
+            trainer.train()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rho": -0.1}, "SafeGradConfig: expected rho to be finite and >= 0, got -0.1"),
+            ({"loss": "mse"}, "expected loss in"),
+            ({"kl_tokens": "prompt"}, "expected kl_tokens in"),
+            ({"reference": "none"}, "expected reference in .* or a model, got 'none'"),
+            ({"alignment_batch_size": 0}, "expected alignment_batch_size >= 1, got 0"),
+        ],
+    )
+    def test_config(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            SafeGradConfig(**options)
+
+
+def test_a_user_row_without_labels_is_named(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, train_dataset=[{"input_ids": [3, 4, 5]}] * 4)
+    with pytest.raises(ValueError, match="a row of the batch has no labels"):
+        trainer.train()
+
+
+def test_more_alignment_rows_than_one_batch_are_all_drawn(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, alignment_dataset=make_rows(10, seed=7), max_steps=5)
+    drawn: list[Any] = []
+    collate = trainer._alignment_collator
+
+    def spy(rows: Any, *args: Any) -> Any:
+        drawn.extend(tuple(row["input_ids"]) for row in rows)
+        return collate(rows, *args)
+
+    trainer._alignment_collator = spy
+    trainer.train()
+    assert len(drawn) == 20
+    assert len(set(drawn[:10])) == len(set(drawn[10:])) == 10
+    assert drawn[:10] != drawn[10:]
