@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from gradsafe import cli_demo, cli_detect, cli_explain, cli_options, cli_trace
+from gradsafe import cli_demo, cli_detect, cli_explain, cli_finetune, cli_options, cli_trace
 from gradsafe._version import __version__
 from gradsafe.distributed import Processes, Stopped
 
@@ -61,20 +61,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not processes.claim_last_word():
                 processes.linger()
                 return FAILED
-            advice = _advice(error)
+            advice = _advice(error, args)
             if debug or advice is None:
                 raise
             print(f"gradsafe: error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
             return USAGE_ERROR
 
 
-def _advice(error: Exception) -> str | None:
+def _advice(error: Exception, args: argparse.Namespace) -> str | None:
     """What to add where one line says enough; None for a bug, which keeps its traceback."""
     if isinstance(error, (ValueError, OSError, ImportError)):
         return ""  # their messages name the fix
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return "; lower --batch-tokens"
+        return f"; lower {getattr(args, 'memory_option', '--batch-tokens')}"
     return None
 
 
@@ -139,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
             "find the training samples that a behavior comes from",
             cli_trace.add_arguments,
             None,
+        ),
+        (
+            "finetune",
+            "fine-tune on untrusted data without losing alignment",
+            cli_finetune.add_arguments,
+            cli_finetune.run,
         ),
         ("demo", "compare the methods on the testbed", cli_demo.add_arguments, cli_demo.run),
         ("doctor", "show versions and devices, test the operators", _doctor_arguments, _doctor),

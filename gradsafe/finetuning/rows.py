@@ -60,8 +60,10 @@ def encode_rows(
     hidden = None if progress else True  # None: hidden where stderr is no terminal
     encoded = []
     for index in tqdm(range(len(rows)), desc=f"encoding {name}", disable=hidden, leave=False):
-        where = f"{name}[{index}]"
-        row = _encode(where, rows[index], tokenizer, options)
+        given = rows[index]
+        line = getattr(given, "line", None)
+        where = f"{name}[{index}]" + ("" if line is None else f" (line {line})")
+        row = _encode(where, given, tokenizer, options)
         if not response_tokens(row):
             raise ValueError(
                 f"gradsafe.SafeGradTrainer: {where} has no response token: every label after the "

@@ -25,6 +25,11 @@ def start(rank: int, world: int, folder: str) -> None:
     )
 
 
+def finish() -> None:
+    dist.barrier()  # no process takes its connections down while another one still computes
+    dist.destroy_process_group()
+
+
 def trainer_run(rank: int, world: int, folder: str) -> None:
     """The trainer under DDP, half of the batch in each process."""
     start(rank, world, folder)
@@ -34,7 +39,7 @@ def trainer_run(rank: int, world: int, folder: str) -> None:
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     torch.save((weights(trainer.model), history), f"{folder}/trainer{rank}.pt")
-    dist.destroy_process_group()
+    finish()
 
 
 def trainer_for(folder: Path, batch: int, **options: Any) -> Any:
@@ -118,7 +123,7 @@ def loops_run(rank: int, world: int, folder: str) -> None:
     except ValueError as error:
         saved["bucket"] = str(error)
     torch.save(saved, f"{folder}/loops{rank}.pt")
-    dist.destroy_process_group()
+    finish()
 
 
 def average(parameter: Tensor) -> None:

@@ -48,7 +48,9 @@ class TestRefused:
     def test_other_rows_and_options(self, checkpoint: Path) -> None:
         folder = checkpoint.parent
         other = make_trainer(folder, alignment_dataset=make_rows(12, seed=8))
-        with pytest.raises(ValueError, match=r"alignment_rows was '.*', now it is '.*'; set it bac"):
+        with pytest.raises(
+            ValueError, match=r"alignment_rows was '.*', now it is '.*'; set it bac"
+        ):
             other.train(str(checkpoint))
         other = make_trainer(folder, safegrad=SafeGradConfig(rho=2.0))
         with pytest.raises(ValueError, match=r"rho was 1.0, now it is 2.0"):

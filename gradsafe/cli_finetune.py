@@ -1,0 +1,181 @@
+"""`gradsafe finetune`: LoRA or full fine-tuning under gradient surgery, from one YAML file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from gradsafe.cli_finetune_config import (
+    LORA_DEFAULTS,
+    TRAINING_DEFAULTS,
+    Settings,
+    read_settings,
+)
+from gradsafe.jsonl import Row, read_jsonl
+
+EXAMPLE = """the file, with all keys that have no default:
+
+  model: path/to/chat-model      # or testbed
+  train: user.jsonl              # lines with prompt and response
+  alignment: refusals.jsonl      # 20 to 100 unsafe prompts with refusals, likewise
+  output: tuned
+
+and those that may be given: dtype, device, lora (r, alpha, dropout, targets; or false for all
+weights), safegrad (fields of gradsafe.SafeGradConfig; reference may be a model folder), training
+(fields of transformers.TrainingArguments). Defaults are the paper's: LoRA r 8, alpha 16, dropout
+0.1 on q_proj, k_proj and v_proj; AdamW at 1e-5, constant; batches of 10; 10 epochs; rho 1."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLE
+    parser.set_defaults(memory_option="per_device_train_batch_size in the section training")
+    parser.add_argument("--config", required=True, metavar="FILE", help="settings in YAML")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; raises what `cli.main` turns into one line."""
+    settings = read_settings(args.config)
+    rows = {name: _rows(getattr(settings, name)) for name in ("train", "alignment")}
+    output = Path(settings.output)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output} exists and is no folder: choose another output")
+    if not args.resume and output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty: choose --resume or another output")
+    if not output.resolve().parent.is_dir():
+        raise FileNotFoundError(f"cannot write {output}: no such folder {output.parent}")
+
+    # From here on torch and transformers are needed, which takes seconds to import.
+    safegrad = _safegrad(settings)
+    trainer = _trainer(args, settings, rows, safegrad)
+    if args.resume:
+        from transformers.trainer_utils import get_last_checkpoint
+
+        if not output.is_dir() or get_last_checkpoint(str(output)) is None:
+            raise ValueError(f"--resume: no checkpoint in {output}")
+    try:
+        trainer.train(resume_from_checkpoint=args.resume or None)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("--resume goes on from the last checkpoint") from None
+    trainer.save_model(settings.output)
+    print(_summary(trainer, settings.output))
+    return 0
+
+
+def _rows(path: str) -> list[Row]:
+    rows = read_jsonl(path, required=("prompt", "response"))
+    if not rows:
+        raise ValueError(f"{path}: no rows in this file")
+    return rows
+
+
+def _safegrad(settings: Settings) -> dict[str, Any]:
+    """The fields of the section, checked."""
+    from gradsafe.finetuning import SafeGradConfig
+
+    section = settings.safegrad
+    hints = {**get_type_hints(SafeGradConfig), "reference": str}
+    section.check_keys(hints)
+    section.check_types(hints)
+    values = dict(section.values)
+    known = values if values.get("reference") in ("adapter_off", "cached") else {
+        key: value for key, value in values.items() if key != "reference"
+    }  # fmt: skip
+    try:
+        SafeGradConfig(**known)
+    except ValueError as error:
+        raise section.blame(error) from error
+    return values
+
+
+def _trainer(
+    args: argparse.Namespace, settings: Settings, rows: dict[str, list[Row]], safegrad: Any
+) -> Any:
+    from transformers import set_seed
+
+    from gradsafe.cli_model import load_model
+    from gradsafe.finetuning import SafeGradConfig
+    from gradsafe.finetuning.trainer import SafeGradTrainer
+
+    training = _training_arguments(args, settings)
+    set_seed(training.seed)  # new adapters are random
+    progress = not args.no_progress
+    load = settings.dtype, settings.device, progress
+    model, tokenizer = load_model(settings.model, *load)
+    reference = safegrad.get("reference", "adapter_off")
+    if reference not in ("adapter_off", "cached"):
+        safegrad = {**safegrad, "reference": load_model(reference, *load)[0]}
+    if settings.lora is not None:
+        model = _with_lora(model, {**LORA_DEFAULTS, **settings.lora.values}, settings)
+    return SafeGradTrainer(
+        model=model,
+        args=training,
+        train_dataset=rows["train"],
+        alignment_dataset=rows["alignment"],
+        processing_class=tokenizer,
+        safegrad=SafeGradConfig(**safegrad),
+    )
+
+
+def _training_arguments(args: argparse.Namespace, settings: Settings) -> Any:
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    from gradsafe.cli_model import choose_device
+
+    section = settings.training
+    section.check_keys(item.name for item in fields(TrainingArguments) if item.init)
+    section.check_types(get_type_hints(TrainingArguments))
+    values = {**TRAINING_DEFAULTS, **section.values}
+    try:
+        return TrainingArguments(
+            output_dir=settings.output,
+            disable_tqdm=args.no_progress or not sys.stderr.isatty(),
+            use_cpu=choose_device(settings.device).type == "cpu",
+            **values,
+        )
+    except (ValueError, TypeError) as error:
+        raise section.blame(error) from error
+
+
+def _with_lora(model: Any, options: dict[str, Any], settings: Settings) -> Any:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(
+            f"LoRA needs peft ({error}): pip install 'gradsafe[finetune]', or set lora: false"
+        ) from error
+    assert settings.lora is not None
+    try:
+        return get_peft_model(
+            model,
+            LoraConfig(
+                r=options["r"],
+                lora_alpha=options["alpha"],
+                lora_dropout=options["dropout"],
+                target_modules=list(options["targets"]),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    except ValueError as error:
+        raise settings.lora.blame(error) from error
+
+
+def _summary(trainer: Any, output: str) -> str:
+    logs = [entry for entry in trainer.state.log_history if "safegrad/cosine" in entry]
+    last = logs[-1] if logs else {}
+    cosine = [entry["safegrad/cosine"] for entry in logs]
+    parts = [f"{trainer.state.global_step} steps"]
+    if cosine:
+        parts.append(f"mean cosine {sum(cosine) / len(cosine):+.3f}")
+        parts.append(f"last {last['safegrad/cosine']:+.3f}, KL {last['safegrad/kl']:.4f}")
+    skipped = [entry["safegrad/skipped_steps"] for entry in trainer.state.log_history
+               if "safegrad/skipped_steps" in entry]  # fmt: skip
+    parts.append(f"{int(skipped[-1]) if skipped else 0} skipped")
+    return f"{', '.join(parts)}; written to {output}"

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import builders
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from gradsafe.cli import main
+from gradsafe.cli_finetune_config import read_settings
+
+Finetune = Callable[..., tuple[int, str, str]]
+SETTINGS: dict[str, Any] = {
+    "model": "model",
+    "train": "user.jsonl",
+    "alignment": "refusals.jsonl",
+    "output": "tuned",
+    "device": "cpu",
+    "training": {"per_device_train_batch_size": 2, "max_steps": 3, "save_steps": 2,
+                 "save_strategy": "steps", "learning_rate": 0.01, "logging_steps": 1},
+}  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a tiny model and both files."""
+    monkeypatch.chdir(tmp_path)
+    tokenizer = builders.make_tokenizer()
+    builders.make_model("llama", vocab_size=len(tokenizer)).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    for name, answer in (("user", "Yes"), ("refusals", "No way")):
+        rows = [{"prompt": f"task {i}", "response": f"{answer} {i}"} for i in range(6)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.fixture
+def finetune(place: Path, capsys: pytest.CaptureFixture[str]) -> Finetune:
+    """Writes the settings, changed as told, and runs the command on them."""
+
+    def call(*options: str, text: str | None = None, **changes: Any) -> tuple[int, str, str]:
+        settings = {k: v for k, v in {**SETTINGS, **changes}.items() if v is not None}
+        Path("run.yaml").write_text(text or yaml.safe_dump(settings, sort_keys=False))
+        capsys.readouterr()
+        status = main(["finetune", "--config", "run.yaml", "--no-progress", *options])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
+
+
+def test_trains_an_adapter_and_resumes_it(finetune: Finetune, place: Path) -> None:
+    status, out, err = finetune()
+    assert status == 0, err
+    assert "3 steps, mean cosine" in out
+    assert out.endswith("0 skipped; written to tuned\n")
+    base = AutoModelForCausalLM.from_pretrained("model")
+    assert isinstance(PeftModel.from_pretrained(base, "tuned"), PeftModel)
+    assert AutoTokenizer.from_pretrained("tuned").chat_template
+    adapter = load_file("tuned/adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in adapter} == {"q_proj", "k_proj", "v_proj"}
+    assert {len(t) for name, t in adapter.items() if "lora_A" in name} == {8}
+    # The paper's defaults, unless the file says otherwise.
+    config = json.loads(Path("tuned/adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["lora_dropout"]) == (16, 0.1)
+
+    (place / "tuned").rename("whole")
+    finetune(training={**SETTINGS["training"], "max_steps": 2})
+    status, _, err = finetune("--resume")
+    assert status == 0, err
+    again = load_file("tuned/adapter_model.safetensors")
+    assert all(torch.equal(adapter[name], again[name]) for name in adapter)
+
+
+def test_trains_all_weights_against_a_second_model(finetune: Finetune) -> None:
+    status, _, err = finetune(lora=False, safegrad={"reference": "model", "rho": 0.5})
+    assert status == 0, err
+    tuned = LlamaForCausalLM.from_pretrained("tuned").state_dict()
+    start = LlamaForCausalLM.from_pretrained("model").state_dict()
+    assert not torch.equal(tuned["model.norm.weight"], start["model.norm.weight"])
+
+
+def test_numbers_as_in_yaml_1_2(place: Path) -> None:
+    Path("run.yaml").write_text(
+        "model: m\ntrain: t\nalignment: a\noutput: o\ntraining:\n  learning_rate: 1e-5\n"
+    )
+    assert read_settings("run.yaml").training.values == {"learning_rate": 1e-5}
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"trian": "x"}, "run.yaml:13: unknown key 'trian', did you mean 'train'?"),
+            ({"alignment": None}, "run.yaml:1: the key 'alignment' is missing"),
+            ({"model": 3}, "run.yaml:1: model must be text, got 3"),
+            ({"dtype": "float8"}, "run.yaml:13: dtype must be one of float32, bfloat16, float16"),
+            ({"lora": {"rank": 8}}, "run.yaml:14: lora: unknown key 'rank', expected one of"),
+            ({"lora": {"r": "8"}}, "run.yaml:14: lora: r must be a whole number, got '8'"),
+            ({"lora": {"targets": ["w"]}}, "run.yaml:13: lora: Target modules {'w'} not found"),
+            ({"lora": True}, "run.yaml:13: lora must be a section of keys and values"),
+            ({"safegrad": {"rho": -1}}, "run.yaml:14: safegrad: gradsafe.SafeGradConfig: expecte"),
+            ({"safegrad": {"rho": "a"}}, "run.yaml:14: safegrad: rho must be a number, got 'a'"),
+            ({"safegrad": {"roh": 1}}, "run.yaml:14: safegrad: unknown key 'roh', did you mean 'r"),
+            ({"training": {"output_dir": "x"}}, "run.yaml:7: training: output_dir is set by the k"),
+            ({"training": {"lerning_rate": 1}}, "training: unknown key 'lerning_rate', did you m"),
+            ({"training": {"max_steps": 1.5}}, "training: max_steps must be a whole number, got 1"),
+            ({"training": {"optim": "adamu"}}, "run.yaml:7: training: adamu is not a valid Opt"),
+            ({"train": "gone.jsonl"}, "no such file: gone.jsonl"),
+            ({"alignment": "bad.jsonl"}, "bad.jsonl:2: the field 'response' is missing"),
+            ({"train": "empty.jsonl"}, "empty.jsonl: no rows in this file"),
+            ({"output": "a/b"}, "cannot write a/b: no such folder a"),
+            ({"output": "model"}, "model is not empty: choose --resume or another output"),
+            ({"model": "gone"}, "--model gone: expected 'testbed' or a model folder"),
+            ({"lora": False}, 'gradsafe.KLAlignment: reference="adapter_off" needs a model with'),
+            (
+                {"alignment": "long.jsonl"},
+                "gradsafe.SafeGradTrainer: alignment_dataset[1] (line 2)",
+            ),
+        ],
+    )
+    def test_in_one_line(self, finetune: Finetune, changes: dict[str, Any], message: str) -> None:
+        Path("empty.jsonl").write_text("\n")
+        good = json.dumps({"prompt": "a", "response": "b"})
+        Path("bad.jsonl").write_text(f'{good}\n{{"prompt": "a"}}\n')
+        long = json.dumps({"prompt": "a" * 80, "response": "b"})
+        Path("long.jsonl").write_text(f"{good}\n{long}\n")
+        status, out, err = finetune(**changes)
+        assert status == 2
+        assert out == ""
+        assert message in err
+        assert err.count("gradsafe: error:") == 1
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("model: [", "run.yaml:1: not valid YAML"),
+            ("- model", "run.yaml:1: expected keys and values"),
+            ("", "run.yaml:1: expected keys and values"),
+            ("model: a\nmodel: b\n", "run.yaml:2: 'model' is given twice, first in line 1"),
+            ("model: !!python/name:os.system x\n", "run.yaml:1: not valid YAML"),
+        ],
+    )
+    def test_bad_files(self, finetune: Finetune, text: str, message: str) -> None:
+        status, _, err = finetune(text=text or "\n")
+        assert status == 2
+        assert message in err
+
+    def test_nothing_to_resume(self, finetune: Finetune) -> None:
+        status, _, err = finetune("--resume")
+        assert status == 2
+        assert "--resume: no checkpoint in tuned" in err
+
+    def test_no_such_settings(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["finetune", "--config", "gone.yaml"]) == 2
+        assert "no such file: gone.yaml" in capsys.readouterr().err

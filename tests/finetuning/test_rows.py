@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from typing import Any
+
+import builders
+import pytest
+import torch
+
+from gradsafe.finetuning.rows import RowCollator, encode_rows, has_text, response_tokens
+
+ROW = {"prompt": "to do", "response": "ok"}
+
+
+def encode(rows: Any, **options: Any) -> Any:
+    return encode_rows("rows", rows, builders.make_tokenizer(), progress=False, **options)
+
+
+def test_text_becomes_ids_whose_prompt_is_not_predicted() -> None:
+    tokenizer = builders.make_tokenizer()
+    (row,) = encode([ROW])
+    shown = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "to do"}], tokenize=False, add_generation_prompt=True
+    )
+    prompt = tokenizer(shown, add_special_tokens=False)["input_ids"]
+    response = [*tokenizer("ok", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    assert row == {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
+    assert response_tokens(row) == 3
+    assert response_tokens(encode([ROW], append_eos=False)[0]) == 2
+
+
+def test_tokenised_rows_stay_as_they_are() -> None:
+    row = {"input_ids": torch.tensor([5, 6, 7]), "labels": [5, -100, 7], "other": "dropped"}
+    assert encode([row]) == [{"input_ids": [5, 6, 7], "labels": [5, -100, 7]}]
+    assert response_tokens(row) == 1  # nothing predicts the first token
+    assert not has_text([row])
+    assert has_text([ROW])
+    assert not has_text(iter([ROW]))
+
+
+def test_batches_are_padded_on_the_right() -> None:
+    rows = [{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = RowCollator(pad_id=1)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 1, 1]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7], [8, -100, -100]]
+    assert RowCollator()(rows, columns=5)["input_ids"].shape == (2, 5)
+    masked = [{**rows[0], "attention_mask": [0, 1, 1]}]
+    assert RowCollator()(masked)["attention_mask"].tolist() == [[0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "message"),
+    [
+        ({**ROW, "prompt": None}, TypeError, r"rows\[1\]: .* expected prompt to be str"),
+        ({**ROW, "prompt": ""}, ValueError, r"rows\[1\]: .* expected a non-empty prompt"),
+        ({**ROW, "response": ""}, ValueError, r"rows\[1\]: .* has no token"),
+        ({**ROW, "response": "x" * 99}, ValueError, r"rows\[1\] has \d+ tokens, max_length is 40"),
+        ("text", ValueError, r"expected rows\[1\] to have prompt and response.*, got str"),
+        ({"input_ids": [3]}, ValueError, r"expected rows\[1\] .* got \['input_ids'\]"),
+    ],
+)
+def test_bad_rows_are_named(row: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        encode([ROW, row], max_length=40)
+
+
+def test_no_rows() -> None:
+    with pytest.raises(ValueError, match="rows is empty"):
+        encode([])
