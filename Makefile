@@ -34,8 +34,9 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 demo: build
 	$(BIN)/python -m gradsafe demo
 
+# One process per core with one thread each: two threads per test would only wait for each other.
 test: build
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 emulate: build
 	$(BIN)/python -m pytest tests/emulated

@@ -55,14 +55,13 @@ class Point:
 
 
 SWEEP = [
-    Point("60M", 64, (1, 16)),
     Point("100M", 64, (1, 4, 16, 32)),
     Point("100M", 64, (1, 16), "bfloat16"),
-    Point("100M", 16, (1, 16)),
-    Point("100M", 256, (1, 16)),
-    Point("100M", 512, (1, 8)),
-    Point("300M", 64, (1, 16)),
-    Point("1B", 64, (1, 8)),
+    Point("60M", 64, (1, 16)),
+    Point("100M", 16, (16,)),
+    Point("100M", 256, (16,)),
+    Point("300M", 64, (16,)),
+    Point("1B", 64, (8,)),
 ]
 
 
@@ -116,8 +115,8 @@ def in_fresh_process(method: str, batch: int, point: Point, device: str) -> dict
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def sweep(points: list[Point], device: str) -> list[dict[str, Any]]:
-    """All methods at all points."""
+def sweep(points: list[Point], device: str, path: Path) -> list[dict[str, Any]]:
+    """All methods at all points; the CSV grows after each, so that a stopped sweep has its part."""
     plan = [
         (point, name, batch)
         for point in points
@@ -137,6 +136,7 @@ def sweep(points: list[Point], device: str) -> list[dict[str, Any]]:
             if (*place, dtype) in loops:
                 row[column] = round(loops[(*place, dtype)] / result["ms_per_prompt"], 2)
         rows.append(row)
+        write_csv(path, rows)
     return rows
 
 
@@ -156,10 +156,9 @@ def main() -> int:
     if a.one:
         print(json.dumps(measure(a.one, a.batch, point, a.device)))
         return 0
-    rows = sweep([point] if a.size else SWEEP, a.device)
-    print(markdown(rows, COLUMNS))
     name = f"detection_{a.device}" + (f"_{a.size}_{a.dtype}" if a.size else "")
-    write_csv(a.out / f"{name}.csv", rows)
+    rows = sweep([point] if a.size else SWEEP, a.device, a.out / f"{name}.csv")
+    print(markdown(rows, COLUMNS))
     return 0
 
 

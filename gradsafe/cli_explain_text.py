@@ -12,8 +12,8 @@ from gradsafe.cli_explain_view import (
     signed,
     top_components,
     verdict,
-    visible,
 )
+from gradsafe.cli_page import visible
 from gradsafe.cli_report import table
 
 if TYPE_CHECKING:

@@ -86,17 +86,6 @@ def signed(value: float) -> str:
     return "0" if value == 0 else f"{value:+.3g}"
 
 
-def visible(text: str) -> str:
-    """Makes a text safe to print: line ends as ↵, other control characters as escapes.
-
-    A prompt must not move the cursor, switch colors or turn the direction of writing.
-    """
-    return "".join(
-        "↵" if c == "\n" else c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in text
-    )
-
-
 def _part(explanation: Explanation, index: int) -> str:
     if explanation.prompt_tokens.start <= index < explanation.prompt_tokens.stop:
         return "prompt"

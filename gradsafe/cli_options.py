@@ -57,7 +57,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_integer,
         default=4096,
         metavar="N",
-        help="padded tokens per batch (default: %(default)s); scores do not depend on it",
+        help="padded tokens per batch (default: %(default)s); results do not depend on it",
     )
 
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradsafe.cli_options import DTYPES, positive_integer
+from gradsafe.cli_options import add_model_arguments, positive_integer
 from gradsafe.jsonl import read_jsonl
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument(
         "examples", metavar="EXAMPLES", help='JSON Lines with "prompt", "response" (and "id")'
     )
-    _model_arguments(build)
+    _index_arguments(build)
     build.add_argument(
         "--layer",
         type=layer,
@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument(
         "queries", metavar="QUERIES", help='JSON Lines with "prompt" and the observed "response"'
     )
-    _model_arguments(query)
+    _index_arguments(query)
     query.add_argument(
         "-k", type=positive_integer, help=f"samples per query (default: at most {SAMPLES})"
     )
@@ -200,22 +200,9 @@ def _pages(args: argparse.Namespace, count: int) -> list[Path]:
     return pages
 
 
-def _model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help='fine-tuned model folder, or "testbed"'
-    )
+def _index_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
     parser.add_argument("--index", required=True, metavar="DIR", help="folder of the index")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--batch-tokens",
-        type=positive_integer,
-        default=4096,
-        metavar="N",
-        help="padded tokens per batch (default: %(default)s); results do not depend on it",
-    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
 
 

@@ -4,44 +4,18 @@ from __future__ import annotations
 
 from html import escape
 
-from gradsafe.cli_trace_view import Found, QueryView, joined, visible
+from gradsafe import cli_page
+from gradsafe.cli_trace_view import Found, QueryView, joined
 
-OPACITY = 0.7  # of the full color: the text stays readable on it, in both color schemes
 STYLE = """
-:root { color-scheme: light dark; --for: 220, 50, 47; --against: 38, 110, 220;
-  --line: rgba(128, 128, 128, .35); }
-body { font: 16px/1.6 system-ui, sans-serif; max-width: 56rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.3rem; } h2 { font-size: 1rem; margin-top: 2rem; } p { margin: .3rem 0; }
-.tokens, .text { white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 15px/2 ui-monospace, monospace; border: 1px solid var(--line); border-radius: 6px;
-  padding: .4rem .8rem; margin: .4rem 0; }
-.text { line-height: 1.5; } .tokens span { border-radius: 3px; padding: .15em 0; }
-.tokens span:hover { outline: 2px solid currentColor; }
-.legend { display: flex; gap: .6rem; align-items: center; font-size: .85rem; flex-wrap: wrap; }
-.scale { width: 12rem; height: .9rem; border-radius: 3px; background: linear-gradient(to right,
-  rgba(var(--against), .7), rgba(var(--against), 0), rgba(var(--for), 0), rgba(var(--for), .7)); }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; }
-th { text-align: left; } td { padding: .1rem .5rem .1rem 0; overflow-wrap: anywhere; }
-td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
-td.bar { width: 40%; } .bar div { height: .8rem; border-radius: 2px; }
-.bar .for { background: rgba(var(--for), .7); }
-.bar .against { background: rgba(var(--against), .7); }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.5 ui-monospace, monospace;
+  border: 1px solid var(--line); border-radius: 6px; padding: .4rem .8rem; margin: .4rem 0; }
+th { text-align: left; }
 svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; }
-svg .axis { stroke: var(--line); } svg polyline { fill: none; stroke: rgb(var(--against)); }
-svg text { fill: currentColor; } svg .chosen { fill: rgb(var(--for)); }
+svg .axis { stroke: var(--line); } svg polyline { fill: none; stroke: rgb(var(--minus)); }
+svg text { fill: currentColor; } svg .chosen { fill: rgb(var(--plus)); }
 """
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark">
-<title>gradsafe trace</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
+BODY = """<h1>{title}</h1>
 {query}
 <h2>Training samples</h2>
 <table>
@@ -49,10 +23,7 @@ PAGE = """<!doctype html>
 {samples}
 </table>
 {details}
-{curve}
-</body>
-</html>
-"""
+{curve}"""
 LEGEND = """<p class="legend"><span>against {low}</span><span class="scale"></span>
 <span>{high} for the behavior</span><span>influence of each response token; numbers under the
 pointer</span></p>"""
@@ -65,22 +36,21 @@ def page(shown: QueryView) -> str:
     Returns:
         HTML; no part of a sample can act in it as markup.
     """
-    return PAGE.format(
-        style=STYLE,
+    body = BODY.format(
         title=escape(shown.title),
         query=_texts(shown.prompt, shown.response),
         samples="\n".join(_row(found) for found in shown.found),
         details="\n".join(_details(found) for found in shown.found),
         curve=_curve(shown.layer_curve, shown.layer) if shown.layer_curve else "",
     )
+    return cli_page.page("gradsafe trace", STYLE, body)
 
 
 def _row(found: Found) -> str:
     width = min(100.0, 100 * abs(found.score))
-    side = "for" if found.score > 0 else "against"
+    name = escape(cli_page.visible(str(found.id)))
     return (
-        f'<tr><td>{found.rank}</td><td>{escape(visible(str(found.id)))}</td><td class="bar">'
-        f'<div class="{side}" style="width: {width:.1f}%"></div></td>'
+        f"<tr><td>{found.rank}</td><td>{name}</td>{cli_page.bar(found.score, width)}"
         f'<td class="number">{found.score:.4f}</td></tr>'
     )
 
@@ -88,7 +58,7 @@ def _row(found: Found) -> str:
 def _details(found: Found) -> str:
     if found.tokens is None and found.prompt is None:
         return ""
-    lines = [f"<h2>Rank {found.rank}: {escape(visible(str(found.id)))}</h2>"]
+    lines = [f"<h2>Rank {found.rank}: {escape(cli_page.visible(str(found.id)))}</h2>"]
     if found.tokens is None:
         lines.append(_texts(found.prompt, found.response))
     else:
@@ -97,7 +67,10 @@ def _details(found: Found) -> str:
         lines.append(_texts(found.prompt, None))
         lines.append(
             '<div class="tokens" dir="ltr">'
-            + "".join(_token(text, influence, scale) for text, influence in pieces)
+            + "".join(
+                cli_page.span(text, influence, scale, f"{influence:+.3g}")
+                for text, influence in pieces
+            )
             + "</div>"
         )
         lines.append(LEGEND.format(low=f"{-scale:+.3g}", high=f"{scale:+.3g}"))
@@ -106,23 +79,9 @@ def _details(found: Found) -> str:
 
 def _texts(prompt: str | None, response: str | None) -> str:
     return "\n".join(
-        f'<div class="text" dir="ltr">{_lines(text)}</div>' for text in (prompt, response) if text
-    )
-
-
-def _token(text: str, influence: float, scale: float) -> str:
-    share = abs(influence) / scale if scale else 0.0
-    side = "for" if influence > 0 else "against"
-    return (
-        f'<span title="{influence:+.3g}" '
-        f'style="background: rgba(var(--{side}), {OPACITY * share:.3f})">{_lines(text)}</span>'
-    )
-
-
-def _lines(text: str) -> str:
-    return "".join(
-        escape(visible(line)) + "\n" * line.endswith("\n")
-        for line in text.splitlines(keepends=True)
+        f'<div class="text" dir="ltr">{cli_page.lines(text)}</div>'
+        for text in (prompt, response)
+        if text
     )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from gradsafe.cli_page import visible
+
 if TYPE_CHECKING:
     from gradsafe.tracing import Hits, TraceIndex
 
@@ -119,14 +121,6 @@ def joined(tokens: list[tuple[str, float]]) -> list[tuple[str, float]]:
             pieces.append((text, waiting))
             waiting = 0.0
     return pieces
-
-
-def visible(text: str) -> str:
-    """Makes a text safe to print: control characters as escapes, line ends as ↵."""
-    return "".join(
-        "↵" if c == "\n" else c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in text
-    )
 
 
 def _without_none(value: Any) -> Any:

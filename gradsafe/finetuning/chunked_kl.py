@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gradsafe import reference
-from gradsafe.finetuning.output_head import OutputHead, announce
+from gradsafe.finetuning.output_head import OutputHead
+from gradsafe.models.fallback import announce_fallback
 from gradsafe.ops import kl_divergence_
 
 CHUNK_TOKENS = 256
@@ -42,7 +43,7 @@ def chunked_kl(
     if chunk_tokens < 1:
         raise ValueError(f"gradsafe.KLAlignment: expected chunk_tokens >= 1, got {chunk_tokens}")
     if not head.plain:
-        announce(
+        announce_fallback(
             f"gradsafe.KLAlignment: the output head of {head.name} is not a plain linear layer "
             f"(adapter, quantisation, soft-capping or scaling); its gradient comes from autograd, "
             f"chunk by chunk"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +28,6 @@ _TRANSFORMS: dict[str, Callable[[float], Transform]] = {
     "logits_scaling": lambda scale: lambda logits: logits / scale,
     "lm_head_multiplier": lambda scale: lambda logits: logits * scale,
 }
-_announced: set[str] = set()
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -41,15 +38,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is model:
             return model
         model = inner
-
-
-def announce(text: str) -> None:
-    """Warns once per process about a slower path; an error under GRADSAFE_STRICT=1."""
-    if os.environ.get("GRADSAFE_STRICT", "0") not in ("", "0"):
-        raise RuntimeError(f"{text} (refused: GRADSAFE_STRICT is set)")
-    if text not in _announced:
-        _announced.add(text)
-        warnings.warn(text, stacklevel=3)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gradsafe.models import Encoded, pad_token_id
+from gradsafe.models import Encoded, pad_token_id, token_texts
 from gradsafe.tracing import build as building
 from gradsafe.tracing.examples import Encoding, ExampleEncoder, Id, read_examples
 from gradsafe.tracing.folder import IndexFolder, is_blank
@@ -28,7 +28,7 @@ from gradsafe.tracing.matching import (
     rows_needed,
 )
 from gradsafe.tracing.signature import LAST, signatures
-from gradsafe.tracing.tokens import token_texts, unit_gradients
+from gradsafe.tracing.tokens import unit_gradients
 
 Samples = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 

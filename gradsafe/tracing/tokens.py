@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from torch import Tensor, nn
 
 from gradsafe.models import Encoded, pad_token_id
 from gradsafe.tracing.signature import SignaturePass
-
-_INCOMPLETE = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
 
 
 def unit_gradients(model: nn.Module, tokenizer: Any, item: Encoded, layer: int) -> Tensor:
@@ -34,29 +31,3 @@ def token_influence(train: Tensor, test: Tensor) -> Tensor:
     (arXiv 2510.02334; the published code has no token level.)
     """
     return train @ test.sum(0)
-
-
-def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Decode token by token, so that the pieces join to the text of the whole.
-
-    A character of several tokens is the piece of its last token; the others are empty.
-    """
-    pieces: list[str] = []
-    begin = done = 0  # [begin, done) is context, [done, end) waits for the rest of a character
-    for end in range(1, len(ids) + 1):
-        before = _decode(tokenizer, ids[begin:done])
-        text = _decode(tokenizer, ids[begin:end])
-        if end < len(ids) and text.endswith(_INCOMPLETE):
-            pieces.append("")
-        else:
-            pieces.append(text[len(before) :])
-            begin, done = done, end
-    return pieces
-
-
-def _decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    text = tokenizer.decode(
-        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    assert isinstance(text, str)
-    return text

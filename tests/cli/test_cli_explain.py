@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradsafe import Detector, Explanation, cli_explain
 from gradsafe.cli import main
-from gradsafe.cli_explain_view import full_scale, pieces, signed, visible
+from gradsafe.cli_explain_view import full_scale, pieces, signed
+from gradsafe.cli_page import visible
 
 # A random model refuses nothing, which every fit warns of.
 pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning")

@@ -6,8 +6,8 @@ from builders import make_model, make_tokenizer
 from signature_oracle import hidden_and_gradients
 from trace_samples import EXAMPLES, QUERIES, build
 
-from gradsafe.models import encode
-from gradsafe.tracing.tokens import token_influence, token_texts, unit_gradients
+from gradsafe.models import encode, token_texts
+from gradsafe.tracing.tokens import token_influence, unit_gradients
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
