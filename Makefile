@@ -43,6 +43,7 @@ emulate: build
 
 bench: build
 	$(BIN)/python -m benchmarks.run
+	$(BIN)/python -m benchmarks.summary
 
 lint: build
 	$(BIN)/ruff check .

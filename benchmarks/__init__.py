@@ -1,1 +1,1 @@
-"""Benchmarks. `python -m benchmarks.run` measures everything and rewrites the README's table."""
+"""Benchmarks: `benchmarks.run` measures everything, `benchmarks.summary` sums up in the README."""

@@ -1,4 +1,4 @@
-"""Measures on this machine, writes benchmarks/results/*.csv and refreshes the README's table.
+"""Measures on this machine, writes benchmarks/results/*.csv and the tables of docs/measured.md.
 
 python -m benchmarks.run                   everything that exists for this device
 python -m benchmarks.run moments           one operator
@@ -195,13 +195,13 @@ OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
 }
 
 
-def refresh_readme(name: str, device: str, rows: list[dict[str, Any]]) -> None:
-    """Replaces the table between the README's markers of this operator and device."""
+def refresh_tables(name: str, device: str, rows: list[dict[str, Any]]) -> None:
+    """Replaces the table between the markers of this operator and device."""
     facts = environment()
     where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
     note = f"Measured {facts['date']} at {facts['commit']} on {where}; torch {facts['torch']}."
     block = f"{markdown(rows, COLUMNS[name])}\n{note}\n"
-    path = ROOT / "README.md"
+    path = ROOT / "docs" / "measured.md"
     text = path.read_text(encoding="utf-8")
     begin, end = f"<!-- {name} {device} -->\n", f"<!-- end {name} {device} -->"
     if begin not in text:
@@ -229,7 +229,7 @@ def main() -> int:
         path = arguments.out / f"{name}_{device}.csv"
         write_csv(path, rows)
         if arguments.out == RESULTS:
-            refresh_readme(name, device, rows)
+            refresh_tables(name, device, rows)
         print(f"written: {path}")
     return 0
 
