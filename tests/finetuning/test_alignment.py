@@ -15,15 +15,15 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsafe import reference
-from gradsafe.finetuning import KLAlignment, SFTAlignment, output_head
+from gradsafe.finetuning import KLAlignment, SFTAlignment
 from gradsafe.finetuning.chunked_kl import chunked_kl
 from gradsafe.finetuning.output_head import OutputHead
 from gradsafe.storage import StorageError
 
 
 @pytest.fixture(autouse=True)
-def _nothing_announced_yet() -> None:
-    output_head._announced.clear()
+def _nothing_announced_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gradsafe.models.fallback._announced", set())
 
 
 def disturbed(model: nn.Module, scale: float = 0.05) -> nn.Module:
