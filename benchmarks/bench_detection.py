@@ -82,6 +82,9 @@ def measure(method: str, batch: int, point: Point, device: str) -> dict[str, Any
     prepare = METHODS[method].prepare
     score, reference_bytes = prepare(model, tokenizer, references[:2], references[2:], batch)
     prompts = make_prompts(max(batch, LOOP_PROMPTS), point.tokens)
+    found = {len(ids) for ids in tokenizer(prompts).input_ids}
+    if found != {point.tokens}:
+        raise RuntimeError(f"expected prompts of {point.tokens} tokens, got {sorted(found)}")
     score(prompts[: max(batch, 1)])  # warm-up
     times = []
     for _ in range(ROUNDS):

@@ -9,6 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 32_000
 TEMPLATE = "{prompt}"
+PADDING = "<pad>"
+END = "</s>"
 
 # name: hidden, mlp, blocks, heads, key/value heads
 SIZES = {
@@ -44,11 +46,14 @@ def make_model(size: str, dtype: torch.dtype, device: str) -> nn.Module:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Words w0 ... w31999 are one token each."""
-    words = {f"w{i}": i for i in range(VOCABULARY)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    """Words w2 ... w31999 are one token each.
+
+    The special tokens share no prefix with them: they are looked for inside of words, too.
+    """
+    words = {PADDING: 0, END: 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=PADDING))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="w0", eos_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PADDING, eos_token=END)
 
 
 def make_prompts(count: int, tokens: int) -> list[str]:
