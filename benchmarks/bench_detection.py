@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks.detection_methods import METHODS
 from benchmarks.detection_models import SIZES, make_model, make_prompts, make_tokenizer
-from benchmarks.table import markdown, write_csv
+from benchmarks.table import markdown, refresh_document, write_csv
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LOOP_PROMPTS = 3
@@ -162,6 +162,8 @@ def main() -> int:
     name = f"detection_{a.device}" + (f"_{a.size}_{a.dtype}" if a.size else "")
     rows = sweep([point] if a.size else SWEEP, a.device, a.out / f"{name}.csv")
     print(markdown(rows, COLUMNS))
+    if not a.size and a.out == RESULTS:
+        refresh_document(f"detection {a.device}", markdown(rows, COLUMNS))
     return 0
 
 

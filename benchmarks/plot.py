@@ -14,6 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks.plot_detection import detection_chart
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -38,30 +40,6 @@ def operator_chart(rows: list[dict[str, str]], path: Path) -> None:
     where = rows[0]["gpu"] or f"{rows[0]['cpu']}, {rows[0]['threads']} threads"
     axes.set_title(f"{path.stem}: {where}, {rows[0]['date']}, {rows[0]['commit']}", fontsize=9)
     axes.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=130)
-    plt.close(figure)
-
-
-def detection_chart(rows: list[dict[str, str]], path: Path) -> None:
-    """Milliseconds per prompt of each method, grouped by model and prompt length."""
-    groups = list(dict.fromkeys(f"{r['size']}, {r['tokens']} tokens" for r in rows))
-    methods = list(dict.fromkeys(r["method"] for r in rows))
-    figure, axes = plt.subplots(figsize=(9, 4.5))
-    width = 0.8 / len(methods)
-    for index, method in enumerate(methods):
-        times = {
-            f"{r['size']}, {r['tokens']} tokens": float(r["ms_per_prompt"])
-            for r in rows
-            if r["method"] == method
-        }
-        places = [i + index * width for i in range(len(groups))]
-        axes.bar(places, [times.get(g, float("nan")) for g in groups], width, label=method)
-    axes.set_xticks([i + 0.4 for i in range(len(groups))], groups)
-    axes.set_yscale("log")
-    axes.set_ylabel("ms per prompt")
-    axes.legend(fontsize=8)
-    axes.set_title(f"{path.stem}: {rows[0]['date']}, {rows[0]['commit']}", fontsize=9)
     figure.tight_layout()
     figure.savefig(path.with_suffix(".png"), dpi=130)
     plt.close(figure)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from benchmarks import (
     cases_surgery,
     cases_wgrad_moments,
 )
-from benchmarks.environment import environment
-from benchmarks.table import markdown, row, write_csv
+from benchmarks.table import markdown, refresh_document, row, write_csv
 from benchmarks.timing import compare, graphed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,23 +193,6 @@ OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
 }
 
 
-def refresh_tables(name: str, device: str, rows: list[dict[str, Any]]) -> None:
-    """Replaces the table between the markers of this operator and device."""
-    facts = environment()
-    where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
-    note = f"Measured {facts['date']} at {facts['commit']} on {where}; torch {facts['torch']}."
-    block = f"{markdown(rows, COLUMNS[name])}\n{note}\n"
-    path = ROOT / "docs" / "measured.md"
-    text = path.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} {device} -->\n", f"<!-- end {name} {device} -->"
-    if begin not in text:
-        return
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    path.write_text(
-        re.sub(pattern, lambda _: begin + block + end, text, flags=re.S), encoding="utf-8"
-    )
-
-
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -229,7 +210,7 @@ def main() -> int:
         path = arguments.out / f"{name}_{device}.csv"
         write_csv(path, rows)
         if arguments.out == RESULTS:
-            refresh_tables(name, device, rows)
+            refresh_document(f"{name} {device}", markdown(rows, COLUMNS[name]))
         print(f"written: {path}")
     return 0
 
