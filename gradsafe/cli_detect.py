@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradsafe.cli_files import Inputs, check_destinations, located, read_inputs
-from gradsafe.cli_options import TESTBED, check_options, fit_options
+from gradsafe.cli_options import check_options, fit_options
 from gradsafe.cli_output import Output, Record, open_output
-from gradsafe.cli_processes import check_agreement, hand_over
+from gradsafe.cli_processes import check_agreement, hand_over, load_in_each
 from gradsafe.distributed import Processes
 from gradsafe.jsonl import Row, record_key
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         check_destinations(args)
 
     # From here on torch is needed, which takes seconds to import.
-    model, tokenizer = _load_model(args, processes)
+    model, tokenizer = load_in_each(args, processes)
     keys: list[dict[str, Any]] = []
     if args.output:
         settings = _settings(args, inputs, model, tokenizer)
@@ -63,18 +63,6 @@ def run(args: argparse.Namespace) -> int:
         output.close()
     _summarise(args, inputs, detector, records)
     return 0
-
-
-def _load_model(args: argparse.Namespace, processes: Processes) -> tuple[Any, Any]:
-    from gradsafe.cli_model import load_model
-
-    options = (args.model, args.dtype, args.device, processes.first and not args.no_progress)
-    if processes.count == 1:
-        return load_model(*options)
-    if args.model != TESTBED:
-        return load_model(*options, processes.local_rank)
-    with processes.first_of_machine_first("testbed"):  # which trains it
-        return load_model(*options, processes.local_rank)
 
 
 def _unfinished(found: set[int], total: int) -> list[int]:

@@ -1,18 +1,33 @@
-"""What the processes of `gradsafe detect` must have in common: prompts, settings, the detector."""
+"""What the processes of a command must have in common: model, prompts, settings, the detector."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradsafe.cli_options import TESTBED
 from gradsafe.distributed import Processes
 
 if TYPE_CHECKING:
     import torch
 
     from gradsafe.detection import Detector
+
+
+def load_in_each(args: argparse.Namespace, processes: Processes) -> tuple[Any, Any]:
+    """Loads model and tokenizer, on a GPU of its own if there is one; one process shows the bar."""
+    from gradsafe.cli_model import load_model
+
+    options = (args.model, args.dtype, args.device, processes.first and not args.no_progress)
+    if processes.count == 1:
+        return load_model(*options)
+    if args.model != TESTBED:
+        return load_model(*options, processes.local_rank)
+    with processes.first_of_machine_first("testbed"):  # which trains it
+        return load_model(*options, processes.local_rank)
 
 
 def check_agreement(

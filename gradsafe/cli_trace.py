@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gradsafe.cli_options import add_model_arguments, positive_integer
+from gradsafe.cli_processes import load_in_each
 from gradsafe.jsonl import read_jsonl
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "build",
         help="compute the signatures of the training samples",
         description="Compute the signatures of the training samples. The same command goes on "
-        "with a build that was stopped.",
+        "with a build that was stopped, and torchrun shares it among processes.",
         allow_abbrev=False,
     )
     build.add_argument(
@@ -52,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help=r"prompt template with {prompt}, \n for a line end (default: the tokenizer's)",
     )
+    build.add_argument(
+        "--shard-samples",
+        type=positive_integer,
+        metavar="N",
+        help="samples per file, and per turn of a process under torchrun (default: 1024)",
+    )
     build.add_argument("--append-eos", action="store_true", help="close responses with EOS")
     build.add_argument(
         "--overflow",
@@ -61,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
                        help="show the traceback of an error")  # fmt: skip
-    build.set_defaults(run=run_build, parser=build)
+    build.set_defaults(run=run_build, parser=build, in_several_processes=True)
 
     query = commands.add_parser(
         "query",
@@ -116,11 +123,11 @@ def run_build(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.examples}: no samples in this file")
 
     # From here on torch is needed, which takes seconds to import.
-    from gradsafe.cli_model import load_model
     from gradsafe.tracing import TraceIndex
 
-    model, tokenizer = load_model(args.model, args.dtype, args.device, not args.no_progress)
+    model, tokenizer = load_in_each(args, args.processes)
     template = args.template and args.template.replace("\\n", "\n")
+    shard_samples = {"shard_samples": args.shard_samples} if args.shard_samples else {}
     try:
         index = TraceIndex.build(
             model,
@@ -131,13 +138,16 @@ def run_build(args: argparse.Namespace) -> int:
             part_norm=args.part_norm,
             batch_tokens=args.batch_tokens,
             progress=_progress(args),
+            **shard_samples,
+            processes=args.processes,
             template=template,
             append_eos=args.append_eos,
             overflow=args.overflow,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt("the same command goes on from there") from None
-    print(f"{len(index)} samples at layer {index.layer} in {args.index}")
+    if args.processes.first:
+        print(f"{len(index)} samples at layer {index.layer} in {args.index}")
     return 0
 
 

@@ -7,8 +7,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
+from itertools import count as numbers
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # a process alone never imports torch.distributed
@@ -18,12 +19,13 @@ if TYPE_CHECKING:  # a process alone never imports torch.distributed
 POLL = 0.05  # seconds between two looks at the store
 GRACE = 10.0  # seconds in which torchrun ends the processes that have nothing to say
 _LAST_WORD = "last word"
+_calls = numbers()  # one group serves several calls, each with names of its own
 
 T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Another process failed and says why; this one should end without a word."""
+    """Another process failed and says why; this one should end too, and a command in silence."""
 
 
 class Processes:
@@ -49,6 +51,8 @@ class Processes:
         self.local_rank = local_rank
         self._totals: Counter[str] = Counter()
         self._claimed: set[str] = set()
+        self._told: list[Any] = []
+        self._heard = 0
         self._group = False
 
     @classmethod
@@ -58,6 +62,22 @@ class Processes:
         if not all(name in os.environ for name in names):
             return cls()
         return cls(*(int(os.environ[name]) for name in names))
+
+    @classmethod
+    def of_group(cls) -> Processes:
+        """Those of torch's default process group; a process without one is alone.
+
+        All of them must call this equally often.
+        """
+        from torch import distributed
+
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls()
+        store = distributed.distributed_c10d._get_default_store()
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        found = cls(rank, size, int(os.environ.get("LOCAL_RANK", 0)))
+        found._store = distributed.PrefixStore(f"gradsafe/{next(_calls)}", store)
+        return found
 
     @property
     def first(self) -> bool:
@@ -93,6 +113,21 @@ class Processes:
         except (RuntimeError, ValueError):  # no store, or none any more: several messages or none
             return True
 
+    @contextmanager
+    def ending_together(self) -> Iterator[None]:
+        """Ends the other processes with the reason where the block fails in this one."""
+        try:
+            yield
+        except Stopped:
+            raise
+        except BaseException as error:
+            if self.count > 1:
+                reason = f"process {self.rank} failed: {type(error).__name__}: {error}"
+                with suppress(RuntimeError, ValueError):  # no store, or none any more
+                    self._store.set("reason", reason)
+                self.claim_last_word()
+            raise
+
     def linger(self) -> None:
         """Waits for torchrun to end this process, so that the message of another comes through.
 
@@ -106,7 +141,8 @@ class Processes:
     def check(self) -> None:
         """Raises Stopped if another process has failed."""
         if self.count > 1 and self._store.check([f"claim/{_LAST_WORD}"]):
-            raise Stopped
+            known = self._store.check(["reason"])
+            raise Stopped(self._store.get("reason").decode() if known else "")
 
     def wait(self, name: str, tick: Callable[[], None] | None = None) -> None:
         """Waits until all processes have come here.
@@ -170,6 +206,25 @@ class Processes:
             return value
         self._poll(lambda: self._store.check([key]))
         return json.loads(self._store.get(key))
+
+    def tell(self, value: Any) -> None:
+        """Passes any JSON to the first process, see `heard`."""
+        if self.count == 1:
+            self._told.append(value)
+            return
+        self._store.set(f"told/{self.total('told', 1)}", json.dumps(value))
+
+    def heard(self) -> list[Any]:
+        """What processes told since the last call, in the first process."""
+        if self.count == 1:
+            told, self._told = self._told, []
+            return told
+        told = []
+        # A number that is taken may have no value yet: it is heard at the next call.
+        while self._store.check([key := f"told/{self._heard + 1}"]):
+            told.append(json.loads(self._store.get(key)))
+            self._heard += 1
+        return told
 
     def share_tensors(
         self, name: str, tensors: Mapping[str, Tensor], device: torch.device

@@ -43,6 +43,11 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     tensors = {"a": torch.ones(2)}
     assert alone.share_tensors("tensors", tensors, torch.device("cpu")) is tensors
     assert list(alone.deal("abc")) == ["a", "b", "c"]
+    alone.tell(1)
+    alone.tell(2)
+    assert [alone.heard(), alone.heard()] == [[1, 2], []]
+    with pytest.raises(KeyError), alone.ending_together():
+        raise KeyError
     alone.close()
 
 
@@ -71,6 +76,53 @@ def test_sharing_passes_json_on() -> None:
         all_of(3), lambda process: process.share("v", value if process.first else "ignored")
     )
     assert shared == [value] * 3
+
+
+def test_the_first_hears_what_all_tell() -> None:
+    processes = all_of(3)
+    first = processes[0]
+
+    def work(process: Processes) -> list[Any]:
+        for number in range(4):
+            process.tell([process.rank, number])
+        process.wait("told")
+        return first.heard() if process.first else []
+
+    heard = together(processes, work)[0]
+    assert sorted(heard) == [[rank, number] for rank in range(3) for number in range(4)]
+    assert first.heard() == []
+    processes[2].tell("more")
+    assert first.heard() == ["more"]
+
+
+def test_a_failing_block_ends_the_others_with_its_reason() -> None:
+    failed, waiting = all_of(2)
+    with pytest.raises(KeyError), failed.ending_together():
+        raise KeyError("it")
+    with (
+        pytest.raises(Stopped, match=r"^process 0 failed: KeyError: 'it'$"),
+        waiting.ending_together(),
+    ):
+        waiting.wait("never")
+    assert failed.claim_last_word()  # and may say so itself
+    assert not waiting.claim_last_word()
+
+
+def test_without_a_group_a_process_is_alone() -> None:
+    assert Processes.of_group().count == 1
+
+
+def test_calls_in_one_group_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+        calls = [Processes.of_group() for _ in range(2)]
+        assert [(call.rank, call.count) for call in calls] == [(0, 2), (0, 2)]
+        assert [call.share("value", 3 + i) for i, call in enumerate(calls)] == [3, 4]
+        assert [call._store.get("share/value") for call in calls] == [b"3", b"4"]
+    finally:
+        distributed.destroy_process_group()
 
 
 def test_waiting_ends_when_the_last_has_come() -> None:

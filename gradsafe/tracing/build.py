@@ -1,22 +1,32 @@
-"""Fills an index: shard by shard, batch by batch, each kept at once, so a killed build goes on."""
+"""Starts, goes on with and extends an index; refuses to mix two models, layers or sample sets."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from gradsafe.models import Encoded, pad_token_id
+from gradsafe.distributed import Processes
+from gradsafe.models import pad_token_id
+from gradsafe.models.inspection import input_device
 from gradsafe.storage import StorageError, model_fingerprint, tokenizer_fingerprint
-from gradsafe.tracing.examples import Encoding, Example, ExampleEncoder, examples_fingerprint
-from gradsafe.tracing.folder import IndexFolder, Shard, ShardPlan, batch_key
+from gradsafe.tracing.examples import (
+    Encoding,
+    Example,
+    ExampleEncoder,
+    Id,
+    Samples,
+    examples_fingerprint,
+    read_examples,
+)
+from gradsafe.tracing.fill import fill
+from gradsafe.tracing.folder import IndexFolder, is_blank
 from gradsafe.tracing.layer_choice import RULES, choose_layer, pick_probes
 from gradsafe.tracing.matching import PartNorm
-from gradsafe.tracing.signature import SignaturePass, check_finite, resolve_layer
+from gradsafe.tracing.signature import resolve_layer
 
 SHARD_SAMPLES = 1024
 
@@ -118,87 +128,125 @@ def check_examples(folder: IndexFolder, examples: Sequence[Example]) -> None:
         )
 
 
-def fill(
+def build_folder(
+    model: nn.Module,
+    tokenizer: Any,
+    source: Samples,
+    place: Path,
+    processes: Processes,
+    *,
+    layer: int | str,
+    part_norm: PartNorm,
+    resume: bool,
+    batch_tokens: int,
+    progress: bool,
+    shard_samples: int,
+    encoding: Encoding,
+) -> IndexFolder:
+    """Start or reopen an index and complete it, see `TraceIndex.build`."""
+    samples = read_examples(source)
+    settings = settings_of(model, tokenizer, layer, encoding)
+    asked = {**settings, "part_norm": part_norm, "batch_tokens": batch_tokens}
+    _check_agreement(processes, model, samples, asked)
+    folder = None
+    if processes.first:
+        if place.exists() and not is_blank(place):
+            folder = reopen(place, resume)
+            check_settings(folder, settings, "build")
+            check_examples(folder, samples)
+            folder.metadata["part_norm"] = part_norm
+            folder.write_manifest()
+        else:
+            metadata = new_metadata(
+                settings, model, tokenizer, samples, part_norm, shard_samples, batch_tokens
+            )
+            folder = IndexFolder.create(place, metadata)
+    folder = shared(processes, folder, place)
+    fill(folder, model, tokenizer, samples, 0, batch_tokens, progress, processes)
+    return folder
+
+
+def extend_folder(
     folder: IndexFolder,
     model: nn.Module,
     tokenizer: Any,
-    examples: Sequence[Example],
-    part: int,
+    source: Samples,
+    ids: Sequence[Id],
+    processes: Processes,
     batch_tokens: int,
     progress: bool,
 ) -> None:
-    """Compute the missing shards of one part.
+    """Add samples, or take up a call that was killed, see `TraceIndex.extend`.
 
     Args:
         folder: The index.
-        model: The model it belongs to.
+        model: Its model.
         tokenizer: Its tokenizer.
-        examples: The samples of the part.
-        part: Number of the part.
-        batch_tokens: Padded tokens per batch. A build that goes on with another value computes the
-            unfinished shard anew, and its rows agree with the others to rounding only.
-        progress: Show a bar over the samples.
+        source: The samples.
+        ids: Ids of the samples it holds.
+        processes: The processes, all of which call this.
+        batch_tokens: Padded tokens per batch.
+        progress: Show a progress bar.
     """
-    folder.sweep()
-    before = sum(entry["count"] for entry in folder.metadata["parts"][:part])
-    wanted = [s for s in folder.missing if before <= s.first < before + len(examples)]
-    if not wanted:
-        return
+    if not isinstance(source, (str, os.PathLike)):
+        source = list(source)
+    parts = folder.metadata["parts"]
+    first = 0
+    for number, part in enumerate(parts):
+        # The same samples again: a killed call goes on, a complete one does nothing.
+        again = read_examples(source, first=first) if number else []
+        if again and new_part(again) == part:
+            _check_agreement(processes, model, again, {"batch_tokens": batch_tokens})
+            fill(folder, model, tokenizer, again, number, batch_tokens, progress, processes)
+            return
+        first += part["count"]
+    if folder.missing:
+        raise ValueError(
+            f"gradsafe.TraceIndex.extend: {folder.path} is incomplete; first finish it with the "
+            "samples it was started with"
+        )
+    samples = read_examples(source, first=first, taken=ids)
+    _check_agreement(processes, model, samples, {"batch_tokens": batch_tokens})
     encode = ExampleEncoder(model, tokenizer, Encoding(**folder.metadata["settings"]["encoding"]))
-    for example in examples:  # a sample that does not fit is found now, not hours into the build
-        encode(example)
-    pad_id = pad_token_id(tokenizer)
-    runner = SignaturePass(model, [folder.metadata["layer"]], pad_id)
-    left = sum(shard.count for shard in wanted)
-    with tqdm(
-        total=len(examples),
-        initial=len(examples) - left,
-        desc="signatures",
-        unit="sample",
-        disable=not progress,
-    ) as bar:
-        for plan in wanted:
-            own = examples[plan.first - before : plan.first - before + plan.count]
-            items, owners = encode.all(own)
-            names = [own[owner].where for owner in owners]
-            values = _shard(folder, plan, runner, items, names, batch_tokens, bar)
-            shard = Shard(
-                values, torch.tensor(owners) + plan.first, [example.id for example in own], items
+    for sample in samples:  # before the manifest promises them
+        encode(sample)
+    parts.append(new_part(samples))
+    if processes.first:
+        folder.write_manifest()
+    fill(folder, model, tokenizer, samples, len(parts) - 1, batch_tokens, progress, processes)
+
+
+def shared(processes: Processes, folder: IndexFolder | None, place: Path) -> IndexFolder:
+    """The first process's folder, as all of them are to see it; the layer above all.
+
+    Raises:
+        StorageError: This process does not see the folder.
+    """
+    mine = [folder.metadata, folder.files] if folder is not None else None
+    metadata, files = processes.share("folder", mine)
+    if folder is not None:
+        return folder
+    try:
+        IndexFolder.open(place)
+    except StorageError as error:
+        raise StorageError(
+            f"process {processes.rank}: {error}; all processes must see one shared folder"
+        ) from error
+    return IndexFolder(place, metadata, files)
+
+
+def _check_agreement(
+    processes: Processes, model: nn.Module, samples: Sequence[Example], asked: Mapping[str, Any]
+) -> None:
+    """Raises ValueError if this process would compute other signatures than the first."""
+    device = input_device(model)
+    mine = {**asked, "device": device and device.type, "examples": examples_fingerprint(samples)}
+    for name, value in processes.share("job", mine).items():
+        if mine[name] != value:
+            raise ValueError(
+                f"gradsafe.TraceIndex: process {processes.rank} has another {name} (process 0 has "
+                f"{_short(value)}, this one {_short(mine[name])}); all need the same"
             )
-            folder.finish(plan, shard)
-
-
-def _shard(
-    folder: IndexFolder,
-    plan: ShardPlan,
-    runner: SignaturePass,
-    items: list[Encoded],
-    names: list[str],
-    batch_tokens: int,
-    bar: Any,
-) -> Tensor:
-    samples = f"{plan} {folder.metadata['parts']}"
-    signatures: Tensor | None = None
-    counted = 0
-    done = 0
-    for number, indices in enumerate(runner.plan(items, batch_tokens)):
-        key = batch_key(indices, samples)
-        values = folder.read_batch(plan, number, key)
-        if values is None:
-            (values,) = runner.batch([items[i] for i in indices]).values()
-            values = values.float().contiguous()
-            check_finite(values, [names[i] for i in indices])
-            folder.write_batch(plan, number, key, values)
-        if signatures is None:
-            signatures = torch.empty(len(items), values.shape[1])
-        signatures[indices] = values
-        done += len(indices)
-        # Windows of one sample are rows of their own; the bar counts samples.
-        reached = plan.count * done // len(items)
-        bar.update(reached - counted)
-        counted = reached
-    assert signatures is not None
-    return signatures
 
 
 def _short(value: Any) -> str:

@@ -21,6 +21,7 @@ from gradsafe.models import (
 )
 
 Id = str | int
+Samples = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 FIELDS = ("prompt", "response")
 
 
@@ -120,7 +121,7 @@ class ExampleEncoder:
 
 
 def read_examples(
-    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]],
+    source: Samples,
     name: str = "examples",
     first: int = 0,
     taken: Sequence[Id] = (),
@@ -168,9 +169,7 @@ def examples_fingerprint(examples: Sequence[Example]) -> str:
     return digest.hexdigest()
 
 
-def _rows(
-    source: str | os.PathLike[str] | Iterable[Mapping[str, Any]], name: str
-) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(source: Samples, name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     if isinstance(source, (str, os.PathLike)):
         for line in read_jsonl(source, FIELDS):
             yield f"{source}:{line.line}", line

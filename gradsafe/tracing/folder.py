@@ -127,16 +127,25 @@ class IndexFolder:
         os.replace(partial, self.path / MANIFEST)
         flush_to_disk(self.path)
 
-    def finish(self, plan: ShardPlan, shard: Shard) -> None:
-        """Write a shard, list it, and drop its batches."""
+    def write_shard(self, plan: ShardPlan, shard: Shard) -> dict[str, Any]:
+        """Write a shard and return its record for `list_shards`."""
         _write(self.path / plan.name, shard.tensors(), durable=True)
-        self.files[plan.name] = file_record(self.path / plan.name)
+        return file_record(self.path / plan.name)
+
+    def list_shards(self, records: Mapping[str, dict[str, Any]]) -> None:
+        """Enter shards into the manifest; only then drop the batches that could restore them.
+
+        Args:
+            records: Name of the file to its record.
+        """
+        self.files.update(records)
         self.write_manifest()
-        shutil.rmtree(self._work(plan), ignore_errors=True)
+        for name in records:
+            shutil.rmtree(self._work(name), ignore_errors=True)
 
     def sweep(self) -> None:
         """Remove what a killed run left and nothing needs."""
-        kept = {self._work(shard).name for shard in self.missing}
+        kept = {self._work(shard.name).name for shard in self.missing}
         for entry in self.path.iterdir():
             if entry.name.startswith(WORK) and entry.name not in kept:
                 shutil.rmtree(entry)
@@ -165,7 +174,7 @@ class IndexFolder:
 
     def write_batch(self, plan: ShardPlan, number: int, key: str, values: Tensor) -> None:
         """Keep the signatures of one batch of an unfinished shard."""
-        work = self._work(plan)
+        work = self._work(plan.name)
         work.mkdir(exist_ok=True)
         # The checksum, not a forced write to disk, guards against a torn file.
         note = {"key": key, "sha256": _digest(values)}
@@ -173,7 +182,7 @@ class IndexFolder:
 
     def read_batch(self, plan: ShardPlan, number: int, key: str) -> Tensor | None:
         """The signatures of a batch that an earlier run left, None if there are none to use."""
-        path = self._work(plan) / f"{number:06d}.safetensors"
+        path = self._work(plan.name) / f"{number:06d}.safetensors"
         if not path.is_file():
             return None
         try:
@@ -241,8 +250,8 @@ class IndexFolder:
             return True
         return False
 
-    def _work(self, plan: ShardPlan) -> Path:
-        return self.path / (WORK + Path(plan.name).stem)
+    def _work(self, name: str) -> Path:
+        return self.path / (WORK + Path(name).stem)
 
 
 def is_blank(path: Path) -> bool:

@@ -6,17 +6,18 @@ import bisect
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from gradsafe.distributed import Processes
 from gradsafe.models import Encoded, pad_token_id, token_texts
 from gradsafe.tracing import build as building
-from gradsafe.tracing.examples import Encoding, ExampleEncoder, Id, read_examples
-from gradsafe.tracing.folder import IndexFolder, is_blank
+from gradsafe.tracing.examples import Encoding, ExampleEncoder, Id, Samples, read_examples
+from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.hits import Hits
 from gradsafe.tracing.matching import (
     FeatureMoments,
@@ -29,8 +30,6 @@ from gradsafe.tracing.matching import (
 )
 from gradsafe.tracing.signature import LAST, signatures
 from gradsafe.tracing.tokens import unit_gradients
-
-Samples = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 
 class IncompleteIndexWarning(UserWarning):
@@ -71,6 +70,7 @@ class TraceIndex:
         batch_tokens: int = 4096,
         progress: bool = True,
         shard_samples: int = building.SHARD_SAMPLES,
+        processes: Processes | None = None,
         **encoding: Any,
     ) -> TraceIndex:
         """Compute the signatures of all samples.
@@ -90,6 +90,9 @@ class TraceIndex:
             batch_tokens: Padded tokens per batch; lower it if memory runs out.
             progress: Show a progress bar.
             shard_samples: Samples per file; an index that is there keeps its own.
+            processes: Who shares the work, a shard at a time, into one folder; all of them call
+                this, and the index is that of one process. None for torch's default process group
+                where one is initialised, else this process alone, as is `Processes()`.
             **encoding: Fields of `Encoding`: template, system, append_eos, overflow, max_length.
 
         Returns:
@@ -103,25 +106,32 @@ class TraceIndex:
             FileExistsError: `path` holds something else, or an index and `resume` is False.
             FileNotFoundError: Its parent folder, or the file of examples, does not exist.
             OSError: The disk is full; what is complete stays usable.
+            Stopped: Another process failed; the message says why.
         """
-        samples = read_examples(examples)
         Metric(part_norm)
         _check_counts(batch_tokens=batch_tokens, shard_samples=shard_samples)
-        settings = building.settings_of(model, tokenizer, layer, Encoding(**encoding))
-        temporary = tempfile.TemporaryDirectory(prefix="gradsafe-") if path is None else None
-        place = Path(temporary.name if temporary is not None else os.fspath(path or ""))
-        if place.exists() and not is_blank(place):
-            folder = building.reopen(place, resume)
-            building.check_settings(folder, settings, "build")
-            building.check_examples(folder, samples)
-            folder.metadata["part_norm"] = part_norm
-            folder.write_manifest()
-        else:
-            metadata = building.new_metadata(
-                settings, model, tokenizer, samples, part_norm, shard_samples, batch_tokens
+        processes = Processes.of_group() if processes is None else processes
+        temporary = None
+        if path is None:
+            if processes.count > 1:
+                raise ValueError("gradsafe.TraceIndex.build: several processes need a path")
+            temporary = tempfile.TemporaryDirectory(prefix="gradsafe-")
+            path = temporary.name
+        with processes.ending_together():
+            folder = building.build_folder(
+                model,
+                tokenizer,
+                examples,
+                Path(path),
+                processes,
+                layer=layer,
+                part_norm=part_norm,
+                resume=resume,
+                batch_tokens=batch_tokens,
+                progress=progress,
+                shard_samples=shard_samples,
+                encoding=Encoding(**encoding),
             )
-            folder = IndexFolder.create(place, metadata)
-        building.fill(folder, model, tokenizer, samples, 0, batch_tokens, progress)
         index = cls(folder, model, tokenizer)
         index._temporary = temporary
         index._warn_if_incomplete()
@@ -162,37 +172,42 @@ class TraceIndex:
         """
         return [shard.name for shard in IndexFolder.open(Path(path)).drop_damaged()]
 
-    def extend(self, examples: Samples, *, batch_tokens: int = 4096, progress: bool = True) -> None:
+    def extend(
+        self,
+        examples: Samples,
+        *,
+        batch_tokens: int = 4096,
+        progress: bool = True,
+        processes: Processes | None = None,
+    ) -> None:
         """Add samples; a call that was killed is taken up by the same call.
+
+        Args:
+            examples: As in `build`.
+            batch_tokens: Padded tokens per batch.
+            progress: Show a progress bar.
+            processes: As in `build`.
 
         Raises:
             ValueError: As in `build`; an id that is taken; or the samples before are incomplete.
             OSError: As in `build`.
+            Stopped: As in `build`.
         """
         _check_counts(batch_tokens=batch_tokens)
-        if not isinstance(examples, (str, os.PathLike)):
-            examples = list(examples)
-        parts = self._folder.metadata["parts"]
-        first = 0
-        for number, part in enumerate(parts):
-            # The same samples again: a killed call goes on, a complete one does nothing.
-            again = read_examples(examples, first=first) if number else []
-            if again and building.new_part(again) == part:
-                self._fill(again, number, batch_tokens, progress)
-                return
-            first += part["count"]
-        if self._folder.missing:
-            raise ValueError(
-                f"gradsafe.TraceIndex.extend: {self.path} is incomplete; first finish it with the "
-                "samples it was started with"
+        processes = Processes.of_group() if processes is None else processes
+        with processes.ending_together():
+            building.extend_folder(
+                self._folder,
+                self.model,
+                self.tokenizer,
+                examples,
+                self.ids,
+                processes,
+                batch_tokens,
+                progress,
             )
-        samples = read_examples(examples, first=first, taken=self.ids)
-        encode = ExampleEncoder(self.model, self.tokenizer, self._encoding)
-        for sample in samples:  # before the manifest promises them
-            encode(sample)
-        parts.append(building.new_part(samples))
-        self._folder.write_manifest()
-        self._fill(samples, len(parts) - 1, batch_tokens, progress)
+        self._refresh()
+        self._warn_if_incomplete()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Copy the index to another folder, atomically; an index there is replaced.
@@ -298,13 +313,6 @@ class TraceIndex:
     @property
     def _encoding(self) -> Encoding:
         return Encoding(**self._folder.metadata["settings"]["encoding"])
-
-    def _fill(self, samples: list[Any], part: int, batch_tokens: int, progress: bool) -> None:
-        building.fill(
-            self._folder, self.model, self.tokenizer, samples, part, batch_tokens, progress
-        )
-        self._refresh()
-        self._warn_if_incomplete()
 
     def _refresh(self) -> None:
         """Read what is small: ids and the sample of each row."""

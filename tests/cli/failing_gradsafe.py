@@ -1,6 +1,7 @@
-"""`gradsafe`, but the process that is to score a certain prompt dies of it.
+"""`gradsafe`, but the process that is to score a certain prompt or sample dies of it.
 
-python failing_gradsafe.py HOW PROMPT detect ...; HOW is kill, interrupt or error.
+python failing_gradsafe.py HOW WHICH detect ...; HOW is kill, interrupt or error; WHICH is a prompt
+of `detect`, or for `trace build` the place of a sample in its file.
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ import time
 from typing import Any
 
 from gradsafe import Detector, cli
+from gradsafe.tracing import fill
+from gradsafe.tracing.signature import check_finite
 
 how, fatal = sys.argv[1:3]
 score = Detector.score
 
 
-def failing(self: Detector, prompts: list[str], *args: Any, **options: Any) -> Any:
-    if fatal not in prompts:
-        return score(self, prompts, *args, **options)
+def die() -> None:
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "interrupt":
@@ -28,5 +29,18 @@ def failing(self: Detector, prompts: list[str], *args: Any, **options: Any) -> A
     raise ValueError("the gradient holds NaN")
 
 
+def failing(self: Detector, prompts: list[str], *args: Any, **options: Any) -> Any:
+    if fatal in prompts:
+        die()
+    return score(self, prompts, *args, **options)
+
+
+def failing_check(values: Any, names: list[str]) -> None:
+    if fatal in names:
+        die()
+    check_finite(values, names)
+
+
 Detector.score = failing  # type: ignore[method-assign]
+fill.check_finite = failing_check
 sys.exit(cli.main(sys.argv[3:]))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
+from several import messages, one_thread, torchrun
 from tiny_model import BENIGN, SAFE, UNSAFE
 
-import gradsafe
 from gradsafe.cli import main
 from gradsafe.jsonl_parts import part_paths
 
@@ -56,40 +53,9 @@ def here(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path / "copy")
 
 
-class one_thread:
-    """As torchrun sets it: the library's sums may differ with the number of threads."""
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(1)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self.before)
-
-
-def torchrun(count: int, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(gradsafe.__file__).parents[1]),
-        "OMP_NUM_THREADS": "1",
-    }
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    return subprocess.run(
-        [*start, str(count), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=environment,
-    )
-
-
 def failing(how: str, common: list[str], *options: str) -> subprocess.CompletedProcess[str]:
     script = str(Path(__file__).with_name("failing_gradsafe.py"))
     return torchrun(2, script, how, PROMPTS[FATAL], *common, "-o", "out.jsonl", *options)
-
-
-def messages(done: subprocess.CompletedProcess[str]) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith("gradsafe: ")]
 
 
 def same_as_whole() -> bool:
