@@ -158,6 +158,19 @@ class Processes:
             self.total(f"wait/{name}", 1)
             self._poll(lambda: self.total(f"wait/{name}") >= self.count, tick)
 
+    def leave(self, name: str) -> None:
+        """Ends common work: the first process waits for the others, who do not wait for it.
+
+        It leaves last because it may hold what they need, as the store.
+
+        Raises:
+            Stopped: Another process failed.
+        """
+        if not self.first:
+            self.total(f"leave/{name}", 1)
+        elif self.count > 1:
+            self._poll(lambda: self.total(f"leave/{name}") >= self.count - 1)
+
     @contextmanager
     def first_of_machine_first(self, name: str) -> Iterator[None]:
         """Lets the first process of each machine through the block before its others."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,6 +37,7 @@ def test_without_torchrun_a_process_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     assert (alone.rank, alone.count, alone.first) == (0, 1, True)
     alone.join()
     alone.wait("here")
+    alone.leave("here")
     alone.check()
     assert alone.claim("a")
     assert alone.claim("a")
@@ -142,6 +144,17 @@ def test_waiting_ends_when_the_last_has_come() -> None:
     assert ticks
 
 
+def test_the_first_leaves_last() -> None:
+    first, *others = all_of(3)
+    others[0].leave("it")  # waits for nobody
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(first.leave, "it")
+        time.sleep(0.2)
+        assert not leaving.done()
+        others[1].leave("it")
+        leaving.result(timeout=20)
+
+
 def test_the_first_of_a_machine_goes_first() -> None:
     order: list[int] = []
 
@@ -160,6 +173,7 @@ def test_the_first_of_a_machine_goes_first() -> None:
     [
         lambda process: process.wait("never"),
         lambda process: process.share("never", None),
+        lambda process: setattr(process, "rank", 0) or process.leave("never"),
         lambda process: list(process.deal(range(3))),
         lambda process: process.check(),
     ],

@@ -17,7 +17,6 @@ from gradsafe.tracing.examples import (
     Encoding,
     Example,
     ExampleEncoder,
-    Id,
     Samples,
     examples_fingerprint,
     read_examples,
@@ -25,6 +24,7 @@ from gradsafe.tracing.examples import (
 from gradsafe.tracing.fill import fill
 from gradsafe.tracing.folder import IndexFolder, is_blank
 from gradsafe.tracing.layer_choice import RULES, choose_layer, pick_probes
+from gradsafe.tracing.lock import building_alone
 from gradsafe.tracing.matching import PartNorm
 from gradsafe.tracing.signature import resolve_layer
 
@@ -96,7 +96,6 @@ def reopen(path: Path, resume: bool) -> IndexFolder:
 
     Raises:
         FileExistsError: It holds something else, or an index and `resume` is False.
-        StorageError: A shard is damaged.
     """
     try:
         folder = IndexFolder.open(path)
@@ -107,7 +106,6 @@ def reopen(path: Path, resume: bool) -> IndexFolder:
             f"cannot build {path}: an index is there; pass resume=True to go on with it, or choose "
             "another path"
         )
-    folder.verify()
     return folder
 
 
@@ -148,21 +146,24 @@ def build_folder(
     settings = settings_of(model, tokenizer, layer, encoding)
     asked = {**settings, "part_norm": part_norm, "batch_tokens": batch_tokens}
     _check_agreement(processes, model, samples, asked)
-    folder = None
-    if processes.first:
-        if place.exists() and not is_blank(place):
+    if processes.first and place.exists() and not is_blank(place):
+        reopen(place, resume)  # nothing is put into a folder that is not ours
+    with building_alone(place, processes):
+        folder = None
+        if processes.first and not is_blank(place):
             folder = reopen(place, resume)
+            folder.verify()
             check_settings(folder, settings, "build")
             check_examples(folder, samples)
             folder.metadata["part_norm"] = part_norm
             folder.write_manifest()
-        else:
+        elif processes.first:
             metadata = new_metadata(
                 settings, model, tokenizer, samples, part_norm, shard_samples, batch_tokens
             )
             folder = IndexFolder.create(place, metadata)
-    folder = shared(processes, folder, place)
-    fill(folder, model, tokenizer, samples, 0, batch_tokens, progress, processes)
+        folder = _shared(processes, folder, place)
+        fill(folder, model, tokenizer, samples, 0, batch_tokens, progress, processes)
     return folder
 
 
@@ -171,52 +172,58 @@ def extend_folder(
     model: nn.Module,
     tokenizer: Any,
     source: Samples,
-    ids: Sequence[Id],
     processes: Processes,
     batch_tokens: int,
     progress: bool,
-) -> None:
+) -> IndexFolder:
     """Add samples, or take up a call that was killed, see `TraceIndex.extend`.
 
-    Args:
-        folder: The index.
-        model: Its model.
-        tokenizer: Its tokenizer.
-        source: The samples.
-        ids: Ids of the samples it holds.
-        processes: The processes, all of which call this.
-        batch_tokens: Padded tokens per batch.
-        progress: Show a progress bar.
+    Returns:
+        The index as it is then; others may have extended it since `folder` was read.
     """
     if not isinstance(source, (str, os.PathLike)):
         source = list(source)
+    with building_alone(folder.path, processes):
+        fresh = None
+        if processes.first:
+            fresh = IndexFolder.open(folder.path)
+            check_settings(fresh, folder.metadata["settings"], "extend")
+        folder = _shared(processes, fresh, folder.path)
+        samples, part = _next_part(folder, model, tokenizer, source)
+        _check_agreement(processes, model, samples, {"batch_tokens": batch_tokens})
+        if part == len(folder.metadata["parts"]):
+            folder.metadata["parts"].append(new_part(samples))
+            if processes.first:
+                folder.write_manifest()
+        fill(folder, model, tokenizer, samples, part, batch_tokens, progress, processes)
+    return folder
+
+
+def _next_part(
+    folder: IndexFolder, model: nn.Module, tokenizer: Any, source: Samples
+) -> tuple[list[Example], int]:
+    """The samples, and the number of their part: a new one, or that of a call that was killed."""
     parts = folder.metadata["parts"]
     first = 0
     for number, part in enumerate(parts):
-        # The same samples again: a killed call goes on, a complete one does nothing.
         again = read_examples(source, first=first) if number else []
         if again and new_part(again) == part:
-            _check_agreement(processes, model, again, {"batch_tokens": batch_tokens})
-            fill(folder, model, tokenizer, again, number, batch_tokens, progress, processes)
-            return
+            return again, number
         first += part["count"]
     if folder.missing:
         raise ValueError(
             f"gradsafe.TraceIndex.extend: {folder.path} is incomplete; first finish it with the "
             "samples it was started with"
         )
-    samples = read_examples(source, first=first, taken=ids)
-    _check_agreement(processes, model, samples, {"batch_tokens": batch_tokens})
+    taken = [name for shard in folder.present for name in folder.read_ids(shard)[0]]
+    samples = read_examples(source, first=first, taken=taken)
     encode = ExampleEncoder(model, tokenizer, Encoding(**folder.metadata["settings"]["encoding"]))
     for sample in samples:  # before the manifest promises them
         encode(sample)
-    parts.append(new_part(samples))
-    if processes.first:
-        folder.write_manifest()
-    fill(folder, model, tokenizer, samples, len(parts) - 1, batch_tokens, progress, processes)
+    return samples, len(parts)
 
 
-def shared(processes: Processes, folder: IndexFolder | None, place: Path) -> IndexFolder:
+def _shared(processes: Processes, folder: IndexFolder | None, place: Path) -> IndexFolder:
     """The first process's folder, as all of them are to see it; the layer above all.
 
     Raises:

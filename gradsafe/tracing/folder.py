@@ -29,6 +29,7 @@ from gradsafe.storage import (
     verify_file,
 )
 from gradsafe.tracing.examples import Id
+from gradsafe.tracing.lock import LOCK
 from gradsafe.tracing.shard import Shard, ShardPlan, parse_ids
 
 KIND = "trace-index"
@@ -255,8 +256,10 @@ class IndexFolder:
 
 
 def is_blank(path: Path) -> bool:
-    """Whether a folder is empty but for a manifest that was never finished."""
-    return path.is_dir() and all(entry.name.endswith(PARTIAL) for entry in path.iterdir())
+    """Whether a folder is empty but for a lock and a manifest that was never finished."""
+    return path.is_dir() and all(
+        entry.name == LOCK or entry.name.endswith(PARTIAL) for entry in path.iterdir()
+    )
 
 
 def batch_key(indices: Sequence[int], samples: str) -> str:

@@ -19,6 +19,7 @@ from gradsafe.tracing import build as building
 from gradsafe.tracing.examples import Encoding, ExampleEncoder, Id, Samples, read_examples
 from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.hits import Hits
+from gradsafe.tracing.lock import building_alone
 from gradsafe.tracing.matching import (
     FeatureMoments,
     Metric,
@@ -105,7 +106,8 @@ class TraceIndex:
                 examples; fingerprints are printed.
             FileExistsError: `path` holds something else, or an index and `resume` is False.
             FileNotFoundError: Its parent folder, or the file of examples, does not exist.
-            OSError: The disk is full; what is complete stays usable.
+            OSError: The disk is full, and what is complete stays usable; or (as BusyFolderError)
+                another build works in the folder.
             Stopped: Another process failed; the message says why.
         """
         Metric(part_norm)
@@ -169,8 +171,11 @@ class TraceIndex:
 
         Raises:
             StorageError: The manifest itself cannot be used.
+            BusyFolderError: A build works in the folder.
         """
-        return [shard.name for shard in IndexFolder.open(Path(path)).drop_damaged()]
+        IndexFolder.open(Path(path))
+        with building_alone(Path(path), Processes()):
+            return [shard.name for shard in IndexFolder.open(Path(path)).drop_damaged()]
 
     def extend(
         self,
@@ -196,12 +201,11 @@ class TraceIndex:
         _check_counts(batch_tokens=batch_tokens)
         processes = Processes.of_group() if processes is None else processes
         with processes.ending_together():
-            building.extend_folder(
+            self._folder = building.extend_folder(
                 self._folder,
                 self.model,
                 self.tokenizer,
                 examples,
-                self.ids,
                 processes,
                 batch_tokens,
                 progress,
