@@ -16,6 +16,7 @@ from builders import make_tokenizer
 from safetensors import SafetensorError
 from trace_samples import EXAMPLES, QUERIES, build, files
 
+import gradsafe
 from gradsafe import TraceIndex
 from gradsafe.tracing import IncompleteIndexWarning, folder
 from gradsafe.tracing.signature import SignaturePass
@@ -115,6 +116,25 @@ def test_a_build_killed_at_random_moments_ends_with_the_same_bytes(
     assert files_or_none(tmp_path / "killed") != files(whole.path)
     build(model, tokenizer, tmp_path / "killed")
     assert files(tmp_path / "killed") == files(whole.path)
+
+
+@pytest.mark.slow
+def test_a_build_killed_ten_times_over_ends_with_the_same_bytes(tmp_path):
+    run = subprocess.run(
+        [sys.executable, str(HERE / "killed_builds.py"), str(tmp_path), "0"],
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{Path(gradsafe.__file__).parents[1]}:{HERE.parent}",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    whole = files(tmp_path / "whole")
+    assert len(whole) == 31
+    assert files(tmp_path / "killed") == whole
 
 
 def files_or_none(path: Path) -> dict[str, bytes] | None:
