@@ -88,6 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-weight", type=float, metavar="W", help="share of the gradient part, 0 to 1"
     )
     query.add_argument(
+        "--approximate", action="store_true", help="search with FAISS; may miss a sample"
+    )
+    query.add_argument(
         "--tokens",
         type=positive_integer,
         metavar="N",
@@ -186,6 +189,7 @@ def _search(args: argparse.Namespace, index: TraceIndex) -> Hits:
         args.k or min(SAMPLES, len(index)),
         part_norm=args.part_norm,
         gradient_weight=args.gradient_weight,
+        approximate=args.approximate,
         batch_tokens=args.batch_tokens,
         progress=_progress(args),
     )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -233,6 +234,12 @@ class IndexFolder:
         for shard in self.present:
             with safe_open(self.path / shard.name, "pt") as file:
                 yield file.get_tensor("signatures")
+
+    def signature_rows(self, plan: ShardPlan, rows: Sequence[int]) -> Tensor:
+        """Some rows of a shard's signatures; the others are not read."""
+        with safe_open(self.path / plan.name, "pt") as file:
+            view = file.get_slice("signatures")
+            return torch.cat([view[row : row + 1] for row in rows])
 
     def _verify(self, plan: ShardPlan) -> None:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import os
 import tempfile
 import warnings
@@ -16,19 +15,13 @@ from torch import nn
 from gradsafe.distributed import Processes
 from gradsafe.models import Encoded, pad_token_id, token_texts
 from gradsafe.tracing import build as building
+from gradsafe.tracing.approximate import load_faiss
 from gradsafe.tracing.examples import Encoding, ExampleEncoder, Id, Samples, read_examples
 from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.hits import Hits
 from gradsafe.tracing.lock import building_alone
-from gradsafe.tracing.matching import (
-    FeatureMoments,
-    Metric,
-    PartNorm,
-    best_rows,
-    best_samples,
-    feature_moments,
-    rows_needed,
-)
+from gradsafe.tracing.matching import Metric, PartNorm, best_samples, rows_needed
+from gradsafe.tracing.search import Search
 from gradsafe.tracing.signature import LAST, signatures
 from gradsafe.tracing.tokens import unit_gradients
 
@@ -232,6 +225,7 @@ class TraceIndex:
         *,
         part_norm: PartNorm | None = None,
         gradient_weight: float | None = None,
+        approximate: bool = False,
         batch_tokens: int = 4096,
         progress: bool = False,
     ) -> Hits:
@@ -243,6 +237,9 @@ class TraceIndex:
             k: Samples per query, at most 1024.
             part_norm: None for the index's own, see `Metric`.
             gradient_weight: Share of the gradient part, see `Metric`; None for equal parts.
+            approximate: Compare with candidates of FAISS only (extra `faiss`): a good hit may be
+                missed, scores are exact. The first such query reads all samples and keeps them in
+                memory at one byte per value; later ones read their candidates.
             batch_tokens: Padded tokens per batch.
             progress: Show a progress bar over the queries' signatures.
 
@@ -251,7 +248,10 @@ class TraceIndex:
 
         Raises:
             ValueError: No query, k above the number of samples, or options that do not fit.
+            ImportError: FAISS is asked for and not installed.
         """
+        if approximate:
+            load_faiss()  # missed now, not behind the signatures
         metric = Metric(part_norm or self.part_norm, gradient_weight)
         _check_counts(k=k, batch_tokens=batch_tokens)
         if k > len(self):
@@ -268,8 +268,7 @@ class TraceIndex:
         found = signatures(
             self.model, items, [self.layer], pad_token_id(self.tokenizer), batch_tokens, label
         )[self.layer]
-        moments = self._feature_moments() if metric.part_norm == "zscore" else None
-        best = best_rows(found, self._folder.signatures(), needed, metric, moments)
+        best = self._search.best_rows(found, needed, metric, approximate)
         scores, rows = best_samples(best, self._owners, owners, len(samples), k)
         positions = self._owners[rows]
         return Hits(
@@ -321,26 +320,20 @@ class TraceIndex:
     def _refresh(self) -> None:
         """Read what is small: ids and the sample of each row."""
         self._id_of: dict[int, Id] = {}
-        self._starts: list[int] = []  # first row of each shard
+        starts: list[int] = []
         owners = [torch.empty(0, dtype=torch.int64)]
         for shard in self._folder.present:
             ids, rows = self._folder.read_ids(shard)
             self._id_of.update(zip(range(shard.first, shard.first + shard.count), ids, strict=True))
-            self._starts.append(sum(map(len, owners)))
+            starts.append(sum(map(len, owners)))
             owners.append(rows)
         self._owners = torch.cat(owners)
-        self._moments: FeatureMoments | None = None
-
-    def _feature_moments(self) -> FeatureMoments:
-        if self._moments is None:
-            self._moments = feature_moments(self._folder.signatures)
-        return self._moments
+        self._search = Search(self._folder, starts, len(self._owners))
 
     def _item(self, row: int) -> Encoded:
         """Token ids of a row of the index."""
-        shard = bisect.bisect_right(self._starts, row) - 1
-        plan = self._folder.present[shard]
-        return self._folder.read(plan).items[row - self._starts[shard]]
+        shard, place = self._search.shard_of(row)
+        return self._folder.read(self._folder.present[shard]).items[place]
 
     def _warn_if_incomplete(self) -> None:
         missing = sum(shard.count for shard in self._folder.missing)
