@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -250,6 +251,24 @@ def test_a_full_disk_leaves_a_valid_index(
     with pytest.warns(IncompleteIndexWarning, match="holds 8 of 23 samples"):
         part = TraceIndex.load(tmp_path / "a", model, tokenizer)
     assert part.query([EXAMPLES[3]], 1).ids == [["s3"]]
+    build(model, tokenizer, tmp_path / "a")
+    assert files(tmp_path / "a") == files(whole.path)
+
+
+@pytest.mark.parametrize("size", [100, 1100, 3000])
+def test_a_disk_that_takes_no_more_than_so_many_bytes_of_a_file(model, tokenizer, tmp_path, size):
+    """The kernel refuses here, at the manifest, at a batch or at a shard."""
+    whole = build(model, tokenizer, tmp_path / "whole")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large"):
+            build(model, tokenizer, tmp_path / "a")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    if (tmp_path / "a" / "manifest.json").exists():
+        with pytest.warns(IncompleteIndexWarning, match="of 23 samples"):
+            TraceIndex.load(tmp_path / "a", model, tokenizer)
     build(model, tokenizer, tmp_path / "a")
     assert files(tmp_path / "a") == files(whole.path)
 
