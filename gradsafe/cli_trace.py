@@ -172,7 +172,7 @@ def run_query(args: argparse.Namespace) -> int:
     hits = _search(args, index)
     ranks = min(args.tokens or (TOKEN_RANKS if args.html else 0), hits.scores.shape[1])
     for number, query in enumerate(queries):
-        shown = view(index, hits, number, query, ranks, texts=args.show_text)
+        shown = view(index, hits, number, query, ranks, texts=args.show_text, curve=bool(args.html))
         if pages:
             Path(args.html).mkdir(exist_ok=True)
             pages[number].write_text(page(shown), encoding="utf-8")

@@ -41,7 +41,7 @@ def page(shown: QueryView) -> str:
         query=_texts(shown.prompt, shown.response),
         samples="\n".join(_row(found) for found in shown.found),
         details="\n".join(_details(found) for found in shown.found),
-        curve=_curve(shown.layer_curve, shown.layer) if shown.layer_curve else "",
+        curve=_curve(shown),
     )
     return cli_page.page("gradsafe trace", STYLE, body)
 
@@ -85,8 +85,12 @@ def _texts(prompt: str | None, response: str | None) -> str:
     )
 
 
-def _curve(curve: list[float], layer: int) -> str:
-    """Similarity of consecutive layers as a line; the chosen layer is marked."""
+def _curve(shown: QueryView) -> str:
+    """Similarity of consecutive layers as a line; the layer of the index is marked."""
+    if not shown.layer_curve:
+        return ""
+    curve, layer = shown.layer_curve, shown.layer
+    owner = "over the probes of the index" if shown.curve_of == "probes" else "at this prompt"
     low, high = min(curve), max(curve)
     span = (high - low) or 1.0
     step = (WIDTH - 2 * MARGIN) / max(1, len(curve) - 1)
@@ -108,7 +112,7 @@ def _curve(curve: list[float], layer: int) -> str:
         )
     base = HEIGHT - MARGIN
     return (
-        "<h2>Similarity of consecutive layers</h2>\n"
+        f"<h2>Similarity of consecutive layers {owner}</h2>\n"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="layer curve">'
         f'<line class="axis" x1="{MARGIN}" y1="{base}" x2="{WIDTH - MARGIN}" y2="{base}"/>'
         f'<polyline points="{points}"/>{"".join(marks)}'

@@ -44,7 +44,9 @@ class QueryView:
         found: Samples, best first.
         samples: Size of the index.
         layer: Layer of the index.
-        layer_curve: See `TraceIndex.layer_curve`.
+        layer_curve: Similarities of consecutive layers, of the probes that the layer was chosen by
+            (`TraceIndex.layer_curve`) or of the query (`Hits.layer_curve`); None if not asked for.
+        curve_of: "probes" or "query".
         prompt: Prompt of the query; None if texts are not shown.
         response: Its response; None if texts are not shown.
     """
@@ -54,6 +56,7 @@ class QueryView:
     samples: int
     layer: int
     layer_curve: list[float] | None
+    curve_of: str | None
     prompt: str | None
     response: str | None
 
@@ -79,6 +82,7 @@ def view(
     ranks: int,
     *,
     texts: bool,
+    curve: bool = False,
 ) -> QueryView:
     """Gathers what is to be shown.
 
@@ -89,6 +93,7 @@ def view(
         query: Its record.
         ranks: How many samples to take apart into tokens.
         texts: Show prompts, responses and tokens.
+        curve: Compute the query's layer curve where the index has none.
     """
     found = []
     for rank, (sample, score) in enumerate(
@@ -100,12 +105,16 @@ def view(
         prompt, response = hits.text(number, rank) if texts else (None, None)
         found.append(Found(rank + 1, sample, score, tokens, prompt, response))
     name = query.get("id")
+    layer_curve, curve_of = index.layer_curve, "probes"
+    if layer_curve is None and curve:
+        layer_curve, curve_of = hits.layer_curve(number), "query"
     return QueryView(
         number if name is None else name,
         found,
         len(index),
         index.layer,
-        index.layer_curve,
+        layer_curve,
+        curve_of if layer_curve else None,
         query["prompt"] if texts else None,
         query["response"] if texts else None,
     )

@@ -31,6 +31,7 @@ class Hits:
     _item: Callable[[int], Encoded] = field(repr=False)
     _gradients: Callable[[Encoded], Tensor] = field(repr=False)
     _texts: Callable[[list[int]], list[str]] = field(repr=False)
+    _curve: Callable[[Encoded], list[float]] = field(repr=False)
     _known: dict[int, Tensor] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -70,11 +71,29 @@ class Hits:
         prompt, response = ("".join(self._texts(part)) for part in parts)
         return prompt, response
 
+    def layer_curve(self, query: int = 0) -> list[float]:
+        """How alike consecutive layers are at the last prompt token of a query, one forward pass.
+
+        Args:
+            query: Number of the query.
+
+        Returns:
+            Cosine similarities of layers (1, 2) to (L - 1, L), see `similarity_curve`.
+
+        Raises:
+            IndexError: No such query.
+        """
+        self._check(query, 0)
+        return self._curve(self._queries[query])
+
     def _found(self, query: int, rank: int) -> Encoded:
+        self._check(query, rank)
+        return self._item(int(self.rows[query, rank]))
+
+    def _check(self, query: int, rank: int) -> None:
         queries, ranks = self.rows.shape
         if not 0 <= query < queries or not 0 <= rank < ranks:
             raise IndexError(
                 f"gradsafe.Hits: expected query below {queries} and rank below {ranks}, got "
                 f"query={query}, rank={rank}"
             )
-        return self._item(int(self.rows[query, rank]))

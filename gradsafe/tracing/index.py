@@ -19,6 +19,7 @@ from gradsafe.tracing.approximate import load_faiss
 from gradsafe.tracing.examples import Encoding, ExampleEncoder, Id, Samples, read_examples
 from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.hits import Hits
+from gradsafe.tracing.layer_choice import similarity_curve
 from gradsafe.tracing.lock import building_alone
 from gradsafe.tracing.matching import Metric, PartNorm, best_samples, rows_needed
 from gradsafe.tracing.search import Search
@@ -265,9 +266,8 @@ class TraceIndex:
         encode = ExampleEncoder(self.model, self.tokenizer, self._encoding)
         items, owners = encode.all(samples)
         label = "queries" if progress else None
-        found = signatures(
-            self.model, items, [self.layer], pad_token_id(self.tokenizer), batch_tokens, label
-        )[self.layer]
+        pad_id = pad_token_id(self.tokenizer)
+        found = signatures(self.model, items, [self.layer], pad_id, batch_tokens, label)[self.layer]
         best = self._search.best_rows(found, needed, metric, approximate)
         scores, rows = best_samples(best, self._owners, owners, len(samples), k)
         positions = self._owners[rows]
@@ -280,6 +280,7 @@ class TraceIndex:
             self._item,
             lambda item: unit_gradients(self.model, self.tokenizer, item, self.layer),
             lambda ids: token_texts(self.tokenizer, ids),
+            lambda item: similarity_curve(self.model, [item], pad_id).tolist(),
         )
 
     @property

@@ -143,9 +143,33 @@ def test_pages_load_nothing_and_hold_no_foreign_markup(trace: Run) -> None:
     assert "q<i>" in page.text
     assert "\x1b" not in text
     assert page.tags.count("svg") == 1
+    assert "consecutive layers over the probes" in page.text
     assert page.tags.count("tr") == 1 + 4
     titles = [float(v) for v in re.findall(r'<span title="([^"]+)"', text)]
     assert len(titles) > 3 * len("HUSH")
+
+
+def test_a_page_has_ranks_token_heat_and_layer_curve_without_a_word_of_text(
+    built: Run, model: Path
+) -> None:
+    status, _, _ = built("query", "queries.jsonl", "--html", "pages", "-k", "3", "--tokens", "2")
+    assert status == 0
+    loaded = LlamaForCausalLM.from_pretrained(model)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model)
+    hits = TraceIndex.load("index", loaded, tokenizer).query(QUERIES, 3)
+    for number in range(2):
+        text = Path(f"pages/query-{number}.html").read_text()
+        page = Page(text)
+        ids = [page.text.index(str(found)) for found in hits.ids[number]]
+        assert ids == sorted(ids)  # ranked
+        assert re.findall(r"Rank (\d)", page.text) == ["1", "2"]
+        heat = [float(value) for value in re.findall(r'<span title="([^"]+)"', text)]
+        influence = [value for rank in range(2) for _, value in hits.tokens(number, rank)]
+        assert heat == pytest.approx(influence, rel=0.01)
+        assert "consecutive layers at this prompt" in page.text
+        (value,) = hits.layer_curve(number)
+        assert f"layers 1 and 2: {value:.4f}" in page.text
+        assert not {"SECRET", "HUSH"} & {*re.findall(r"\w+", page.text)}
 
 
 def test_pages_are_not_replaced_unasked(built: Run) -> None:

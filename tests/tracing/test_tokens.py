@@ -7,6 +7,7 @@ from signature_oracle import hidden_and_gradients
 from trace_samples import EXAMPLES, QUERIES, build
 
 from gradsafe.models import encode, token_texts
+from gradsafe.tracing import similarity_curve
 from gradsafe.tracing.tokens import token_influence, unit_gradients
 
 
@@ -65,6 +66,11 @@ def test_hits_tell_texts_and_tokens(model, tokenizer, tmp_path):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
         assert found.sum() > 0
     assert hits.tokens(0, 2) == hits.tokens(0, 2)
+    items = [encode(tokenizer, EXAMPLES[i]["prompt"], EXAMPLES[i]["response"]) for i in (4, 10)]
+    for query, item in enumerate(items):
+        assert hits.layer_curve(query) == similarity_curve(model, [item], 0).tolist()
+    with pytest.raises(IndexError, match="query below 2"):
+        hits.layer_curve(2)
     for query, rank in ((2, 0), (0, 3), (-1, 0)):
         with pytest.raises(IndexError, match="query below 2 and rank below 3"):
             hits.tokens(query, rank)
