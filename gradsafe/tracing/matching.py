@@ -14,6 +14,7 @@ from gradsafe.ops.cosine_topk import MAX_K, TopK, cosine_topk, merge_topk
 
 PartNorm = Literal["none", "unit", "zscore"]
 EQUAL = 0.5
+BLOCK = 64  # rows prepared at once: their float64 copy stays in the cache
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,20 @@ class Metric:
         if self.part_norm == "none":
             return rows
         weight = EQUAL if self.gradient_weight is None else self.gradient_weight
-        half = rows.shape[1] // 2
-        parts = [rows[:, :half], rows[:, half:]]
-        if self.part_norm == "zscore":
-            assert moments is not None
-            scaled = (rows.double() - moments.mean) * moments.inverse_std
-            parts = [scaled[:, :half].float(), scaled[:, half:].float()]
-        else:
-            parts = [_unit(part) for part in parts]
         factors = (math.sqrt(1 - weight), math.sqrt(weight))
-        return torch.cat([part * f for part, f in zip(parts, factors, strict=True)], 1)
+        prepared = torch.empty(rows.shape)
+        for part, target in zip(rows.split(BLOCK), prepared.split(BLOCK), strict=True):
+            exact = part.to(torch.float64, copy=True)
+            if self.part_norm == "zscore":
+                assert moments is not None
+                exact.sub_(moments.mean).mul_(moments.inverse_std)
+            for half, factor in zip(exact.chunk(2, 1), factors, strict=True):
+                if self.part_norm == "unit":
+                    norms = torch.linalg.vector_norm(half, dim=1, keepdim=True)
+                    half.div_(torch.where(norms > 0, norms, 1.0))
+                half.mul_(factor)
+            target.copy_(exact)
+        return prepared
 
 
 @dataclass(frozen=True)
@@ -186,8 +191,3 @@ def _first_of_each(
         if owner not in seen:
             seen.add(owner)
             yield score, row
-
-
-def _unit(part: Tensor) -> Tensor:
-    norms = torch.linalg.vector_norm(part, dim=1, keepdim=True, dtype=torch.float64)
-    return torch.where(norms > 0, part.double() / norms, 0.0).float()

@@ -78,5 +78,5 @@ class Search:
         shards = torch.bucketize(rows, torch.tensor(self._starts), right=True) - 1
         for shard in shards.unique().tolist():
             places = rows[shards == shard] - self._starts[shard]
-            parts.append(self._folder.signature_rows(present[shard], places.tolist()))
+            parts.append(self._folder.signature_rows(present[shard], places))
         return torch.cat(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -210,6 +211,17 @@ def test_errors_are_one_line(
     assert message in err
     assert err.count("\n") == 1
     assert "SECRET" not in err
+
+
+def test_approximate_search_needs_the_extra(built: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = built("query", "queries.jsonl", "-k", "3", "--json")
+    if importlib.util.find_spec("faiss"):
+        assert built("query", "queries.jsonl", "-k", "3", "--json", "--approximate") == exact
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    status, out, err = built("query", "queries.jsonl", "--approximate")
+    assert (status, out) == (2, "")
+    assert "pip install 'gradsafe[faiss]'" in err
+    assert err.count("\n") == 1
 
 
 def test_a_damaged_index_is_named(built: Run) -> None:

@@ -25,7 +25,7 @@ class Shards:
         yield from self.present
 
     def signature_rows(self, shard, rows):
-        self.read += rows
+        self.read += rows.tolist()
         return shard[rows]
 
 
