@@ -14,7 +14,7 @@ from gradsafe.ops.cosine_topk import MAX_K, TopK, cosine_topk, merge_topk
 
 PartNorm = Literal["none", "unit", "zscore"]
 EQUAL = 0.5
-BLOCK = 64  # rows prepared at once: their float64 copy stays in the cache
+BLOCK = 256  # rows prepared at once, so that their float64 copy stays small
 
 
 @dataclass(frozen=True)
