@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import gradsafe
-from gradsafe import cli_options
-from gradsafe.cli import main
+from gradsafe.cli import main, options
 from gradsafe.detection import config
 
 
@@ -79,11 +78,11 @@ def test_memory_errors_and_warnings_take_one_line(
 
 
 def test_choices_are_the_detector_s() -> None:
-    assert get_args(config.Method) == cli_options.METHODS
-    assert get_args(config.Granularity) == cli_options.GRANULARITIES
-    assert get_args(config.Relative) == cli_options.RELATIVES
-    assert tuple(config.REFERENCE_DTYPES) == cli_options.REFERENCE_DTYPES
+    assert get_args(config.Method) == options.METHODS
+    assert get_args(config.Granularity) == options.GRANULARITIES
+    assert get_args(config.Relative) == options.RELATIVES
+    assert tuple(config.REFERENCE_DTYPES) == options.REFERENCE_DTYPES
     fields = set(config.DetectorConfig.__dataclass_fields__)
-    assert set(cli_options.FIT_OPTIONS) <= fields
-    baselines = {m for m in cli_options.METHODS if not config.DetectorConfig(m).uses_references}
-    assert set(cli_options.WITHOUT_REFERENCES) == baselines
+    assert set(options.FIT_OPTIONS) <= fields
+    baselines = {m for m in options.METHODS if not config.DetectorConfig(m).uses_references}
+    assert set(options.WITHOUT_REFERENCES) == baselines

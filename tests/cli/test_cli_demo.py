@@ -9,8 +9,8 @@ import pytest
 from tiny_model import BENIGN, SAFE, UNSAFE
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gradsafe import cli_options, testbed
-from gradsafe.cli import main
+from gradsafe import testbed
+from gradsafe.cli import main, options
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_shows_prompts_and_one_row_per_method(demo: Callable[..., str]) -> None:
     out = demo()
     for kind in ("ordinary", "unsafe", "lookalike"):
         assert out.count(f"{kind} prompt ") == 3
-    for method in cli_options.METHODS:
+    for method in options.METHODS:
         assert f"\n{method} " in out
     assert max(len(line) for line in out.splitlines()) <= 120
 
@@ -50,7 +50,7 @@ def test_repeats_but_for_the_clock(demo: Callable[..., str]) -> None:
     once, again = (
         [line.split()[:-1] for line in demo("--pairs", "1").splitlines()] for _ in range(2)
     )
-    width = min(len(line) for line in once if line and line[0] in cli_options.METHODS)
+    width = min(len(line) for line in once if line and line[0] in options.METHODS)
     assert [line[: width - 1] for line in once] == [line[: width - 1] for line in again]
 
 

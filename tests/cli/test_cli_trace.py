@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradsafe import TraceIndex
 from gradsafe.cli import main
+from gradsafe.cli.trace import PART_NORMS, RULES
 from gradsafe.tracing.signature import SignaturePass
 
 SAMPLES = [
@@ -258,9 +259,8 @@ def test_help_imports_nothing_heavy() -> None:
 def test_options_name_what_the_library_knows() -> None:
     from typing import get_args
 
-    from gradsafe import cli_trace
     from gradsafe.tracing.layer_choice import LayerRule
     from gradsafe.tracing.matching import PartNorm
 
-    assert get_args(PartNorm) == cli_trace.PART_NORMS
-    assert ("last", *get_args(LayerRule)) == cli_trace.RULES
+    assert get_args(PartNorm) == PART_NORMS
+    assert ("last", *get_args(LayerRule)) == RULES

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from gradsafe.cli import main
-from gradsafe.cli_finetune_config import read_settings
+from gradsafe.cli.finetune_config import read_settings
 
 Finetune = Callable[..., tuple[int, str, str]]
 SETTINGS: dict[str, Any] = {

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 
-from gradsafe.cli_files import (
+from gradsafe.cli.files import (
     check_new_file,
     check_saved_detector,
     located,
@@ -16,7 +16,7 @@ from gradsafe.cli_files import (
     reference_files,
     write_text,
 )
-from gradsafe.cli_options import (
+from gradsafe.cli.options import (
     add_detector_arguments,
     add_model_arguments,
     check_detector_options,
@@ -63,10 +63,10 @@ def run(args: argparse.Namespace) -> int:
     check_saved_detector(args.detector)
 
     # From here on torch is needed, which takes seconds to import.
-    from gradsafe.cli_detector import prepare_detector
-    from gradsafe.cli_explain_html import page
-    from gradsafe.cli_explain_text import report
-    from gradsafe.cli_model import load_model
+    from gradsafe.cli.detector import prepare_detector
+    from gradsafe.cli.explain_html import page
+    from gradsafe.cli.explain_text import report
+    from gradsafe.cli.model import load_model
     from gradsafe.detection import DetectorConfig
     from gradsafe.detection.explanation import check_explainable
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from gradsafe import cli_page
-from gradsafe.cli_explain_view import (
+from gradsafe.cli import markup
+from gradsafe.cli.explain_view import (
     Piece,
     balance,
     full_scale,
@@ -62,17 +62,17 @@ def page(explanation: Explanation, method: str) -> str:
         title="Components" if len(top) == total else f"Top {len(top)} of {total} components",
         components="\n".join(_component(name, value, largest) for name, value in top),
     )
-    return cli_page.page("gradsafe explain", STYLE, body)
+    return markup.page("gradsafe explain", STYLE, body)
 
 
 def _token(piece: Piece, scale: float) -> str:
     title = f"{signed(piece.evidence)} ({piece.part})"
-    return cli_page.span(piece.text, piece.evidence, scale, title, piece.part)
+    return markup.span(piece.text, piece.evidence, scale, title, piece.part)
 
 
 def _component(name: str, value: float, largest: float) -> str:
     width = 50 * abs(value) / largest if largest else 0.0
     return (
-        f"<tr><td>{escape(cli_page.visible(name))}</td>{cli_page.bar(value, width)}"
+        f"<tr><td>{escape(markup.visible(name))}</td>{markup.bar(value, width)}"
         f'<td class="number">{signed(value)}</td></tr>'
     )

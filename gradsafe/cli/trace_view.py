@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from gradsafe.cli_page import visible
+from gradsafe.cli.markup import visible
 
 if TYPE_CHECKING:
     from gradsafe.tracing import Hits, TraceIndex

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from gradsafe._backend import cuda_problem
-from gradsafe.cli_options import TESTBED
+from gradsafe.cli.options import TESTBED
 
 # transformers renamed the option in this release, and warns of the old name.
 _RENAMED = Version(transformers.__version__) >= Version("4.56")

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradsafe.cli_files import Inputs, check_destinations, located, read_inputs
-from gradsafe.cli_options import check_options, fit_options
-from gradsafe.cli_output import Output, Record, open_output
-from gradsafe.cli_processes import check_agreement, hand_over, load_in_each
+from gradsafe.cli.files import Inputs, check_destinations, located, read_inputs
+from gradsafe.cli.options import check_options, fit_options
+from gradsafe.cli.output import Output, Record, open_output
+from gradsafe.cli.processes import check_agreement, hand_over, load_in_each
 from gradsafe.distributed import Processes
 from gradsafe.jsonl import Row, record_key
 
@@ -81,7 +81,7 @@ def _unfinished(found: set[int], total: int) -> list[int]:
 def _summarise(
     args: argparse.Namespace, inputs: Inputs, detector: Detector, records: Sequence[Record]
 ) -> None:
-    from gradsafe.cli_report import detection_summary
+    from gradsafe.cli.report import detection_summary
 
     # A score that is no number counts as the highest, as its flag does.
     scores = [FLOAT32_MAX if r["score"] is None else float(r["score"]) for r in records]
@@ -106,7 +106,7 @@ def _settings(args: argparse.Namespace, inputs: Inputs, model: Any, tokenizer: A
 
 def _prepare(args: argparse.Namespace, inputs: Inputs, model: Any, tokenizer: Any) -> Detector:
     """Loads or fits the detector, then calibrates and saves it as asked."""
-    from gradsafe.cli_detector import prepare_detector
+    from gradsafe.cli.detector import prepare_detector
 
     named = [(f"{args.prompts}:{row.line}", row["prompt"]) for row in inputs.rows]
     hidden = _bar_hidden(args)

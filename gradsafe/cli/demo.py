@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradsafe.cli_options import METHODS, TESTBED, positive_integer
+from gradsafe.cli.options import METHODS, TESTBED, positive_integer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from gradsafe import testbed
-    from gradsafe.cli_model import load_model
+    from gradsafe.cli.model import load_model
     from gradsafe.detection import Detector
 
     unsafe, safe = testbed.references(args.pairs)
@@ -87,7 +87,7 @@ def _timed(detector: Detector, prompts: list[str]) -> tuple[Tensor, float]:
 
 def _examples(rows: Sequence[Any], scores: Sequence[float], threshold: float) -> str:
     """Some held-out prompts of each kind, evenly spaced; the testbed's own text may be shown."""
-    from gradsafe.cli_report import table
+    from gradsafe.cli.report import table
 
     lines = []
     for kind in dict.fromkeys(row["kind"] for row in rows):
@@ -103,7 +103,7 @@ def _examples(rows: Sequence[Any], scores: Sequence[float], threshold: float) ->
 
 def _comparison(labels: list[int], results: list[tuple[Detector, Tensor, float]]) -> str:
     """One row per method; the best value of each column, as shown, carries a star."""
-    from gradsafe import cli_report as report
+    from gradsafe.cli import report
 
     rows: list[list[str]] = [[method] for method in METHODS]
     for title, sign, show in (
@@ -126,7 +126,7 @@ def _comparison(labels: list[int], results: list[tuple[Detector, Tensor, float]]
 def _measures(
     labels: list[int], detector: Detector, scores: Tensor, milliseconds: float
 ) -> dict[str, float]:
-    from gradsafe.cli_report import judge, rank
+    from gradsafe.cli.report import judge, rank
 
     assert detector.threshold is not None
     ranking = rank(labels, scores.tolist(), MAX_FPR)

@@ -10,8 +10,8 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from gradsafe import cli_demo, cli_detect, cli_explain, cli_finetune, cli_options, cli_trace
 from gradsafe._version import __version__
+from gradsafe.cli import demo, detect, explain, finetune, options, trace
 from gradsafe.distributed import Processes, Stopped
 
 FAILED = 1
@@ -127,26 +127,26 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gradsafe {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, summary, add_arguments, run in (
-        ("detect", "score prompts: how unsafe is each?", cli_options.add_arguments, cli_detect.run),
+        ("detect", "score prompts: how unsafe is each?", options.add_arguments, detect.run),
         (
             "explain",
             "show which tokens and components a score comes from",
-            cli_explain.add_arguments,
-            cli_explain.run,
+            explain.add_arguments,
+            explain.run,
         ),
         (
             "trace",
             "find the training samples that a behavior comes from",
-            cli_trace.add_arguments,
+            trace.add_arguments,
             None,
         ),
         (
             "finetune",
             "fine-tune on untrusted data without losing alignment",
-            cli_finetune.add_arguments,
-            cli_finetune.run,
+            finetune.add_arguments,
+            finetune.run,
         ),
-        ("demo", "compare the methods on the testbed", cli_demo.add_arguments, cli_demo.run),
+        ("demo", "compare the methods on the testbed", demo.add_arguments, demo.run),
         ("doctor", "show versions and devices, test the operators", _doctor_arguments, _doctor),
     ):
         command = commands.add_parser(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gradsafe.cli_explain_view import (
+from gradsafe.cli.explain_view import (
     Piece,
     balance,
     full_scale,
@@ -13,8 +13,8 @@ from gradsafe.cli_explain_view import (
     top_components,
     verdict,
 )
-from gradsafe.cli_page import visible
-from gradsafe.cli_report import table
+from gradsafe.cli.markup import visible
+from gradsafe.cli.report import table
 
 if TYPE_CHECKING:
     from gradsafe.detection import Explanation

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradsafe.cli_options import TESTBED
+from gradsafe.cli.options import TESTBED
 from gradsafe.distributed import Processes
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def load_in_each(args: argparse.Namespace, processes: Processes) -> tuple[Any, Any]:
     """Loads model and tokenizer, on a GPU of its own if there is one; one process shows the bar."""
-    from gradsafe.cli_model import load_model
+    from gradsafe.cli.model import load_model
 
     options = (args.model, args.dtype, args.device, processes.first and not args.no_progress)
     if processes.count == 1:

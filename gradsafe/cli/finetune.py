@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from gradsafe.cli_finetune_config import (
+from gradsafe.cli.finetune_config import (
     LORA_DEFAULTS,
     TRAINING_DEFAULTS,
     Settings,
@@ -98,7 +98,7 @@ def _trainer(
 ) -> Any:
     from transformers import set_seed
 
-    from gradsafe.cli_model import load_model
+    from gradsafe.cli.model import load_model
     from gradsafe.finetuning import SafeGradConfig
     from gradsafe.finetuning.trainer import SafeGradTrainer
 
@@ -127,7 +127,7 @@ def _training_arguments(args: argparse.Namespace, settings: Settings) -> Any:
 
     from transformers import TrainingArguments
 
-    from gradsafe.cli_model import choose_device
+    from gradsafe.cli.model import choose_device
 
     section = settings.training
     section.check_keys(item.name for item in fields(TrainingArguments) if item.init)

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gradsafe.cli_options import add_model_arguments, positive_integer
-from gradsafe.cli_processes import load_in_each
+from gradsafe.cli.options import add_model_arguments, positive_integer
+from gradsafe.cli.processes import load_in_each
 from gradsafe.jsonl import read_jsonl
 
 if TYPE_CHECKING:
@@ -161,10 +161,10 @@ def run_query(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.queries}: no queries in this file")
     pages = _pages(args, len(queries))
 
-    from gradsafe.cli_model import load_model
-    from gradsafe.cli_trace_html import page
-    from gradsafe.cli_trace_text import report
-    from gradsafe.cli_trace_view import view
+    from gradsafe.cli.model import load_model
+    from gradsafe.cli.trace_html import page
+    from gradsafe.cli.trace_text import report
+    from gradsafe.cli.trace_view import view
     from gradsafe.tracing import TraceIndex
 
     model, tokenizer = load_model(args.model, args.dtype, args.device, not args.no_progress)

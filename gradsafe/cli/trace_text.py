@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gradsafe.cli_page import visible
-from gradsafe.cli_report import table
-from gradsafe.cli_trace_view import Found, QueryView, joined
+from gradsafe.cli.markup import visible
+from gradsafe.cli.report import table
+from gradsafe.cli.trace_view import Found, QueryView, joined
 
 WIDTH = 60
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from gradsafe.cli_files import References, located, texts
-from gradsafe.cli_options import WITHOUT_REFERENCES, fit_options
+from gradsafe.cli.files import References, located, texts
+from gradsafe.cli.options import WITHOUT_REFERENCES, fit_options
 from gradsafe.detection import Detector, DetectorConfig
 from gradsafe.models.encode import Encoder, context_length
 
@@ -27,7 +27,7 @@ def prepare_detector(
     """Loads or fits the detector, and calibrates it as asked.
 
     Args:
-        args: Options of `cli_options.add_model_arguments` and `add_detector_arguments`.
+        args: Options of `options.add_model_arguments` and `add_detector_arguments`.
         references: What their files say.
         prompts: What will be scored: looked at now, so that one beyond the context is found with
             its place, and not hours into the work.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
-from gradsafe import cli_page
-from gradsafe.cli_trace_view import Found, QueryView, joined
+from gradsafe.cli import markup
+from gradsafe.cli.trace_view import Found, QueryView, joined
 
 STYLE = """
 .text { white-space: pre-wrap; overflow-wrap: anywhere; font: 15px/1.5 ui-monospace, monospace;
@@ -43,14 +43,14 @@ def page(shown: QueryView) -> str:
         details="\n".join(_details(found) for found in shown.found),
         curve=_curve(shown),
     )
-    return cli_page.page("gradsafe trace", STYLE, body)
+    return markup.page("gradsafe trace", STYLE, body)
 
 
 def _row(found: Found) -> str:
     width = min(100.0, 100 * abs(found.score))
-    name = escape(cli_page.visible(str(found.id)))
+    name = escape(markup.visible(str(found.id)))
     return (
-        f"<tr><td>{found.rank}</td><td>{name}</td>{cli_page.bar(found.score, width)}"
+        f"<tr><td>{found.rank}</td><td>{name}</td>{markup.bar(found.score, width)}"
         f'<td class="number">{found.score:.4f}</td></tr>'
     )
 
@@ -58,7 +58,7 @@ def _row(found: Found) -> str:
 def _details(found: Found) -> str:
     if found.tokens is None and found.prompt is None:
         return ""
-    lines = [f"<h2>Rank {found.rank}: {escape(cli_page.visible(str(found.id)))}</h2>"]
+    lines = [f"<h2>Rank {found.rank}: {escape(markup.visible(str(found.id)))}</h2>"]
     if found.tokens is None:
         lines.append(_texts(found.prompt, found.response))
     else:
@@ -68,7 +68,7 @@ def _details(found: Found) -> str:
         lines.append(
             '<div class="tokens" dir="ltr">'
             + "".join(
-                cli_page.span(text, influence, scale, f"{influence:+.3g}")
+                markup.span(text, influence, scale, f"{influence:+.3g}")
                 for text, influence in pieces
             )
             + "</div>"
@@ -79,7 +79,7 @@ def _details(found: Found) -> str:
 
 def _texts(prompt: str | None, response: str | None) -> str:
     return "\n".join(
-        f'<div class="text" dir="ltr">{cli_page.lines(text)}</div>'
+        f'<div class="text" dir="ltr">{markup.lines(text)}</div>'
         for text in (prompt, response)
         if text
     )
