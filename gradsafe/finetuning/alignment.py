@@ -30,9 +30,10 @@ class KLAlignment:
     """KL(reference || model) on alignment samples, in chunks of tokens: `[T, V]` is never held.
 
     `loss = alignment(batch)` is a scalar to call `backward()` on. The forward pass goes through the
-    model that is passed (DDP, `torch.compile` and PEFT wrappers included, so their hooks fire);
-    hidden states are taken at the input of its output head, which itself sees no position. The
-    reference runs in eval mode, without gradients and outside of DDP.
+    model that is passed (DDP, FSDP2, `torch.compile` and PEFT wrappers included, so their hooks
+    fire); hidden states are taken, and the loss is computed, at the input of its output head, which
+    itself sees no position. The reference runs in eval mode, without gradients and outside of DDP;
+    a second model must not be sharded.
 
     The direction is the one of arXiv 2508.07172, equation 6. The loss is the sum over the counted
     positions divided by the number of response tokens of the batch, whatever `kl_tokens` is.
@@ -85,9 +86,9 @@ class KLAlignment:
         if isinstance(reference, nn.Module):
             return ModelReference(reference)
         if reference == "adapter_off":
-            return AdapterOffReference(self.model)
+            return AdapterOffReference(self.model, self.head)
         if reference == "cached":
-            return CachedReference(self.model, cache)
+            return CachedReference(self.model, self.head, cache)
         raise ValueError(
             f'gradsafe.KLAlignment: expected reference to be "adapter_off", "cached" or a model, '
             f"got {reference!r}"
@@ -159,9 +160,12 @@ class KLAlignment:
             )
         counted = self._counted(response, mask)
         teacher = self._teacher(inputs, counted, labels.to(mask.device))
-        hidden = self.head.run(runs, inputs)
-        hidden = hidden[counted.to(hidden.device)]
-        total = chunked_kl(hidden, self.head, teacher, self.chunk_tokens)
+
+        def divergence(hidden: Tensor) -> Tensor:
+            counted_states = hidden[counted.to(hidden.device)]
+            return chunked_kl(counted_states, self.head, teacher, self.chunk_tokens)
+
+        total = self.head.run(runs, inputs, divergence)
         return total / (tokens if normalizer is None else normalizer)
 
     def _teacher(self, inputs: dict[str, Tensor], counted: Tensor, labels: Tensor) -> Teacher:

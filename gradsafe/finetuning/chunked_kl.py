@@ -100,7 +100,7 @@ def _linear_step(
 ) -> Tensor:
     """One chunk of a plain linear head; adds to `gradients`, returns the values `[n]`."""
     weight: Any = head.module.weight
-    logits = head.module(hidden)
+    logits = head.project(hidden)
     values = _kl_in_place(logits, teacher)
     # From here on `logits` is the gradient with respect to the logits.
     if into is not None:

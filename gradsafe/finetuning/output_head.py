@@ -60,7 +60,7 @@ class OutputHead:
         """Finds the head of a transformers model, wrapped or not.
 
         Raises:
-            ValueError: the model has no output embeddings, or they are sharded.
+            ValueError: the model has no output embeddings.
         """
         inner: Any = unwrapped(model)
         getter = getattr(inner, "get_output_embeddings", None)
@@ -69,11 +69,6 @@ class OutputHead:
             raise ValueError(
                 f"gradsafe.KLAlignment: expected a causal language model with an output head "
                 f"(get_output_embeddings), got {type(inner).__name__}"
-            )
-        if any(hasattr(p, "full_tensor") for p in module.parameters()):
-            raise ValueError(
-                "gradsafe.KLAlignment: the output head is sharded (DTensor); leave it out of "
-                "fully_shard, since the loss reads it outside of the model's forward"
             )
         config = text_config(inner)
         named = [(build, getattr(config, key, None)) for key, build in _TRANSFORMS.items()]
@@ -87,12 +82,22 @@ class OutputHead:
     @property
     def plain(self) -> bool:
         """A linear layer and nothing else: its gradient has a closed form."""
-        return type(self.module) is nn.Linear and self.transform is None
+        return self.linear and self.transform is None
+
+    @property
+    def linear(self) -> bool:
+        """A linear layer without adapters or quantisation; FSDP2 makes a class of its own of it."""
+        return getattr(type(self.module), "forward", None) is nn.Linear.forward
 
     @property
     def trainable(self) -> list[nn.Parameter]:
         """Parameters of the head that are trained."""
         return [p for p in self.module.parameters() if p.requires_grad]
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its weights are in pieces now; within the model's forward FSDP2 gathers them."""
+        return any(map(is_sharded, self.module.parameters()))
 
     def ready(self, hidden: Tensor) -> Tensor:
         """The states in the dtype of the head, unless autocast sees to that."""
@@ -103,26 +108,51 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[N, V]` from `[N, d]`."""
-        out = self.module(self.ready(hidden))
+        out = self.project(self.ready(hidden))
         return out if self.transform is None else self.transform(out)
 
-    def run(self, model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        """The final hidden states `[B, T, d]` of one forward pass of `model`.
+    def project(self, hidden: Tensor) -> Tensor:
+        """The head without its hooks, which belong to the model's own call of it."""
+        out: Tensor = self.module.forward(hidden)
+        return out
+
+    def run(
+        self, model: nn.Module, inputs: dict[str, Tensor], loss: Transform | None = None
+    ) -> Tensor:
+        """The final hidden states `[B, T, d]` of one forward pass of `model`, or a loss of them.
 
         The pass goes through `model` itself, so that the hooks of DDP and of others fire, but the
         head sees no position (one position the first time, to check the transform), so that
         `[B, T, V]` never exists.
 
+        Args:
+            model: the model, wrapped or not.
+            inputs: of its forward.
+            loss: computed from the states where the head is called, since only there FSDP2 has its
+                weights together; its gradients to them are then reduced like all others.
+
         Raises:
             RuntimeError: the forward did not call the head once, or its logits are not what the
                 head and a known transform give.
+            ValueError: the head is sharded by something else than FSDP2.
         """
+        if loss is not None and self._candidates:
+            with eval_mode(model):
+                self.run(model, inputs)  # the loss needs the transform
         seen: list[Tensor] = []
+        found: list[Tensor] = []
         kept = 1 if self._candidates else 0
 
         def capture(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            seen.append(args[0])
-            return (args[0][:, :kept], *args[1:])
+            hidden = args[0]
+            seen.append(hidden)
+            self._refuse_pieces()
+            if kept:
+                with torch.no_grad():
+                    found.append(self.project(hidden[:, :kept]))
+            elif loss is not None and hidden.dim() == 3:
+                found.append(loss(hidden))
+            return (hidden[:, :kept], *args[1:])
 
         handle = self.module.register_forward_pre_hook(capture)
         try:
@@ -134,14 +164,24 @@ class OutputHead:
                 f"gradsafe.KLAlignment: expected the forward of {self.name} to call its output "
                 f"head once with hidden states [B, T, d], got {len(seen)} calls"
             )
-        if self._candidates:
-            logits = output.logits if hasattr(output, "logits") else output[0]
-            self._choose_transform(seen[0], logits)
-        return seen[0]
+        logits = output.logits if hasattr(output, "logits") else output[0]
+        if kept:
+            self._choose_transform(found[0], logits)
+        if loss is None:
+            return seen[0]
+        # The hooks of FSDP2 before the backward pass are on the model's output.
+        return found[0] + logits.sum() if any(map(is_sharded, model.parameters())) else found[0]
+
+    def _refuse_pieces(self) -> None:
+        if self.sharded:
+            raise ValueError(
+                f"gradsafe.KLAlignment: the output head of {self.name} is sharded (DTensor) within "
+                "the model's own forward, too; shard it with FSDP2 (fully_shard), not by tensor "
+                "parallelism"
+            )
 
     @torch.no_grad()
-    def _choose_transform(self, hidden: Tensor, logits: Tensor) -> None:
-        out = self.module(hidden[:, :1])
+    def _choose_transform(self, out: Tensor, logits: Tensor) -> None:
         tolerance = 32 * torch.finfo(out.dtype).eps
         worst = math.inf
         for candidate in self._candidates:
@@ -160,6 +200,11 @@ class OutputHead:
                 f"(relative difference {worst:.1e}), nor with one of the known transforms "
                 f"{list(_TRANSFORMS)}; this family is not supported"
             )
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether it is a DTensor."""
+    return hasattr(parameter, "full_tensor")
 
 
 @contextmanager

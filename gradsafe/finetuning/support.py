@@ -10,12 +10,24 @@ def check_supported(trainer: Any) -> None:
     args = trainer.args
     optimizer = str(getattr(args.optim, "value", args.optim))
     deepspeed, fsdp = trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled
+    fsdp2 = getattr(trainer.accelerator, "is_fsdp2", False)
+    loaded_sharded = getattr(trainer, "is_distributed_loading_by_transformers", False)
     problems = (
         (deepspeed, "DeepSpeed keeps the gradients to itself; use DDP"),
         (
-            fsdp,
-            "FSDP is not supported here; use GradientSurgery with fully_shard in a loop of your "
-            "own, or DDP",
+            args.fsdp and not fsdp,
+            "fsdp: accelerate shards no model on the CPU and would use DDP instead; leave fsdp out",
+        ),
+        (fsdp and not fsdp2, "FSDP1 is not supported; set fsdp_config={'version': 2}"),
+        (
+            loaded_sharded,
+            "a model sharded while it is loaded (DistributedConfig) is not supported; load it "
+            "whole and set fsdp=True",
+        ),
+        (
+            fsdp and args.torch_compile,
+            "torch_compile=True does not go with FSDP2 here, since the alignment pass runs "
+            "uncompiled; leave one of them out",
         ),
         (
             args.n_gpu > 1,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +35,11 @@ class ModelReference:
         self.head = OutputHead.of(model)
 
     def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:  # noqa: D102
+        if self.head.sharded:
+            raise ValueError(
+                "gradsafe.KLAlignment: the reference model is sharded, but its output head is read "
+                'outside of its forward; keep it whole, or use reference="adapter_off" or "cached"'
+            )
         with eval_mode(self.model):
             hidden = self.head.run(self.model, inputs)
         hidden = hidden[counted.to(hidden.device)]
@@ -47,7 +53,7 @@ class ModelReference:
 class AdapterOffReference:
     """The model itself with its PEFT adapters switched off."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: OutputHead) -> None:
         self.peft: Any = _peft_model(model)
         stray = _trained_outside_adapters(self.peft)
         if stray:
@@ -56,19 +62,19 @@ class AdapterOffReference:
                 f"inside adapters, but {stray[0]} is not, so the reference would drift; freeze it "
                 f"or pass a frozen second model"
             )
-        self.head = OutputHead.of(model)
+        self.head = head
 
     def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:  # noqa: D102
-        with eval_mode(self.peft), self.peft.disable_adapter():
+        with eval_mode(self.peft), _adapters_off(self.peft):
             hidden = self.head.run(self.peft, inputs)
         hidden = hidden[counted.to(hidden.device)]
         return lambda begin, end: self._logits(hidden[begin:end])
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        if type(self.head.module) is nn.Linear:  # no adapter on it
+        if self.head.linear:  # no adapter on it
             with torch.no_grad():
                 return self.head.logits(hidden)
-        with eval_mode(self.head.module), self.peft.disable_adapter():
+        with eval_mode(self.head.module), _adapters_off(self.peft):
             return self.head.logits(hidden)
 
 
@@ -78,9 +84,11 @@ class CachedReference:
     Rows are found by their token ids, whatever the padding. The output head must stay frozen.
     """
 
-    def __init__(self, model: nn.Module, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, head: OutputHead, path: str | os.PathLike[str] | None = None
+    ) -> None:
         self.model = model
-        self.head = OutputHead.of(model)
+        self.head = head
         if self.head.trainable:
             raise ValueError(
                 'gradsafe.KLAlignment: reference="cached" needs a frozen output head (weights '
@@ -164,6 +172,20 @@ def _peft_model(model: nn.Module) -> nn.Module:
             )
         inner = wrapped
     return inner
+
+
+@contextmanager
+def _adapters_off(peft: Any) -> Iterator[None]:
+    """Switches the adapters off, and leaves alone what is trained.
+
+    PEFT would freeze the adapters meanwhile, and FSDP2 keeps such flags for the gathered copies
+    that it makes in the first forward pass.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
+    with peft.disable_adapter():
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        yield
 
 
 def _trained_outside_adapters(model: nn.Module) -> list[str]:

@@ -46,9 +46,11 @@ class SafeGradTrainer(Trainer):
     A step with a gradient that is not finite changes nothing and is counted; to know, the host
     waits for the device once per optimizer step (not in fp16, where the loss scaler decides).
 
-    Needs one process per device. Not supported, and refused: DeepSpeed, FSDP, `nn.DataParallel`,
-    optimizers that step inside the backward pass (lomo, layerwise), `ddp_static_graph`. For FSDP2
-    use `GradientSurgery` in a loop of your own. Under `torch_compile=True` the alignment pass runs
+    Needs one process per device, each with the whole model (DDP) or a piece of it (FSDP2, with
+    `fsdp=True`; a second model as reference stays whole on every device). Not supported, and
+    refused: DeepSpeed, FSDP1, models sharded while they are loaded (`DistributedConfig`),
+    `nn.DataParallel`, optimizers that step inside the backward pass (lomo, layerwise),
+    `ddp_static_graph`. Under `torch_compile=True` (not with FSDP2) the alignment pass runs
     uncompiled.
 
     Args:
@@ -226,9 +228,11 @@ class SafeGradTrainer(Trainer):
             return SFTAlignment(model)
         reference: Any = options.reference
         if isinstance(reference, nn.Module):
-            reference = self.accelerator.prepare_model(
-                reference.requires_grad_(False), evaluation_mode=True
-            )
+            reference.requires_grad_(False)
+            if self.is_fsdp_enabled:  # accelerate prepares one model only
+                reference.to(self.args.device)
+            else:
+                reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         loss = KLAlignment(model, reference, options.kl_tokens)
         if reference == "cached":
             # Now the model is the one to stay close to; a checkpoint is loaded later, by train().

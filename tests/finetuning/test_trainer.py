@@ -303,6 +303,12 @@ class TestRefused:
         with pytest.raises(ValueError, match='"adapter_off" needs a model with PEFT adapters'):
             make_trainer(tmp_path, make_model(lora=False))
 
+    def test_a_model_that_was_sharded_when_it_was_loaded(self, tmp_path: Path) -> None:
+        model = make_model()
+        model.is_distributed_loading_by_transformers = True  # as DistributedConfig has it
+        with pytest.raises(ValueError, match="load it whole and set fsdp=True"):
+            make_trainer(tmp_path, model)
+
     def test_parameters_that_the_optimizer_does_not_step(self, tmp_path: Path) -> None:
         model = make_model()
         some = [p for p in model.parameters() if p.requires_grad][1:]

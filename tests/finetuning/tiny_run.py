@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from gradsafe import SafeGradConfig, SafeGradTrainer
 VOCABULARY = 64
 
 
-def make_model(lora: bool = True, dropout: float = 0.0) -> Any:
+TARGETS = ("q_proj", "k_proj", "v_proj")
+
+
+def make_model(
+    lora: bool = True,
+    dropout: float = 0.0,
+    targets: Sequence[str] = TARGETS,
+    tied: bool = False,
+) -> Any:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -28,12 +37,12 @@ def make_model(lora: bool = True, dropout: float = 0.0) -> Any:
             num_key_value_heads=2,
             max_position_embeddings=64,
             initializer_range=0.15,
+            tie_word_embeddings=tied,
         )
     )
     if not lora:
         return model
-    targets = ["q_proj", "k_proj", "v_proj"]
-    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=list(targets))
     model = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:  # not zero, so that the alignment gradient is not zero either
