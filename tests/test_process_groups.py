@@ -225,7 +225,7 @@ class TestCommandLine:
         assert "MASTER_ADDR expected" in err
         assert err.count("\n") == 1
 
-    def test_only_detect_runs_in_several(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_not_every_command_runs_in_several(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["doctor"]) == 2
         assert "start it without torchrun" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -13,6 +14,9 @@ from gradsafe.cli.finetune_config import (
     Settings,
     read_settings,
 )
+from gradsafe.cli_options import TESTBED
+from gradsafe.cli_processes import check_agreement
+from gradsafe.distributed import Processes
 from gradsafe.jsonl import Row, read_jsonl
 
 EXAMPLE = """the file, with all keys that have no default:
@@ -25,7 +29,10 @@ EXAMPLE = """the file, with all keys that have no default:
 and those that may be given: dtype, device, lora (r, alpha, dropout, targets; or false for all
 weights), safegrad (fields of gradsafe.SafeGradConfig; reference may be a model folder), training
 (fields of transformers.TrainingArguments). Defaults are the paper's: LoRA r 8, alpha 16, dropout
-0.1 on q_proj, k_proj and v_proj; AdamW at 1e-5, constant; batches of 10; 10 epochs; rho 1."""
+0.1 on q_proj, k_proj and v_proj; AdamW at 1e-5, constant; batches of 10; 10 epochs; rho 1.
+
+several GPUs: torchrun --nproc-per-node N -m gradsafe finetune ...; each process then takes
+batches of its own, and with fsdp: true in training holds a piece of the model."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,29 +49,38 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command; raises what `cli.main` turns into one line."""
     settings = read_settings(args.config)
     rows = {name: _rows(getattr(settings, name)) for name in ("train", "alignment")}
-    output = Path(settings.output)
+    processes: Processes = args.processes
+    if processes.first:
+        _check_output(args, Path(settings.output))
+    processes.wait("the output is checked")  # nobody writes before
+
+    # From here on torch and transformers are needed, which takes seconds to import.
+    safegrad = _safegrad(settings)
+    trainer = _trainer(args, settings, rows, safegrad)
+    try:
+        trainer.train(resume_from_checkpoint=args.resume or None)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("--resume goes on from the last checkpoint") from None
+    trainer.save_model(settings.output)
+    if processes.first:
+        print(_summary(trainer, settings.output))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # which ends the process group
+    return 0
+
+
+def _check_output(args: argparse.Namespace, output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output} exists and is no folder: choose another output")
     if not args.resume and output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: choose --resume or another output")
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"cannot write {output}: no such folder {output.parent}")
-
-    # From here on torch and transformers are needed, which takes seconds to import.
-    safegrad = _safegrad(settings)
-    trainer = _trainer(args, settings, rows, safegrad)
     if args.resume:
         from transformers.trainer_utils import get_last_checkpoint
 
         if not output.is_dir() or get_last_checkpoint(str(output)) is None:
             raise ValueError(f"--resume: no checkpoint in {output}")
-    try:
-        trainer.train(resume_from_checkpoint=args.resume or None)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt("--resume goes on from the last checkpoint") from None
-    trainer.save_model(settings.output)
-    print(_summary(trainer, settings.output))
-    return 0
 
 
 def _rows(path: str) -> list[Row]:
@@ -103,13 +119,18 @@ def _trainer(
     from gradsafe.finetuning.trainer import SafeGradTrainer
 
     training = _training_arguments(args, settings)
-    set_seed(training.seed)  # new adapters are random
-    progress = not args.no_progress
-    load = settings.dtype, settings.device, progress
-    model, tokenizer = load_model(settings.model, *load)
+    processes: Processes = args.processes
+    files = {"settings": Path(args.config).read_text(encoding="utf-8"), **rows}
+    check_agreement(processes, [files], training.device)
+    number = processes.local_rank if processes.count > 1 else None
+    load = settings.dtype, settings.device, processes.first and not args.no_progress, number
     reference = safegrad.get("reference", "adapter_off")
-    if reference not in ("adapter_off", "cached"):
-        safegrad = {**safegrad, "reference": load_model(reference, *load)[0]}
+    testbed = TESTBED in (settings.model, reference)  # trained by the first who needs it
+    with processes.first_of_machine_first("testbed") if testbed else nullcontext():
+        model, tokenizer = load_model(settings.model, *load)
+        if reference not in ("adapter_off", "cached"):
+            safegrad = {**safegrad, "reference": load_model(reference, *load)[0]}
+    set_seed(training.seed)  # new adapters are random, and the same in all processes
     if settings.lora is not None:
         model = _with_lora(model, {**LORA_DEFAULTS, **settings.lora.values}, settings)
     return SafeGradTrainer(
@@ -131,7 +152,7 @@ def _training_arguments(args: argparse.Namespace, settings: Settings) -> Any:
 
     section = settings.training
     section.check_keys(item.name for item in fields(TrainingArguments) if item.init)
-    section.check_types(get_type_hints(TrainingArguments))
+    section.check_types({**get_type_hints(TrainingArguments), "fsdp": bool | str | None})
     values = {**TRAINING_DEFAULTS, **section.values}
     try:
         return TrainingArguments(

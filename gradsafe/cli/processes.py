@@ -1,4 +1,4 @@
-"""What the processes of a command must have in common: model, prompts, settings, the detector."""
+"""What the processes of a command must have in common: model, inputs, settings, the detector."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_agreement(
     first = processes.share("job", [digest, device.type])
     if first[0] != digest:
         raise ValueError(
-            f"process {processes.rank} has other prompts, settings or another model than process "
+            f"process {processes.rank} has other inputs, settings or another model than process "
             "0: all machines need the same files"
         )
     if first[1] != device.type:

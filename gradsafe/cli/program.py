@@ -159,7 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         if run is not None:  # else the command has commands of its own
             command.set_defaults(run=run, parser=command)
         add_arguments(command)
-        command.set_defaults(in_several_processes=name == "detect")
+        command.set_defaults(in_several_processes=name in ("detect", "finetune"))
     return parser
 
 

@@ -113,6 +113,7 @@ class TestRefused:
             ({"training": {"lerning_rate": 1}}, "training: unknown key 'lerning_rate', did you m"),
             ({"training": {"max_steps": 1.5}}, "training: max_steps must be a whole number, got 1"),
             ({"training": {"optim": "adamu"}}, "run.yaml:7: training: adamu is not a valid Opt"),
+            ({"training": {"fsdp": True}}, "Using fsdp only works in distributed training"),
             ({"train": "gone.jsonl"}, "no such file: gone.jsonl"),
             ({"alignment": "bad.jsonl"}, "bad.jsonl:2: the field 'response' is missing"),
             ({"train": "empty.jsonl"}, "empty.jsonl: no rows in this file"),

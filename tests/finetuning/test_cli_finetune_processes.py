@@ -1,0 +1,120 @@
+"""`gradsafe finetune` under torchrun: the weights of one process, written and reported once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import builders
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import gradsafe
+from gradsafe.cli import main
+
+pytestmark = pytest.mark.slow
+
+
+def write_settings(output: str, batch: int, **training: Any) -> None:
+    settings = {
+        "model": "model",
+        "train": "user.jsonl",
+        "alignment": "refusals.jsonl",
+        "output": output,
+        "device": "cpu",
+        "lora": False,
+        "safegrad": {"loss": "sft"},
+        "training": {
+            "per_device_train_batch_size": batch,
+            "max_steps": 6,
+            "learning_rate": 0.1,
+            "optim": "sgd",
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "logging_steps": 1,
+            **training,
+        },
+    }
+    Path(f"{output}.yaml").write_text(yaml.safe_dump(settings))
+
+
+def torchrun(output: str, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(gradsafe.__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = ["-m", "gradsafe", "finetune", "--config", f"{output}.yaml", "--no-progress"]
+    return subprocess.run(
+        [*start, *command, *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+    )
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tokenizer = builders.make_tokenizer()
+    builders.make_model("llama", vocab_size=len(tokenizer)).save_pretrained("model")
+    tokenizer.save_pretrained("model")
+    for name, answer in (("user", "Yes"), ("refusals", "No way")):
+        rows = [{"prompt": f"task {i}", "response": f"{answer} {i}"} for i in range(8)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def difference(one: str, other: str) -> float:
+    a, b = (load_file(Path(folder) / "model.safetensors") for folder in (one, other))
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def test_two_write_the_weights_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    write_settings("one", batch=4)
+    write_settings("two", batch=2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(["finetune", "--config", "one.yaml", "--no-progress"]) == 0
+    finally:
+        torch.set_num_threads(before)
+    done = torchrun("two")
+    assert done.returncode == 0, done.stderr
+    assert difference("one", "model") > 1e-2
+    assert difference("one", "two") < 1e-6
+    assert done.stdout.count("6 steps, mean cosine") == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert done.stdout.splitlines()[-1] == last.replace("written to one", "written to two")
+
+    # Both see that the folder is in use, one says so.
+    done = torchrun("two")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("gradsafe: ")]
+    assert said == ["gradsafe: error: two is not empty: choose --resume or another output"]
+
+    (Path("two") / "model.safetensors").rename("whole.safetensors")
+    for path in Path("two").glob("checkpoint-6/*"):
+        path.unlink()
+    Path("two/checkpoint-6").rmdir()
+    done = torchrun("two", "--resume")
+    assert done.returncode == 0, done.stderr
+    again, whole = load_file("two/model.safetensors"), load_file("whole.safetensors")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_shards_on_the_cpu_are_refused_once() -> None:
+    write_settings("two", batch=2, fsdp=True)
+    done = torchrun("two")
+    assert done.returncode != 0
+    said = [line for line in done.stderr.splitlines() if line.startswith("gradsafe: ")]
+    assert len(said) == 1
+    assert "accelerate shards no model on the CPU" in said[0]
