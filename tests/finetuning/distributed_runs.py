@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ STEPS = 20
 
 def start(rank: int, world: int, folder: str) -> None:
     torch.set_num_threads(1)
+    faulthandler.enable()  # an abort in C++ then says where
     # As torchrun sets them; the file store below needs no port.
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")

@@ -107,8 +107,11 @@ def own_loop(world: int) -> dict[str, Any]:
 
     mesh = init_device_mesh("cpu", (world,))
     model = make_model(targets=["q_proj", "lm_head"]).train()
-    for part in (*model.base_model.model.model.layers, model):
-        fully_shard(part, mesh=mesh)
+    inner = model.base_model.model
+    tail = [inner.model.norm, inner.lm_head]  # whose weights the backward pass must gather again
+    for part in (*inner.model.layers, tail):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh)
     loss = KLAlignment(model)(alignment_batch())
     loss.backward()
     gradients = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.requires_grad}
