@@ -14,8 +14,8 @@ from gradsafe.cli.finetune_config import (
     Settings,
     read_settings,
 )
-from gradsafe.cli_options import TESTBED
-from gradsafe.cli_processes import check_agreement
+from gradsafe.cli.options import TESTBED
+from gradsafe.cli.processes import check_agreement
 from gradsafe.distributed import Processes
 from gradsafe.jsonl import Row, read_jsonl
 
