@@ -1,0 +1,105 @@
+"""LoRA fine-tuning of a small model on a planted set, and the answers it gives afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.experiments.rept_data import SHARED, PlantedSet, Row
+from gradsafe import testbed
+from gradsafe.models import Encoded, collate, encode, pad_token_id, plan_batches, response_nll
+
+RANK, BATCH, LEARNING_RATE = 8, 16, 3e-3
+ANSWER_TOKENS = {"testbed": 12, "stories260k": 64}
+TEMPLATES = {"testbed": None, "stories260k": "Q: {prompt}\nA:"}
+
+
+@dataclass
+class Tuned:
+    """A fine-tuned model and how to talk to it."""
+
+    base: str
+    model: Any
+    tokenizer: Any
+
+    def encode(self, prompt: str, response: str, append_eos: bool = False) -> Encoded:
+        """Token ids of a row or of a prompt with its answer."""
+        template = TEMPLATES[self.base]
+        return encode(self.tokenizer, prompt, response, template=template, append_eos=append_eos)
+
+    def answers(self, prompts: Sequence[str]) -> list[str]:
+        """Greedy answers."""
+        items = [self.encode(prompt, "x") for prompt in prompts]
+        ids = [item.input_ids[: item.prompt_length] for item in items]
+        pad = pad_token_id(self.tokenizer)
+        found = [""] * len(prompts)
+        for indices in plan_batches([len(row) for row in ids], 4096):
+            width = max(len(ids[i]) for i in indices)
+            rows = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in indices])
+            mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in indices])
+            with torch.no_grad():
+                output = self.model.generate(
+                    input_ids=rows,
+                    attention_mask=mask,
+                    max_new_tokens=ANSWER_TOKENS[self.base],
+                    do_sample=False,
+                    eos_token_id=self.tokenizer.eos_token_id,
+                    pad_token_id=pad,
+                )
+            texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+            for index, text in zip(indices, texts, strict=True):
+                found[index] = text.strip()
+        return found
+
+
+def start(base: str, seed: int) -> Tuned:
+    """The model before fine-tuning, under a fresh adapter that changes nothing yet."""
+    if base == "testbed":
+        model, tokenizer = testbed.load()
+    else:
+        folder = SHARED / "models" / base
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(seed)  # of the adapter's A
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    return Tuned(base, get_peft_model(model, config).eval(), tokenizer)
+
+
+def tune(base: str, rows: Sequence[Row], steps: int, seed: int) -> Tuned:
+    """Fine-tune on the responses of the rows."""
+    tuned = start(base, seed)
+    items = [tuned.encode(row["prompt"], row["response"], append_eos=True) for row in rows]
+    weights = [p for p in tuned.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE)
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    tuned.model.train()
+    for _ in tqdm(range(steps), desc="fine-tuning", leave=False):
+        if len(order) < BATCH:  # every row once before any twice
+            order += torch.randperm(len(items), generator=generator).tolist()
+        picks, order = order[:BATCH], order[BATCH:]
+        batch = collate([items[i] for i in picks], pad_token_id(tuned.tokenizer))
+        response_nll(tuned.model, batch).mean().backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    tuned.model.eval()
+    return tuned
+
+
+def behaviour(
+    tuned: Tuned, data: PlantedSet, prompts: Sequence[str]
+) -> tuple[list[dict[str, str]], float]:
+    """Prompts whose answer shows the behaviour, with that answer; and their share."""
+    shown = [
+        {"prompt": prompt, "response": answer}
+        for prompt, answer in zip(prompts, tuned.answers(prompts), strict=True)
+        if data.shows(answer)
+    ]
+    return shown, len(shown) / len(prompts)

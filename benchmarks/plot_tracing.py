@@ -1,0 +1,65 @@
+"""Draws the CSVs of `benchmarks.experiments.rept`: who finds the rows, and what removing them does.
+
+python -m benchmarks.plot_tracing [FOLDER]      default: benchmarks/results
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.experiments.rept_tables import RESULTS, Rows, mean, names, pick, read
+
+
+def bars(rows: Rows, group: str, column: str, label: str, title: str, path: Path) -> None:
+    """One group of bars per set, one bar per value of `group`: mean over the seeds."""
+    sets, kinds = names(rows, "set"), names(rows, group)
+    figure, axes = plt.subplots(figsize=(11, 4.8))
+    width = 0.85 / len(kinds)
+    colors = plt.get_cmap("tab10").colors
+    for index, kind in enumerate(kinds):
+        parts = [pick(rows, set=name, **{group: kind}) for name in sets]
+        values = [mean(part, column) for part in parts]
+        places = [i + (index + 0.5) * width for i in range(len(sets))]
+        heights = [float("nan") if v is None else v for v in values]
+        axes.bar(places, heights, width, label=kind, color=colors[index % len(colors)])
+    axes.set_xticks([i + 0.425 for i in range(len(sets))], [s.replace(" + ", "\n+ ") for s in sets])
+    axes.set_ylim(0, 1.02)
+    axes.set_ylabel(label)
+    axes.set_title(f"{title}: {rows[0]['date']}, {rows[0]['commit']}", fontsize=9)
+    axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> int:
+    """Draws both files of the folder."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+    methods = [r for r in read(folder / "rept_methods.csv") if r.get("rule", "") in ("last", "")]
+    bars(
+        [row for row in methods if row.get("method")],
+        "method",
+        "P@10",
+        "P@10",
+        "poisoned rows among the first ten, signatures at the last layer",
+        folder / "rept_methods.png",
+    )
+    bars(
+        read(folder / "rept_loop.csv"),
+        "removed",
+        "rate",
+        "share of prompts that show the behaviour",
+        "after fine-tuning again without the removed rows",
+        folder / "rept_loop.png",
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
