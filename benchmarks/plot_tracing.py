@@ -27,9 +27,11 @@ def bars(rows: Rows, group: str, column: str, label: str, title: str, path: Path
         values = [mean(part, column) for part in parts]
         places = [i + (index + 0.5) * width for i in range(len(sets))]
         heights = [float("nan") if v is None else v for v in values]
-        axes.bar(places, heights, width, label=kind, color=colors[index % len(colors)])
+        drawn = axes.bar(places, heights, width, label=kind, color=colors[index % len(colors)])
+        if len(kinds) <= 5:  # room for numbers, which show where a bar of 0 stands
+            axes.bar_label(drawn, fmt="%.2f", fontsize=8)
     axes.set_xticks([i + 0.425 for i in range(len(sets))], [s.replace(" + ", "\n+ ") for s in sets])
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(0, 1.08)
     axes.set_ylabel(label)
     axes.set_title(f"{title}: {rows[0]['date']}, {rows[0]['commit']}", fontsize=9)
     axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
