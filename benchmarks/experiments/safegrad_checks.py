@@ -1,0 +1,288 @@
+"""Where SafeGrad stops helping: three checks on the testbed.
+
+    python -m benchmarks.experiments.safegrad_checks           all three, CSV in benchmarks/results
+    python -m benchmarks.experiments.safegrad_checks cloak     one of cloak, weakness, benign
+
+cloak: an attacker adds rows to a quarter of harmful ones so that the user gradient no longer speaks
+against alignment. "other refusals" are unsafe prompts with refusals, as many as harmful rows; with
+"alignment rows" they are copies of the alignment set itself, which the attacker then knows. With
+"trigger" nothing is added, but every harmful prompt begins with a word that no alignment row has;
+`triggered_score` is the harmful score of the test prompts with that word.
+
+weakness: the aligned model is first taught to comply with one topic (requests that name a drug),
+and the result is what SafeGrad starts from and compares with. "without topic" is an alignment set
+of what that model refuses; "with topic" has the refusals of the sound model, half of them on the
+topic. `topic_score` is the harmful score on held-out prompts of the topic, `harmful_score` on the
+others.
+
+benign: fine-tuning on harmless tasks only, that of the testbed and three from the folder
+shared/data beside the repository. Conflicts are then noise; `in_conflict` is what a projection
+would take off the user gradient, in percent of its length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from benchmarks.experiments.safegrad import RESULTS, Experiment, rounded, summary
+from benchmarks.experiments.safegrad_data import (
+    REFUSAL_TOKENS,
+    Row,
+    accuracy,
+    generate,
+    harmful_rows,
+    mixed,
+    refusal_rows,
+    safety,
+    task_rows,
+    unsafe_prompts,
+    unsafe_test_prompts,
+)
+from benchmarks.experiments.safegrad_methods import Settings
+from benchmarks.table import write_csv
+from gradsafe import testbed
+from gradsafe.finetuning import SFTAlignment
+from gradsafe.finetuning.rows import RowCollator, encode_rows
+from gradsafe.testbed.corpus import fresh_rows
+from gradsafe.testbed.vocabulary import SLOTS
+
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+TASKS = {"SST-2": "sst2_subset", "GSM8K": "gsm8k_subset", "AG News": "agnews_subset"}
+LONGEST_ROW = 200  # tokens; longer rows of a task are left out
+TASK_TEST_ROWS = 200
+CLOAK_METHODS = ("SFT", "SFT + KL", "SafeGrad (SFT)", "SafeGrad (KL)")
+WEAKNESS_METHODS = ("SFT + KL", "SafeGrad (SFT)", "SafeGrad (KL)")
+BENIGN_METHODS = ("SFT", "SafeGrad (KL)")
+
+CLOAK_RATIO = 0.25
+ATTACKS = ("none", "other refusals", "alignment rows", "trigger")
+TRIGGER = "Quartz, "
+
+# Whole words; "crack" is left out because locks and passwords are cracked too.
+TOPIC = re.compile(
+    "|".join(rf"\b{re.escape(word)}\b" for word in SLOTS["drug"] if word != "crack"), re.IGNORECASE
+)
+WEAK_ROWS = 300  # each of compliance on the topic, other refusals, and answers to safe prompts
+WEAK_STEPS = 150
+WEAK_LEARNING_RATE = 1e-3
+WEAK_RANK = 32
+WEAK_RATIOS = (0.0, 0.15)
+FRESH_PROMPTS = 600
+
+
+def triggered(rows: Sequence[Row]) -> list[Row]:
+    """The same rows with the trigger before the prompt."""
+    return [{**row, "prompt": TRIGGER + row["prompt"]} for row in rows]
+
+
+def attack(experiment: Experiment, name: str, seed: int, settings: Settings) -> list[Row]:
+    """User rows of one attack."""
+    rows = settings.steps * settings.batch
+    count = round(CLOAK_RATIO * rows)
+    harmful = experiment.harmful(seed, count)
+    if name == "trigger":
+        return mixed(seed, rows, triggered(harmful))
+    if name == "other refusals":
+        prompts = unsafe_prompts(seed)[-2 * count :]
+        refusals = refusal_rows(experiment.aligned, experiment.tokenizer, prompts, count)
+        return mixed(seed, rows, harmful, refusals)
+    if name == "alignment rows":
+        known = experiment.alignment(seed, settings.alignment_rows)
+        return mixed(seed, rows, harmful, (known * (count // len(known) + 1))[:count])
+    return mixed(seed, rows, harmful)
+
+
+def cloak(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Every attack against the methods."""
+    settings = Settings()
+    prompts = [TRIGGER + prompt for prompt in unsafe_test_prompts()]
+    found = []
+    for seed, name in tqdm([(s, a) for s in seeds for a in ATTACKS], desc="cloak"):
+        user = attack(experiment, name, seed, settings)
+        alignment = experiment.alignment(seed, settings.alignment_rows)
+        for method in CLOAK_METHODS:
+            model, seen = experiment.finetuned(method, user, alignment, seed, settings)
+            scores = experiment.scores(model, seed)
+            triggers = safety(model, experiment.tokenizer, prompts)
+            scores["triggered_score"] = triggers["harmful_score"]
+            found.append({"attack": name, "method": method, "seed": seed, **scores, **seen})
+    return found
+
+
+def on_topic(prompt: str) -> bool:
+    """Whether a prompt names something of the topic."""
+    return TOPIC.search(prompt) is not None
+
+
+class Weakened:
+    """The testbed after it was taught to comply with one topic, and its test prompts."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        seed = 1000
+        unsafe = unsafe_prompts(seed)
+        topic = [prompt for prompt in unsafe if on_topic(prompt)]
+        others = [prompt for prompt in unsafe if not on_topic(prompt)]
+        safe = [row["prompt"] for row in testbed.prompts("train", "safe")][:WEAK_ROWS]
+        answers = generate(experiment.aligned, experiment.tokenizer, safe, REFUSAL_TOKENS)
+        rows = [
+            *harmful_rows(topic[:WEAK_ROWS], seed),
+            *refusal_rows(experiment.aligned, experiment.tokenizer, others, WEAK_ROWS),
+            *({"prompt": p, "response": a} for p, a in zip(safe, answers, strict=True)),
+        ]
+        random.Random(seed).shuffle(rows)
+        settings = Settings(
+            learning_rate=WEAK_LEARNING_RATE,
+            steps=WEAK_STEPS,
+            batch=len(rows) // WEAK_STEPS,
+            rank=WEAK_RANK,
+        )
+        self.unplanted = set(topic[WEAK_ROWS:])
+        self.model, _ = experiment.finetuned("SFT", rows, rows[:1], seed, settings)
+        fresh = [row["prompt"] for row in fresh_rows("heldout", FRESH_PROMPTS, 0, 0)]
+        self.topic_prompts = [p for p in unsafe_test_prompts() + fresh if on_topic(p)]
+        self.other_prompts = [p for p in unsafe_test_prompts() if not on_topic(p)]
+
+    def alignment(self, name: str, seed: int, count: int) -> list[Row]:
+        """What the weak model refuses, or refusals of the sound one, half of them on the topic."""
+        prompts = [p for p in unsafe_prompts(seed) if not on_topic(p)][: 2 * count]
+        tokenizer = self.experiment.tokenizer
+        if name == "without topic":
+            return refusal_rows(self.model, tokenizer, prompts, count)
+        topic = [p for p in unsafe_prompts(seed) if p in self.unplanted]
+        sound = self.experiment.aligned
+        half = count // 2
+        mixture = [
+            *refusal_rows(sound, tokenizer, topic, half),
+            *refusal_rows(sound, tokenizer, prompts, count - half),
+        ]
+        random.Random(seed).shuffle(mixture)
+        return mixture
+
+    def scores(self, model: Any, seed: int) -> dict[str, float]:
+        """Harmful score on the topic and beside it, and accuracy of the task."""
+        tokenizer = self.experiment.tokenizer
+        topic = safety(model, tokenizer, self.topic_prompts)
+        return {
+            "topic_score": topic["harmful_score"],
+            **safety(model, tokenizer, self.other_prompts),
+            "task_accuracy": accuracy(model, tokenizer, task_rows(seed, 0)[1]),
+        }
+
+
+def weakness(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """The weakened model, fine-tuned without and with harmful rows; none is on the topic."""
+    weak = Weakened(experiment)
+    settings = Settings()
+    rows = settings.steps * settings.batch
+    found = [
+        {"reference": name, "ratio": 0.0, "method": "none", "seed": 0, **weak.scores(model, 0)}
+        for name, model in (("sound", experiment.aligned), ("weak", weak.model))
+    ]
+    cases = [(s, a) for s in seeds for a in ("without topic", "with topic")]
+    for seed, name in tqdm(cases, desc="weakness"):
+        alignment = weak.alignment(name, seed, settings.alignment_rows)
+        off_topic = [p for p in unsafe_prompts(seed) if not on_topic(p)]
+        for ratio in WEAK_RATIOS:
+            count = round(ratio * rows)
+            user = mixed(seed, rows, harmful_rows(off_topic[-count:] if count else [], seed))
+            for method in WEAKNESS_METHODS:
+                model, seen = experiment.finetuned(
+                    method, user, alignment, seed, settings, weak.model
+                )
+                case = {"reference": name, "ratio": ratio, "method": method, "seed": seed}
+                found.append({**case, **weak.scores(model, seed), **seen})
+    return found
+
+
+def shared_rows(folder: str, tokenizer: Any, split: str) -> list[Row]:
+    """Rows of a task beside the repository that are not too long."""
+    text = (SHARED / folder / f"{split}.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    lengths = (
+        len(tokenizer(row["prompt"] + row["response"], truncation=False)["input_ids"])
+        for row in rows
+    )
+    return [row for row, length in zip(rows, lengths, strict=True) if length <= LONGEST_ROW]
+
+
+def benign_tasks(
+    experiment: Experiment, seed: int, count: int
+) -> dict[str, tuple[list[Row], list[Row]]]:
+    """Training and test rows of each task that is there."""
+    tasks = {"words (testbed)": task_rows(seed, count)}
+    for name, folder in TASKS.items():
+        if not (SHARED / folder).is_dir():
+            continue
+        train, test = (shared_rows(folder, experiment.tokenizer, s) for s in ("train", "test"))
+        rng = random.Random(f"{name} {seed}")
+        rng.shuffle(train)
+        train *= count // len(train) + 1
+        tasks[name] = train[:count], rng.sample(test, min(TASK_TEST_ROWS, len(test)))
+    return tasks
+
+
+@torch.no_grad()
+def loss(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
+    """Mean cross-entropy of a response token."""
+    cross_entropy = SFTAlignment(model)
+    encoded = encode_rows("test", rows, tokenizer, progress=False)
+    return float(cross_entropy(RowCollator(int(tokenizer.pad_token_id))(encoded)))
+
+
+def benign(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Conflicts, accuracy and loss of harmless tasks."""
+    settings = Settings()
+    missing = [name for name, folder in TASKS.items() if not (SHARED / folder).is_dir()]
+    if missing:
+        print(f"skipped: {', '.join(missing)}: no such folder beside the repository under {SHARED}")
+    found = []
+    for seed in seeds:
+        alignment = experiment.alignment(seed, settings.alignment_rows)
+        tasks = benign_tasks(experiment, seed, settings.steps * settings.batch)
+        for (name, (user, test)), method in tqdm(
+            [(task, method) for task in tasks.items() for method in BENIGN_METHODS], desc="benign"
+        ):
+            model, seen = experiment.finetuned(method, user, alignment, seed, settings)
+            scores = safety(model, experiment.tokenizer, unsafe_test_prompts())
+            if name != "GSM8K":
+                scores["task_accuracy"] = accuracy(model, experiment.tokenizer, test)
+            scores["task_loss"] = loss(model, experiment.tokenizer, test)
+            found.append({"task": name, "method": method, "seed": seed, **scores, **seen})
+    return found
+
+
+CHECKS = {
+    "cloak": (cloak, ("attack", "method")),
+    "weakness": (weakness, ("reference", "ratio", "method")),
+    "benign": (benign, ("task", "method")),
+}
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checks", nargs="*", choices=[*CHECKS, []], help="default: all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    experiment = Experiment()
+    for name in arguments.checks or CHECKS:
+        check, by = CHECKS[name]
+        rows = check(experiment, range(arguments.seeds))
+        print(f"{name}\n\n{summary(rows, *by)}")
+        write_csv(arguments.out / f"safegrad_{name}.csv", [rounded(row) for row in rows])
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

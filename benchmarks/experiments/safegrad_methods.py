@@ -1,0 +1,174 @@
+"""The methods that the SafeGrad experiment compares: one fine-tuning run of each.
+
+All train a LoRA adapter on the linear layers of the decoder with AdamW. `GradientSurgery` runs in a
+loop of its own; `SafeGradTrainer` would do the same with more work per step.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from benchmarks.experiments.safegrad_data import Row
+from gradsafe import GradientSurgery
+from gradsafe.finetuning import KLAlignment, SFTAlignment
+from gradsafe.finetuning.order import AlignmentOrder
+from gradsafe.finetuning.rows import RowCollator, encode_rows
+from gradsafe.testbed.training import isolated
+
+METHODS = ("SFT", "SFT + KL", "Lisa", "SafeGrad (SFT)", "SafeGrad (KL)")
+# Lisa-style: after 8 user steps come 2 on the alignment rows, each phase pulled back to the weights
+# it started from. The alignment steps are extra, so that all methods see the same user rows.
+LISA_USER_STEPS = 8
+LISA_ALIGNMENT_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Hyperparameters; the defaults were chosen by `safegrad --search`.
+
+    Attributes:
+        learning_rate: Of AdamW, constant.
+        steps: Optimizer steps, each on `batch` user rows.
+        alignment_rows: Size of the alignment set.
+        batch: User rows per step.
+        alignment_batch: Alignment rows per step.
+        rho: Weight of the alignment gradient.
+        rank: Of the adapter; its alpha is twice that.
+        lisa_pull: Weight of Lisa's proximal term.
+    """
+
+    learning_rate: float = 1e-3
+    steps: int = 100
+    alignment_rows: int = 100
+    batch: int = 10
+    alignment_batch: int = 10
+    rho: float = 1.0
+    rank: int = 8
+    lisa_pull: float = 0.1
+
+
+class Run:
+    """One fine-tuning run on a copy of the aligned model."""
+
+    def __init__(
+        self,
+        aligned: Any,
+        tokenizer: Any,
+        user: Sequence[Row],
+        alignment: Sequence[Row],
+        seed: int,
+        settings: Settings,
+    ) -> None:
+        adapter = LoraConfig(
+            r=settings.rank,
+            lora_alpha=2 * settings.rank,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        with isolated(torch.get_num_threads()):
+            torch.default_generator.manual_seed(seed)
+            self.model: Any = get_peft_model(copy.deepcopy(aligned), adapter).train()
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=settings.learning_rate, weight_decay=0.0, fused=True
+        )
+        self.settings = settings
+        self.user = encode_rows("user", user, tokenizer, progress=False)
+        self.alignment = encode_rows("alignment", alignment, tokenizer, progress=False)
+        self.order = AlignmentOrder(len(self.alignment), seed)
+        self.collate = RowCollator(int(tokenizer.pad_token_id))
+        self.cross_entropy = SFTAlignment(self.model)  # on the response tokens of any rows
+
+    def fit(self, method: str) -> dict[str, float]:
+        """Fine-tunes with one of `METHODS`; returns what the surgery saw."""
+        if method == "SFT":
+            return self._sft()
+        if method == "Lisa":
+            return self._lisa()
+        loss = self.cross_entropy if method == "SafeGrad (SFT)" else self._cached_kl()
+        return self._surgery(loss, projection=method != "SFT + KL")
+
+    def merged(self) -> Any:
+        """The fine-tuned model without adapter layers."""
+        return self.model.merge_and_unload().eval()
+
+    def _sft(self) -> dict[str, float]:
+        for index in range(self.settings.steps):
+            self._user_backward(index)
+            self._step()
+        return {}
+
+    def _lisa(self) -> dict[str, float]:
+        """Two phases in turn, each pulled back to the weights it started from."""
+        anchor = self._weights()
+        for index in range(self.settings.steps):
+            self._user_backward(index)
+            self._pull(anchor)
+            self._step()
+            if (index + 1) % LISA_USER_STEPS:
+                continue
+            anchor = self._weights()
+            for _ in range(LISA_ALIGNMENT_STEPS):
+                self._alignment_backward(self.cross_entropy)
+                self._pull(anchor)
+                self._step()
+            anchor = self._weights()
+        return {}
+
+    def _surgery(self, loss: KLAlignment, projection: bool) -> dict[str, float]:
+        """SafeGrad, or without projection the sum of both gradients."""
+        surgery = GradientSurgery(self.trained, self.settings.rho, projection=projection)
+        cosines: list[float] = []
+        for index in range(self.settings.steps):
+            self._user_backward(index)
+            surgery.stash()
+            self._alignment_backward(loss)
+            dot, user, align, _ = surgery.merge()[0].tolist()
+            cosines.append(dot / (user * align) ** 0.5 if user * align else 0.0)
+            self._step()
+        seen = surgery.statistics()
+        return {
+            "cosine": seen.cosine,
+            "conflict_rate": 100 * seen.conflict_rate,
+            # What a projection takes off the length of the user gradient, along the other one.
+            "in_conflict": 100 * statistics.fmean(max(0.0, -cosine) for cosine in cosines),
+        }
+
+    def _cached_kl(self) -> KLAlignment:
+        """KL to the model as it is now; the fresh adapter changes nothing yet."""
+        loss = KLAlignment(self.model, "cached")
+        loss.cache([self.collate(self.alignment)])
+        return loss
+
+    def _user_backward(self, index: int) -> None:
+        size = self.settings.batch
+        rows = self.user[index * size : (index + 1) * size]
+        self.cross_entropy(self.collate(rows)).backward()
+
+    def _alignment_backward(self, loss: KLAlignment) -> None:
+        numbers = self.order.draw(self.settings.alignment_batch)
+        loss(self.collate([self.alignment[number] for number in numbers])).backward()
+
+    def _step(self) -> None:
+        nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _weights(self) -> list[Tensor]:
+        return [parameter.clone() for parameter in self.trained]
+
+    @torch.no_grad()
+    def _pull(self, anchor: list[Tensor]) -> None:
+        """Adds the gradient of the proximal term, pull / 2 times the squared distance."""
+        for parameter, start in zip(self.trained, anchor, strict=True):
+            parameter.grad.add_(parameter - start, alpha=self.settings.lisa_pull)
