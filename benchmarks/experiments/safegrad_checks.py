@@ -59,8 +59,8 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TASKS = {"SST-2": "sst2_subset", "GSM8K": "gsm8k_subset", "AG News": "agnews_subset"}
 LONGEST_ROW = 200  # tokens; longer rows of a task are left out
 TASK_TEST_ROWS = 200
-CLOAK_METHODS = ("SFT", "SFT + KL", "SafeGrad (SFT)", "SafeGrad (KL)")
-WEAKNESS_METHODS = ("SFT + KL", "SafeGrad (SFT)", "SafeGrad (KL)")
+CLOAK_METHODS = ("SFT", "SFT + KL", "SafeGrad (KL)")
+WEAKNESS_METHODS = ("SFT", "SafeGrad (SFT)", "SafeGrad (KL)")
 BENIGN_METHODS = ("SFT", "SafeGrad (KL)")
 
 CLOAK_RATIO = 0.25
@@ -196,6 +196,8 @@ def weakness(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any
             count = round(ratio * rows)
             user = mixed(seed, rows, harmful_rows(off_topic[-count:] if count else [], seed))
             for method in WEAKNESS_METHODS:
+                if method == "SFT" and name != "without topic":
+                    continue  # it uses no alignment rows
                 model, seen = experiment.finetuned(
                     method, user, alignment, seed, settings, weak.model
                 )
