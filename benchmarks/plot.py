@@ -104,7 +104,8 @@ def group_chart(rows: list[dict[str, str]], path: Path) -> None:
             ]
             places = [place + index * width for place in there]
             axes.bar(places, means, width, yerr=spread, capsize=2, label=method)
-        axes.set_xticks([i + 0.4 - width / 2 for i in range(len(groups))], map(", ".join, groups))
+        middles = [place + 0.4 - width / 2 for place in range(len(groups))]
+        axes.set_xticks(middles, map(", ".join, groups), fontsize=8)
         axes.set_ylabel(f"{measure.replace('_', ' ')}, %")
         axes.set_ylim(0, 102)
     panels[0, 0].legend(fontsize=8)
