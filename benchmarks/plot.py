@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from benchmarks.plot_detection import detection_chart
+from benchmarks.plot_tracing import tracing_charts
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -137,6 +138,8 @@ def main() -> int:
             group_chart(rows, path)
         elif "harmful_score" in rows[0] and "learning_rate" not in rows[0]:
             harmful_score_chart(rows, path)
+        elif path.name == "rept_methods.csv":
+            tracing_charts(folder)
         else:
             print(f"left out: {path.name}")
             continue

@@ -1,19 +1,12 @@
-"""Draws the CSVs of `benchmarks.experiments.rept`: who finds the rows, and what removing them does.
-
-python -m benchmarks.plot_tracing [FOLDER]      default: benchmarks/results
-"""
+"""Charts of `benchmarks.experiments.rept`: who finds the rows, and what removing them does."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import matplotlib
+from matplotlib import pyplot as plt
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
-from benchmarks.experiments.rept_tables import RESULTS, Rows, mean, names, pick, read
+from benchmarks.experiments.rept_tables import Rows, mean, names, pick, read
 
 
 def bars(rows: Rows, group: str, column: str, label: str, title: str, path: Path) -> None:
@@ -40,9 +33,8 @@ def bars(rows: Rows, group: str, column: str, label: str, title: str, path: Path
     plt.close(figure)
 
 
-def main() -> int:
-    """Draws both files of the folder."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
+def tracing_charts(folder: Path) -> None:
+    """Draws rept_methods.csv and rept_loop.csv of the folder."""
     methods = [r for r in read(folder / "rept_methods.csv") if r.get("rule", "") in ("last", "")]
     bars(
         [row for row in methods if row.get("method")],
@@ -60,8 +52,3 @@ def main() -> int:
         "after fine-tuning again without the removed rows",
         folder / "rept_loop.png",
     )
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

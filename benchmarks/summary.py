@@ -6,16 +6,15 @@ python -m benchmarks.summary       rewrites the table between the README's marke
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.document import replace_block
 from benchmarks.table import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- summary -->\n", "<!-- end summary -->"
 COLUMNS = [
     ("work", "work"),
     ("time", "time"),
@@ -150,11 +149,7 @@ def table() -> str:
 
 def main() -> int:
     """Rewrites the README's table."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    block = BEGIN + table() + END
-    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-    path.write_text(re.sub(pattern, lambda _: block, text, flags=re.S), encoding="utf-8")
+    replace_block(ROOT / "README.md", "summary", table())
     return 0
 
 

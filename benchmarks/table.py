@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.document import DOCS, has_block, measured_note, replace_block
 from benchmarks.environment import environment
 from benchmarks.timing import Timing
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "measured.md"
+DOCUMENT = DOCS / "measured.md"
 OURS, ROOFS = "gradsafe", ("read", "copy", "gemm")
 
 
@@ -60,12 +60,6 @@ def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str]])
 
 
 def refresh_document(name: str, table: str) -> None:
-    """Replaces the table between the markers `name` of docs/measured.md, if it has them."""
-    facts = environment()
-    where = facts["gpu"] or f"{facts['cpu']}, {facts['threads']} threads, {facts['isa']}"
-    note = f"Measured {facts['date']} at {facts['commit']} on {where}; torch {facts['torch']}."
-    text = DOCUMENT.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
-    block = f"{begin}{table}\n{note}\n{end}"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    DOCUMENT.write_text(re.sub(pattern, lambda _: block, text, flags=re.S), encoding="utf-8")
+    """Replaces the table `name` of docs/measured.md, if the page has it."""
+    if has_block(DOCUMENT, name):
+        replace_block(DOCUMENT, name, f"{table}\n{measured_note(environment())}\n")

@@ -21,11 +21,14 @@ from typing import Any
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
 
+from benchmarks.document import DOCS, measured_note, replace_block
+from benchmarks.environment import environment
 from benchmarks.table import markdown, write_csv
 from gradsafe import Detector, testbed
 from gradsafe.testbed.corpus import fresh_rows
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 XSTEST = ROOT.parent / "shared" / "data" / "xstest" / "prompts.jsonl"
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -89,7 +92,7 @@ def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--pairs", type=int, nargs="*", default=[2, 4])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     model, tokenizer = testbed.load()
     sets = load_sets()
@@ -116,8 +119,13 @@ def main() -> int:
                 if set_name == "fresh":
                     row["backward"] = round(float(result.backward.float().mean()), 3)
             rows.append(row)
-    print(markdown(rows, [(key, key) for key in rows[0]]))
+    table = markdown(rows, [(key, key) for key in rows[0]])
+    print(table)
     write_csv(arguments.out / "gradcoo_testbed.csv", rows)
+    if arguments.out == RESULTS:
+        replace_block(
+            DOCS / "detection.md", "gradcoo", f"{table}\n{measured_note(environment())}\n"
+        )
     return 0
 
 

@@ -6,17 +6,17 @@ python -m benchmarks.experiments.rept_tables
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.document import DOCS, measured_note, replace_block
 from benchmarks.experiments.rept_baselines import DEFAULT, RAW
 from benchmarks.table import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "tracing.md"
+PAGE = DOCS / "tracing.md"
 PART_NORMS = {"none": RAW, "unit": "unit parts", "zscore (default)": DEFAULT}
 RULES = {"last": "last (default)", "auto": "phase transition", "middle": "middle"}
 Rows = list[dict[str, str]]
@@ -102,26 +102,15 @@ def number(value: float | None) -> str:
 def write_tables(results: Path) -> None:
     """Replace the tables between the markers of the page."""
     methods, loops = (read(results / f"rept_{name}.csv") for name in ("methods", "loop"))
-    facts = methods[0]
-    note = (
-        f"Measured {facts['date']} at {facts['commit']} on {facts['cpu']}, {facts['threads']} "
-        f"thread; torch {facts['torch']}."
-    )
+    note = measured_note(methods[0])
     tables = {
         "sets": sets_table(methods, loops),
         "methods": methods_table(methods),
         "choices": choices_table(methods),
         "loop": loop_table(loops),
     }
-    text = PAGE.read_text(encoding="utf-8")
     for name, table in tables.items():
-        begin, end = f"<!-- rept {name} -->\n", f"<!-- end rept {name} -->"
-        pattern = re.escape(begin) + ".*?" + re.escape(end)
-        block = f"{begin}{table}\n{note}\n{end}"
-        text, count = re.subn(pattern, lambda _, block=block: block, text, flags=re.S)
-        if count != 1:
-            raise LookupError(f"{PAGE.name}: expected one block {begin.strip()}, found {count}")
-    PAGE.write_text(text, encoding="utf-8")
+        replace_block(PAGE, f"rept {name}", f"{table}\n{note}\n")
 
 
 def _by_set(
