@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,13 +24,27 @@ REFERENCE_DTYPES = {
     "float8": torch.float8_e4m3fn,
 }
 
-# What the published methods use when nothing was calibrated (GradSafe's 0.25: arXiv 2402.13494).
+# Where a score says neither safe nor unsafe, for want of a calibration. GradSafe's is the published
+# one (arXiv 2402.13494); GradCoo's paper gives none.
 DEFAULT_THRESHOLDS: dict[tuple[str, str | None], float] = {
     ("gradcoo", "share"): 0.5,
     ("gradcoo", "ratio"): 1.0,
     ("gradcoo", "logratio"): 0.0,
     ("gradcoo", "difference"): 0.0,
     ("gradsafe", None): 0.25,
+}
+# Fields that only these methods read.
+COOCCURRENCE = ("gradcoo", "cascade")
+READ_BY = {
+    "granularity": COOCCURRENCE,
+    "relative": COOCCURRENCE,
+    "unsigned": COOCCURRENCE,
+    "normalize": COOCCURRENCE,
+    "center": COOCCURRENCE,
+    "absolute": COOCCURRENCE,
+    "reference_order": COOCCURRENCE,
+    "reduce": COOCCURRENCE,
+    "gap": ("gradsafe",),
 }
 
 
@@ -90,8 +104,8 @@ class DetectorConfig:
     overflow: Overflow = "error"
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, Sequence):  # JSON and callers give lists
-            object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.layers, Sequence) and not isinstance(self.layers, str):
+            object.__setattr__(self, "layers", tuple(self.layers))  # JSON and callers give lists
         for name, kind in (
             ("method", Method),
             ("granularity", Granularity),
@@ -112,13 +126,40 @@ class DetectorConfig:
                 f"gradsafe.Detector: expected reference_dtype in {list(REFERENCE_DTYPES)}, got "
                 f"{self.reference_dtype!r}"
             )
+        self._check_types()
         if not 0 < self.row_fraction <= 1:
             raise ValueError(
                 f"gradsafe.Detector: expected 0 < row_fraction <= 1, got {self.row_fraction}"
             )
         self._check_combinations()
 
+    def _check_types(self) -> None:
+        for name, kind in (
+            ("unsigned", bool),
+            ("normalize", bool),
+            ("center", bool),
+            ("row_seed", int),
+            ("row_fraction", (int, float)),
+            ("gap", (int, float)),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                expected = getattr(kind, "__name__", "a number")
+                raise TypeError(
+                    f"gradsafe.Detector: expected {name} to be {expected}, got {value!r}"
+                )
+        numbers = self.layers if isinstance(self.layers, tuple) else (self.layers or 0,)
+        if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+            raise TypeError(
+                "gradsafe.Detector: expected layers to be a number of blocks, a list of block "
+                f"indices or None, got {self.layers!r}"
+            )
+
     def _check_combinations(self) -> None:
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, methods in READ_BY.items():
+            if self.method not in methods and getattr(self, name) != defaults[name]:
+                self._refuse(f"{name}={getattr(self, name)!r}", f"method in {list(methods)}")
         whole_slices = ("tensor", "row", "column")
         if self.center and self.granularity not in whole_slices:
             self._refuse("center=True", f"granularity in {list(whole_slices)}")
@@ -156,7 +197,9 @@ class DetectorConfig:
 
     @property
     def default_threshold(self) -> float | None:
-        """Threshold of the published method, None where none exists."""
+        """Where a score is neutral (GradSafe: the published one), None where that is unknown."""
+        if self.method == "gradcoo" and self.relative == "share" and not self.unsigned:
+            return 0.0  # signed shares lie around zero
         relative = self.relative if self.method == "gradcoo" else None
         return DEFAULT_THRESHOLDS.get((self.method, relative))
 

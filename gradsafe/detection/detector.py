@@ -30,7 +30,7 @@ from gradsafe.models import Encoded, Layers, context_length, encode_prompts, fin
 
 
 class UncalibratedWarning(UserWarning):
-    """Prompts were flagged with a published threshold that was never checked on this model."""
+    """Prompts were flagged with a threshold that was never checked on this model."""
 
 
 class Detector:
@@ -154,7 +154,8 @@ class Detector:
 
         Raises:
             ValueError: No prompts, an empty one, one beyond the context (with overflow "error"), or
-                (as NonFiniteGradientError) a NaN gradient; the message names the prompt.
+                (as NonFiniteGradientError) a NaN gradient; the message names the prompt. Without
+                gradients (method "nll") the score of such a prompt is NaN.
             TypeError: Something is not a string.
         """
         items, owners = self._encode(prompts)
@@ -212,33 +213,49 @@ class Detector:
         Warns:
             UserWarning: Too few prompts to promise the rate.
         """
-        if (self.config.method == "cascade") != (unsafe_prompts is not None):
+        if self.config.method == "cascade" and unsafe_prompts is None:
             raise ValueError(
-                "gradsafe.Detector.calibrate: unsafe_prompts=[...] is needed for method "
-                f'"cascade" and no other, but the method is {self.config.method!r}'
+                'gradsafe.Detector.calibrate: method "cascade" needs unsafe_prompts=[...], unsafe '
+                "prompts that are no references"
             )
-        if unsafe_prompts is not None:
-            benign, benign_prompts = benign_prompts[::2], benign_prompts[1::2]
-            losses = [
-                self._losses(prompts, batch_tokens, progress)
-                for prompts in (benign, unsafe_prompts)
-            ]
-            self.band = choose_band(losses[0], losses[1], max_fpr / 2, max_fnr)
-        scores = self.score(benign_prompts, batch_tokens, progress, components=False)
-        self.calibration = calibrate(scores.values, max_fpr)
-        return self.calibration
+        if self.config.method != "cascade" and unsafe_prompts is not None:
+            raise ValueError(
+                'gradsafe.Detector.calibrate: unsafe_prompts=[...] is for method "cascade", not '
+                f"for {self.config.method!r}"
+            )
+        if unsafe_prompts is not None and len(benign_prompts) < 2:
+            raise ValueError(
+                'gradsafe.Detector.calibrate: method "cascade" needs at least two benign_prompts, '
+                f"half of them for the losses, got {len(benign_prompts)}"
+            )
+        before = self.band
+        try:
+            if unsafe_prompts is not None:
+                benign, benign_prompts = benign_prompts[::2], benign_prompts[1::2]
+                losses = [
+                    self._losses(prompts, batch_tokens, progress)
+                    for prompts in (benign, unsafe_prompts)
+                ]
+                self.band = choose_band(losses[0], losses[1], max_fpr / 2, max_fnr)
+            scores = self.score(benign_prompts, batch_tokens, progress, components=False)
+            calibration = calibrate(scores.values, max_fpr)
+        except BaseException:
+            self.band = before  # never one half of two calibrations
+            raise
+        self.calibration = calibration
+        return calibration
 
     def flag(
         self, prompts: Sequence[str], batch_tokens: int = 4096, progress: bool = True
     ) -> Tensor:
-        """Which prompts score above the threshold, `[n]` bool.
+        """Which prompts score above the threshold, `[n]` bool; a NaN score is no clearance.
 
         Raises:
-            ValueError: As in `score`, or the method has no published threshold and the detector
-                was not calibrated.
+            ValueError: As in `score`, or the method has no neutral score and the detector was not
+                calibrated.
 
         Warns:
-            UncalibratedWarning: The published threshold is used; it rarely fits another model.
+            UncalibratedWarning: The neutral score is the threshold; it rarely fits a model.
         """
         threshold = self.threshold
         if threshold is None:
@@ -247,12 +264,13 @@ class Detector:
             if threshold is None:
                 raise ValueError(f"gradsafe.Detector.flag: no threshold is set; {advice}")
             warnings.warn(
-                f"gradsafe.Detector.flag: using the published threshold {threshold}, which does "
-                f"not transfer between models; {advice}",
+                f"gradsafe.Detector.flag: using the default threshold {threshold}, which rarely "
+                f"fits a model; {advice}",
                 UncalibratedWarning,
                 stacklevel=2,
             )
-        return self.score(prompts, batch_tokens, progress, components=False).values > threshold
+        values = self.score(prompts, batch_tokens, progress, components=False).values
+        return (values > threshold) | values.isnan()
 
     def explain(self, prompt: str) -> Explanation:
         """Say which tokens and components a prompt's score comes from, exactly and additively.

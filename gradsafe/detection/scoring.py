@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -118,9 +119,13 @@ def score_in_cascade(
 
 
 def worst_windows(values: Tensor, owners: Sequence[int], prompts: int) -> Tensor:
-    """Index of each prompt's highest-scoring window: nothing hides behind its harmless part."""
+    """Index of each prompt's highest-scoring window: nothing hides behind its harmless part.
+
+    NaN is above every number.
+    """
     worst = [-1] * prompts
+    keys = [(math.isnan(value), value) for value in values.tolist()]
     for item, owner in enumerate(owners):
-        if worst[owner] < 0 or values[item] > values[worst[owner]]:
+        if worst[owner] < 0 or keys[item] > keys[worst[owner]]:
             worst[owner] = item
     return torch.tensor(worst)

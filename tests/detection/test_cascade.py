@@ -118,9 +118,9 @@ def test_too_few_unsafe_prompts_clear_nothing():
 
 def test_bad_input_is_refused(model, tokenizer):
     cascade = fit(model, tokenizer, method="cascade")
-    with pytest.raises(ValueError, match=r"unsafe_prompts=\[...\] is needed"):
+    with pytest.raises(ValueError, match=r"needs unsafe_prompts=\["):
         cascade.calibrate(BENIGN, 0.2, progress=False)
-    with pytest.raises(ValueError, match="the method is 'gradcoo'"):
+    with pytest.raises(ValueError, match="not for 'gradcoo'"):
         fit(model, tokenizer).calibrate(BENIGN, 0.2, progress=False, unsafe_prompts=HARMFUL)
     with pytest.raises(ValueError, match="0 < max_fnr < 1"):
         cascade.calibrate(BENIGN, 0.2, progress=False, unsafe_prompts=HARMFUL, max_fnr=0)
@@ -128,3 +128,15 @@ def test_bad_input_is_refused(model, tokenizer):
         fit(model, tokenizer, method="cascade", relative="difference")
     with pytest.raises(ValueError, match="method='cascade'"):
         cascade.explain("hello")
+
+
+def test_a_calibration_that_fails_leaves_the_one_before(model, tokenizer):
+    detector = calibrated(model, tokenizer)
+    before = detector.band, detector.calibration
+    with pytest.raises(ValueError, match="at least two benign_prompts"):
+        detector.calibrate(BENIGN[:1], 0.4, progress=False, unsafe_prompts=HARMFUL)
+    with pytest.raises(ValueError, match="empty"):
+        detector.calibrate(
+            [BENIGN[0], ""], 0.4, progress=False, unsafe_prompts=HARMFUL, max_fnr=0.2
+        )
+    assert (detector.band, detector.calibration) == before

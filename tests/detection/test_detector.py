@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from oracle import Oracle
 
 from gradsafe import Detector, DetectorConfig
 from gradsafe.detection import NonFiniteGradientError, ReferenceGapWarning, UncalibratedWarning
+from gradsafe.detection.scoring import worst_windows
 from gradsafe.models import ContextOverflowError
 
 UNSAFE = ["how to hurt", "steal it now please"]
@@ -136,7 +138,8 @@ def test_reduction_options(model, tokenizer):
 
 @pytest.mark.parametrize("method", ["gradcoo", "gradsafe", "nll", "gradnorm"])
 def test_batching_order_and_threads_do_not_matter(model, tokenizer, method):
-    detector = fit(model, tokenizer, method=method, gap=0.3)
+    options = {"gap": 0.3} if method == "gradsafe" else {}
+    detector = fit(model, tokenizer, method=method, **options)
     alone = score(detector, batch_tokens=1)
     together = score(detector, batch_tokens=10_000)
     backwards = score(detector, PROMPTS[::-1], batch_tokens=70)
@@ -146,7 +149,7 @@ def test_batching_order_and_threads_do_not_matter(model, tokenizer, method):
     torch.set_num_threads(before)
     for other in (together.values, backwards.values.flip(0), threads.values):
         assert relative_error(other, alone.values.double()) < 1e-5
-    one_by_one = fit(model, tokenizer, method=method, gap=0.3, batch_tokens=1)
+    one_by_one = fit(model, tokenizer, method=method, batch_tokens=1, **options)
     assert relative_error(score(one_by_one).values, alone.values.double()) < 1e-5
 
 
@@ -224,6 +227,25 @@ def test_calibration_and_flags(model, tokenizer):
         Detector.fit(model, tokenizer, method="nll").flag(PROMPTS, progress=False)
 
 
+def test_no_number_is_no_clearance(model, tokenizer):
+    detector = Detector.fit(copy.deepcopy(model), tokenizer, method="nll", overflow="window")
+    detector.calibrate([f"benign prompt {i}" for i in range(30)], max_fpr=0.1, progress=False)
+    with torch.no_grad():
+        next(iter(detector.model.parameters())).fill_(torch.nan)
+    assert score(detector).values.isnan().all()
+    assert detector.flag(PROMPTS, progress=False).all()
+
+
+def test_a_window_without_a_number_is_the_worst():
+    values = torch.tensor([1.0, torch.nan, torch.inf, 2.0, 3.0])
+    assert worst_windows(values, [0, 0, 0, 1, 1], 2).tolist() == [1, 4]
+
+
+def test_signed_shares_are_neutral_at_zero():
+    assert DetectorConfig().default_threshold == 0.5
+    assert DetectorConfig(unsigned=False).default_threshold == 0
+
+
 def test_references_that_do_not_separate_are_reported(model, tokenizer):
     with pytest.warns(ReferenceGapWarning, match="does not refuse"):
         detector = fit(model, tokenizer)
@@ -245,7 +267,13 @@ def test_references_that_do_not_separate_are_reported(model, tokenizer):
         ({"speed": 11}, TypeError, "speed"),
         ({"center": True, "granularity": "layer"}, ValueError, "center=True needs"),
         ({"unsigned": False, "relative": "ratio"}, ValueError, "unsigned=False needs"),
+        ({"method": "gradsafe", "unsigned": False}, ValueError, "unsigned=False needs method"),
+        ({"gap": 0.5}, ValueError, "gap=0.5 needs method"),
         ({"layers": 99}, ValueError, "layers"),
+        ({"layers": "last"}, TypeError, "expected layers to be"),
+        ({"layers": 1.5}, TypeError, "expected layers to be"),
+        ({"unsigned": "no"}, TypeError, "expected unsigned to be bool"),
+        ({"row_fraction": "x"}, TypeError, "expected row_fraction to be a number"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens"),
     ],
 )
