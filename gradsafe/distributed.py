@@ -36,8 +36,8 @@ class Processes:
     into a time limit. A process that dies needs no watching: torchrun then ends the others.
     Tensors go by torch.distributed: NCCL between CUDA devices, gloo between CPUs.
 
-    Every process must make the same calls of `wait`, `share` and `share_tensors`. In a process
-    alone all methods are trivial, so callers need no second code path.
+    Every process must make the same calls of `next_job`, `wait`, `share` and `share_tensors`. In a
+    process alone all methods are trivial, so callers need no second code path.
 
     Attributes:
         rank: Number of this process.
@@ -49,6 +49,7 @@ class Processes:
         self.rank = rank
         self.count = count
         self.local_rank = local_rank
+        self._job = 0
         self._totals: Counter[str] = Counter()
         self._claimed: set[str] = set()
         self._told: list[Any] = []
@@ -83,6 +84,16 @@ class Processes:
     def first(self) -> bool:
         """Whether this is the process that does what only one may do."""
         return self.rank == 0
+
+    def next_job(self) -> None:
+        """Starts a job of its own: its sums begin at zero, and all its names are free again.
+
+        A failure and what was claimed stay: they end, or concern, the processes as a whole.
+        """
+        self._job += 1
+        self._totals.clear()
+        self._told.clear()
+        self._heard = 0
 
     def join(self) -> None:
         """Connects to the store, which imports torch; any later call would do so too."""
@@ -148,7 +159,7 @@ class Processes:
         """Waits until all processes have come here.
 
         Args:
-            name: Of the place; each is passed once.
+            name: Of the place; each is passed once in a job.
             tick: Called now and then.
 
         Raises:
@@ -185,18 +196,21 @@ class Processes:
         if self.count == 1:
             self._totals[name] += amount
             return self._totals[name]
-        total: int = self._store.add(f"total/{name}", amount)
+        total: int = self._store.add(self._key("total", name), amount)
         return total
 
     def deal(self, items: Sequence[T]) -> Iterator[T]:
         """Yields items that no other process gets, the next one as soon as this one asks for it.
 
         Args:
-            items: The same in all processes, and dealt out once.
+            items: The same in all processes, and dealt out once in a job.
 
         Raises:
             Stopped: Another process failed.
         """
+        if self.count == 1:
+            yield from items
+            return
         while (turn := self.total("dealt", 1)) <= len(items):
             self.check()
             yield items[turn - 1]
@@ -205,7 +219,7 @@ class Processes:
         """Returns the first process's value in all of them; the other values are ignored.
 
         Args:
-            name: Of the value; each is shared once.
+            name: Of the value; each is shared once in a job.
             value: Any JSON, in the first process.
 
         Raises:
@@ -213,7 +227,7 @@ class Processes:
         """
         if self.count == 1:
             return value
-        key = f"share/{name}"
+        key = self._key("share", name)
         if self.first:
             self._store.set(key, json.dumps(value))
             return value
@@ -225,7 +239,7 @@ class Processes:
         if self.count == 1:
             self._told.append(value)
             return
-        self._store.set(f"told/{self.total('told', 1)}", json.dumps(value))
+        self._store.set(self._key("told", str(self.total("told", 1))), json.dumps(value))
 
     def heard(self) -> list[Any]:
         """What processes told since the last call, in the first process."""
@@ -234,7 +248,7 @@ class Processes:
             return told
         told = []
         # A number that is taken may have no value yet: it is heard at the next call.
-        while self._store.check([key := f"told/{self._heard + 1}"]):
+        while self._store.check([key := self._key("told", str(self._heard + 1))]):
             told.append(json.loads(self._store.get(key)))
             self._heard += 1
         return told
@@ -245,7 +259,7 @@ class Processes:
         """Returns the first process's tensors in all of them, bit for bit.
 
         Args:
-            name: Of the tensors; each is shared once.
+            name: Of the tensors; each is shared once in a job.
             tensors: Name to tensor in the first process, ignored in the others.
             device: That of this process, of the same type in all. Tensors that the first process
                 keeps on the CPU arrive on the CPU.
@@ -289,6 +303,9 @@ class Processes:
             if tick is not None:
                 tick()
             time.sleep(POLL)
+
+    def _key(self, kind: str, name: str) -> str:
+        return f"{kind}/{self._job}/{name}"
 
     @cached_property
     def _store(self) -> Any:

@@ -64,6 +64,27 @@ def test_every_item_goes_to_one_process() -> None:
     assert sorted(item for items in dealt for item in items) == list(range(100))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_job_deals_counts_and_tells_anew(count: int) -> None:
+    processes = all_of(count)
+
+    def work(process: Processes) -> tuple[list[int], int]:
+        process.next_job()
+        process.wait("begun")
+        dealt = list(process.deal(range(20)))
+        process.total("done", len(dealt))
+        process.tell(process.rank)
+        process.wait("done")
+        told = process.heard() if process.first else [*range(count)]
+        assert sorted(told) == [*range(count)]
+        return dealt, process.total("done")
+
+    for _ in range(2):
+        found = together(processes, work)
+        assert sorted(item for items, _ in found for item in items) == list(range(20))
+        assert {total for _, total in found} == {20}
+
+
 def test_one_claims_and_may_claim_again() -> None:
     processes = all_of(4)
     first = together(processes, lambda process: process.claim("it"))
@@ -122,7 +143,7 @@ def test_calls_in_one_group_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
         calls = [Processes.of_group() for _ in range(2)]
         assert [(call.rank, call.count) for call in calls] == [(0, 2), (0, 2)]
         assert [call.share("value", 3 + i) for i, call in enumerate(calls)] == [3, 4]
-        assert [call._store.get("share/value") for call in calls] == [b"3", b"4"]
+        assert [call._store.get("share/0/value") for call in calls] == [b"3", b"4"]
     finally:
         distributed.destroy_process_group()
 

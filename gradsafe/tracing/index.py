@@ -107,6 +107,7 @@ class TraceIndex:
         Metric(part_norm)
         _check_counts(batch_tokens=batch_tokens, shard_samples=shard_samples)
         processes = Processes.of_group() if processes is None else processes
+        processes.next_job()
         temporary = None
         if path is None:
             if processes.count > 1:
@@ -194,6 +195,7 @@ class TraceIndex:
         """
         _check_counts(batch_tokens=batch_tokens)
         processes = Processes.of_group() if processes is None else processes
+        processes.next_job()
         with processes.ending_together():
             self._folder = building.extend_folder(
                 self._folder,
@@ -260,7 +262,7 @@ class TraceIndex:
                 f"gradsafe.TraceIndex.query: expected k at most {len(self)}, the number of samples "
                 f"in the index, got {k}; pass min(k, len(index))"
             )
-        needed = rows_needed(k, len(self._owners), len(self))
+        needed = rows_needed(k, self._owners)
         single = isinstance(queries, Mapping)
         samples = read_examples([queries] if single else queries, "queries")  # type: ignore[list-item, arg-type]
         encode = ExampleEncoder(self.model, self.tokenizer, self._encoding)

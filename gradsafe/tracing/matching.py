@@ -167,19 +167,26 @@ def best_samples(
     return scores, rows
 
 
-def rows_needed(k: int, rows: int, samples: int) -> int:
-    """How many rows hold the best k samples for sure.
+def rows_needed(k: int, row_owners: Tensor) -> int:
+    """How many of the best rows hold the best k samples for sure.
+
+    At worst they are all windows of the k - 1 samples that have most of them, and one row more.
+
+    Args:
+        k: Samples per query, at most as many as there are.
+        row_owners: Sample of each row.
 
     Raises:
         ValueError: More than the operator finds in one call.
     """
-    needed = min(k + rows - samples, rows)
-    if needed > MAX_K:
+    windows = row_owners.unique(return_counts=True)[1].sort(descending=True).values
+    needed = 1 + windows.cumsum(0) - windows
+    if needed[k - 1] > MAX_K:
         raise ValueError(
-            f"gradsafe.TraceIndex.query: expected k of at most {MAX_K - (rows - samples)} "
-            f"({MAX_K} less the {rows - samples} windows beyond one per sample), got {k}"
+            f"gradsafe.TraceIndex.query: expected k of at most {int((needed <= MAX_K).sum())} (one "
+            f"search finds {MAX_K} rows, among them all windows of the samples before), got {k}"
         )
-    return needed
+    return int(needed[k - 1])
 
 
 def _first_of_each(
