@@ -146,6 +146,8 @@ def build_folder(
     settings = settings_of(model, tokenizer, layer, encoding)
     asked = {**settings, "part_norm": part_norm, "batch_tokens": batch_tokens}
     _check_agreement(processes, model, samples, asked)
+    if not place.exists() or is_blank(place):
+        _check_lengths(model, tokenizer, encoding, samples[processes.rank :: processes.count])
     if processes.first and place.exists() and not is_blank(place):
         reopen(place, resume)  # nothing is put into a folder that is not ours
     with building_alone(place, processes):
@@ -213,14 +215,23 @@ def _next_part(
     if folder.missing:
         raise ValueError(
             f"gradsafe.TraceIndex.extend: {folder.path} is incomplete; first finish it with the "
-            "samples it was started with"
+            f"samples it was started with, or drop an extension of which nothing is complete: "
+            f"gradsafe.TraceIndex.repair({str(folder.path)!r})"
         )
     taken = [name for shard in folder.present for name in folder.read_ids(shard)[0]]
     samples = read_examples(source, first=first, taken=taken)
-    encode = ExampleEncoder(model, tokenizer, Encoding(**folder.metadata["settings"]["encoding"]))
-    for sample in samples:  # before the manifest promises them
-        encode(sample)
+    encoding = Encoding(**folder.metadata["settings"]["encoding"])
+    _check_lengths(model, tokenizer, encoding, samples)
     return samples, len(parts)
+
+
+def _check_lengths(
+    model: nn.Module, tokenizer: Any, encoding: Encoding, samples: Sequence[Example]
+) -> None:
+    """Raises what encoding a sample raises, before a manifest promises it."""
+    encode = ExampleEncoder(model, tokenizer, encoding)
+    for sample in samples:
+        encode(sample)
 
 
 def _shared(processes: Processes, folder: IndexFolder | None, place: Path) -> IndexFolder:

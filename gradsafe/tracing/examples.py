@@ -141,9 +141,12 @@ def read_examples(
     Raises:
         FileNotFoundError: No such file.
         TypeError: The source or a sample is of the wrong type.
-        ValueError: No sample, a prompt or response that is missing or empty, or an id that occurs
-            twice; the message names the sample.
+        ValueError: No sample, a prompt or response that is missing or empty, a line of a file whose
+            id is neither text nor integer, or an id that occurs twice; the message names the
+            sample.
     """
+    # What a file holds is a value; its type is the caller's only where the caller made the dicts.
+    wrong_type = ValueError if isinstance(source, (str, os.PathLike)) else TypeError
     examples: list[Example] = []
     seen: dict[Id, str] = dict.fromkeys(taken, "the index")
     for where, row in _rows(source, name):
@@ -151,7 +154,7 @@ def read_examples(
         if given is None:
             given = first + len(examples)
         if isinstance(given, bool) or not isinstance(given, (str, int)):
-            raise TypeError(f"{where}: the field 'id' must be text or an integer, got {given!r}")
+            raise wrong_type(f"{where}: the field 'id' must be text or an integer, got {given!r}")
         if given in seen:
             raise ValueError(f"{where}: id {given!r} is taken by {seen[given]}; ids must differ")
         seen[given] = where

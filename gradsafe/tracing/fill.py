@@ -51,9 +51,6 @@ def fill(
         return
     processes.wait("the folder is swept")
     encode = ExampleEncoder(model, tokenizer, Encoding(**folder.metadata["settings"]["encoding"]))
-    # A sample that does not fit is found now, not hours into the build.
-    for example in examples[processes.rank :: processes.count]:
-        encode(example)
     runner = SignaturePass(model, [folder.metadata["layer"]], pad_token_id(tokenizer))
     left = sum(shard.count for shard in wanted)
     with tqdm(

@@ -214,6 +214,22 @@ class IndexFolder:
             (self.path / shard.name).unlink(missing_ok=True)
         return damaged
 
+    def drop_unstarted(self) -> list[ShardPlan]:
+        """Strike the last extensions from the manifest as long as none of their shards is complete.
+
+        Returns:
+            The shards that they lacked; `extend` with the same samples promises them again.
+        """
+        before = self.plan
+        parts = self.metadata["parts"]
+        while len(parts) > 1 and not any(
+            shard.first >= sum(part["count"] for part in parts[:-1]) for shard in self.present
+        ):
+            del parts[-1]
+        self.write_manifest()
+        self.sweep()
+        return before[len(self.plan) :]
+
     def read(self, plan: ShardPlan) -> Shard:
         """Read one shard."""
         try:

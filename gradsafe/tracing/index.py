@@ -159,10 +159,12 @@ class TraceIndex:
     def repair(path: str | os.PathLike[str]) -> list[str]:
         """Drop the damaged shards of an index; the rest can be loaded again.
 
-        `build` or `extend` with the same samples computes them anew.
+        `build` or `extend` with the same samples computes them anew. An extension that stopped, by
+        NaN for example, before any of its shards was complete is dropped as well, so that other
+        samples can take its place.
 
         Returns:
-            Names of the files that were dropped.
+            Names of the shards that were dropped.
 
         Raises:
             StorageError: The manifest itself cannot be used.
@@ -170,7 +172,9 @@ class TraceIndex:
         """
         IndexFolder.open(Path(path))
         with building_alone(Path(path), Processes()):
-            return [shard.name for shard in IndexFolder.open(Path(path)).drop_damaged()]
+            folder = IndexFolder.open(Path(path))
+            unstarted = folder.drop_unstarted()  # first: a damaged shard keeps its part
+            return [shard.name for shard in [*folder.drop_damaged(), *unstarted]]
 
     def extend(
         self,

@@ -136,6 +136,7 @@ def test_samples_without_an_id_are_numbered(model, tokenizer, tmp_path):
         ("nowhere.jsonl", FileNotFoundError, "nowhere"),
         ([{"prompt": "a" * 100, "response": "b"}], ContextOverflowError, r"examples\[0\]"),
         ([{"prompt": "a", "response": "b" * 100}], ContextOverflowError, r"examples\[0\]"),
+        ([*EXAMPLES, {"prompt": "a" * 100, "response": "b"}], ContextOverflowError, r"\[23\]"),
     ],
 )
 def test_bad_examples_are_named_and_nothing_is_left(
@@ -143,14 +144,18 @@ def test_bad_examples_are_named_and_nothing_is_left(
 ):
     with pytest.raises(error, match=message):
         build(model, tokenizer, tmp_path / "index", rows)
-    assert not list(tmp_path.glob("index/shard*"))
+    assert not (tmp_path / "index").exists()
 
 
 def test_a_file_names_the_line(model, tokenizer, tmp_path):
     path = tmp_path / "e.jsonl"
-    path.write_text(json.dumps(EXAMPLES[0]) + "\n\n" + json.dumps({"prompt": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"e\.jsonl:3: the field 'response' is missing"):
-        build(model, tokenizer, tmp_path / "index", path)
+    for second, message in [
+        ({"prompt": "x"}, "the field 'response' is missing"),
+        ({"prompt": "x", "response": "y", "id": 1.5}, "the field 'id' must be text or an integer"),
+    ]:
+        path.write_text(json.dumps(EXAMPLES[0]) + "\n\n" + json.dumps(second) + "\n")
+        with pytest.raises(ValueError, match=r"e\.jsonl:3: " + message):
+            build(model, tokenizer, tmp_path / "index", path)
 
 
 def test_long_prompts_count_by_their_most_similar_window(model, tokenizer, tmp_path):
