@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,8 +151,17 @@ def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return manifest
 
 
-def check_destination(path: str | os.PathLike[str], kind: str) -> None:
-    """Raises what `save_folder` would raise about `path`; call it before long work."""
+def check_destination(
+    path: str | os.PathLike[str], kind: str, is_ours: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Raises what `save_folder` would raise about `path`; call it before long work.
+
+    Args:
+        path: The folder to write.
+        kind: What it is to hold.
+        is_ours: Says of a name in a folder of this kind that gradsafe left it there, and that it
+            may go although the manifest does not list it.
+    """
     target = Path(path)
     parent = target.resolve().parent
     if not parent.is_dir():
@@ -169,7 +178,8 @@ def check_destination(path: str | os.PathLike[str], kind: str) -> None:
             f"refusing to replace {target}: it is of kind {manifest['kind']!r}, not {kind!r}; "
             f"{advice}"
         )
-    strangers = {entry.name for entry in target.iterdir()} - {MANIFEST, *manifest["files"]}
+    names = {entry.name for entry in target.iterdir()} - {MANIFEST, *manifest["files"]}
+    strangers = {name for name in names if not is_ours(name)}
     if strangers:
         raise FileExistsError(
             f"refusing to replace {target}: it also holds {sorted(strangers)[0]}, which gradsafe "

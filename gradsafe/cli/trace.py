@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradsafe.cli.files import write_text
 from gradsafe.cli.options import add_model_arguments, positive_integer
 from gradsafe.cli.processes import load_in_each
 from gradsafe.jsonl import read_jsonl
@@ -24,7 +25,7 @@ FIELDS = ("prompt", "response")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the two commands and their options."""
+    """Declares the commands and their options."""
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     build = commands.add_parser(
         "build",
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "auto-single (default: %(default)s)",
     )
     build.add_argument(
-        "--part-norm", choices=PART_NORMS, default="zscore", help="of queries (default: zscore)"
+        "--part-norm",
+        choices=PART_NORMS,
+        help="of queries (default: zscore, or that of the index that is there)",
     )
     build.add_argument(
         "--template",
@@ -57,7 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shard-samples",
         type=positive_integer,
         metavar="N",
-        help="samples per file, and per turn of a process under torchrun (default: 1024)",
+        help="samples per file, and per turn of a process under torchrun (default: 1024, or those "
+        "of the index that is there)",
     )
     build.add_argument("--append-eos", action="store_true", help="close responses with EOS")
     build.add_argument(
@@ -88,7 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-weight", type=float, metavar="W", help="share of the gradient part, 0 to 1"
     )
     query.add_argument(
-        "--approximate", action="store_true", help="search with FAISS; may miss a sample"
+        "--approximate",
+        action="store_true",
+        help="search with FAISS (extra faiss), built anew by every call; may miss a sample",
     )
     query.add_argument(
         "--tokens",
@@ -106,6 +112,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     query.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
                        help="show the traceback of an error")  # fmt: skip
     query.set_defaults(run=run_query, parser=query)
+
+    repair = commands.add_parser(
+        "repair",
+        help="drop the damaged shards of an index",
+        description="Drop the damaged shards of an index, and an extension that stopped before any "
+        "of its shards was complete. The same build or extend computes them again.",
+        allow_abbrev=False,
+    )
+    repair.add_argument("index", metavar="DIR", help="folder of the index")
+    repair.add_argument("--debug", action="store_true", default=argparse.SUPPRESS,
+                        help="show the traceback of an error")  # fmt: skip
+    repair.set_defaults(run=run_repair, parser=repair)
 
 
 def layer(text: str) -> int | str:
@@ -127,10 +145,11 @@ def run_build(args: argparse.Namespace) -> int:
 
     # From here on torch is needed, which takes seconds to import.
     from gradsafe.tracing import TraceIndex
+    from gradsafe.tracing.build import check_place
 
+    check_place(Path(args.index), resume=True)
     model, tokenizer = load_in_each(args, args.processes)
     template = args.template and args.template.replace("\\n", "\n")
-    shard_samples = {"shard_samples": args.shard_samples} if args.shard_samples else {}
     try:
         index = TraceIndex.build(
             model,
@@ -141,7 +160,7 @@ def run_build(args: argparse.Namespace) -> int:
             part_norm=args.part_norm,
             batch_tokens=args.batch_tokens,
             progress=_progress(args),
-            **shard_samples,
+            shard_samples=args.shard_samples,
             processes=args.processes,
             template=template,
             append_eos=args.append_eos,
@@ -166,7 +185,15 @@ def run_query(args: argparse.Namespace) -> int:
     from gradsafe.cli.trace_text import report
     from gradsafe.cli.trace_view import view
     from gradsafe.tracing import TraceIndex
+    from gradsafe.tracing.approximate import load_faiss
+    from gradsafe.tracing.folder import IndexFolder
+    from gradsafe.tracing.matching import Metric
 
+    # What needs no model is refused before one is loaded.
+    folder = IndexFolder.open(Path(args.index))
+    Metric(args.part_norm or folder.metadata["part_norm"], args.gradient_weight)
+    if args.approximate:
+        load_faiss()
     model, tokenizer = load_model(args.model, args.dtype, args.device, not args.no_progress)
     index = TraceIndex.load(args.index, model, tokenizer)
     hits = _search(args, index)
@@ -175,11 +202,23 @@ def run_query(args: argparse.Namespace) -> int:
         shown = view(index, hits, number, query, ranks, texts=args.show_text, curve=bool(args.html))
         if pages:
             Path(args.html).mkdir(exist_ok=True)
-            pages[number].write_text(page(shown), encoding="utf-8")
+            write_text(str(pages[number]), page(shown))
         if args.json:
             print(json.dumps(shown.to_json(), allow_nan=False), flush=True)
         else:
             print(report(shown), end="\n\n" if number + 1 < len(queries) else "\n", flush=True)
+    return 0
+
+
+def run_repair(args: argparse.Namespace) -> int:
+    """Runs `trace repair`; raises what `cli.main` turns into one line."""
+    from gradsafe.tracing import TraceIndex
+
+    dropped = TraceIndex.repair(args.index)
+    for name in dropped:
+        print(f"dropped {name}")
+    if not dropped:
+        print("nothing to drop")
     return 0
 
 

@@ -102,10 +102,13 @@ def _curve(shown: QueryView) -> str:
         )
 
     points = " ".join(f"{x:.1f},{y:.1f}" for x, y in map(place, range(len(curve))))
+    # The point of layers (1, 2) has number 0. Without a unique minimum every rule takes the last.
+    takes_lower = shown.layer_rule == "auto-lower" and layer <= len(curve)
+    chosen_point = layer - (1 if takes_lower else 2)
     marks = []
     for index, value in enumerate(curve):
         x, y = place(index)
-        chosen = ' class="chosen"' if index + 2 == layer else ""
+        chosen = ' class="chosen"' if index == chosen_point else ""
         marks.append(
             f'<circle{chosen} cx="{x:.1f}" cy="{y:.1f}" r="4"><title>layers {index + 1} and '
             f"{index + 2}: {value:.4f}</title></circle>"

@@ -44,6 +44,7 @@ class QueryView:
         found: Samples, best first.
         samples: Size of the index.
         layer: Layer of the index.
+        layer_rule: The rule that chose it; None if it was given.
         layer_curve: Similarities of consecutive layers, of the probes that the layer was chosen by
             (`TraceIndex.layer_curve`) or of the query (`Hits.layer_curve`); None if not asked for.
         curve_of: "probes" or "query".
@@ -55,6 +56,7 @@ class QueryView:
     found: list[Found]
     samples: int
     layer: int
+    layer_rule: str | None
     layer_curve: list[float] | None
     curve_of: str | None
     prompt: str | None
@@ -113,6 +115,7 @@ def view(
         found,
         len(index),
         index.layer,
+        index.layer_rule,
         layer_curve,
         curve_of if layer_curve else None,
         query["prompt"] if texts else None,

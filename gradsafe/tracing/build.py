@@ -25,7 +25,7 @@ from gradsafe.tracing.fill import fill
 from gradsafe.tracing.folder import IndexFolder, is_blank
 from gradsafe.tracing.layer_choice import RULES, choose_layer, pick_probes
 from gradsafe.tracing.lock import building_alone
-from gradsafe.tracing.matching import PartNorm
+from gradsafe.tracing.matching import Metric, PartNorm
 from gradsafe.tracing.signature import resolve_layer
 
 SHARD_SAMPLES = 1024
@@ -48,8 +48,8 @@ def new_metadata(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
-    part_norm: PartNorm,
-    shard_samples: int,
+    part_norm: PartNorm | None,
+    shard_samples: int | None,
     batch_tokens: int,
 ) -> dict[str, Any]:
     """The manifest of an index that has no shard yet; chooses the layer if asked to."""
@@ -63,8 +63,8 @@ def new_metadata(
         "settings": settings,
         "layer": layer,
         "layer_curve": curve,
-        "part_norm": part_norm,
-        "shard_samples": shard_samples,
+        "part_norm": Metric().part_norm if part_norm is None else part_norm,
+        "shard_samples": SHARD_SAMPLES if shard_samples is None else shard_samples,
         "parts": [new_part(examples)],
     }
 
@@ -97,6 +97,8 @@ def reopen(path: Path, resume: bool) -> IndexFolder:
     Raises:
         FileExistsError: It holds something else, or an index and `resume` is False.
     """
+    if not path.is_dir():
+        raise FileExistsError(f"cannot build {path}: it is not a folder; choose another path")
     try:
         folder = IndexFolder.open(path)
     except StorageError as error:
@@ -107,6 +109,19 @@ def reopen(path: Path, resume: bool) -> IndexFolder:
             "another path"
         )
     return folder
+
+
+def check_place(path: Path, resume: bool) -> None:
+    """Raises what a build into `path` would raise about the folder, and touches nothing.
+
+    Raises:
+        FileNotFoundError: The parent folder does not exist.
+        FileExistsError: As `reopen`.
+    """
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"cannot build {path}: no such folder {path.parent}")
+    if path.exists() and not is_blank(path):
+        reopen(path, resume)
 
 
 def check_examples(folder: IndexFolder, examples: Sequence[Example]) -> None:
@@ -126,6 +141,15 @@ def check_examples(folder: IndexFolder, examples: Sequence[Example]) -> None:
         )
 
 
+def _check_shard_samples(folder: IndexFolder, given: int | None) -> None:
+    own = folder.metadata["shard_samples"]
+    if given not in (None, own):
+        raise ValueError(
+            f"gradsafe.TraceIndex.build: {folder.path} has {own} samples per file, given {given}; "
+            "leave shard_samples out, or build in another folder"
+        )
+
+
 def build_folder(
     model: nn.Module,
     tokenizer: Any,
@@ -134,11 +158,11 @@ def build_folder(
     processes: Processes,
     *,
     layer: int | str,
-    part_norm: PartNorm,
+    part_norm: PartNorm | None,
     resume: bool,
     batch_tokens: int,
     progress: bool,
-    shard_samples: int,
+    shard_samples: int | None,
     encoding: Encoding,
 ) -> IndexFolder:
     """Start or reopen an index and complete it, see `TraceIndex.build`."""
@@ -148,8 +172,8 @@ def build_folder(
     _check_agreement(processes, model, samples, asked)
     if not place.exists() or is_blank(place):
         _check_lengths(model, tokenizer, encoding, samples[processes.rank :: processes.count])
-    if processes.first and place.exists() and not is_blank(place):
-        reopen(place, resume)  # nothing is put into a folder that is not ours
+    if processes.first:
+        check_place(place, resume)  # nothing is put into a folder that is not ours
     with building_alone(place, processes):
         folder = None
         if processes.first and not is_blank(place):
@@ -157,8 +181,10 @@ def build_folder(
             folder.verify()
             check_settings(folder, settings, "build")
             check_examples(folder, samples)
-            folder.metadata["part_norm"] = part_norm
-            folder.write_manifest()
+            _check_shard_samples(folder, shard_samples)
+            if part_norm is not None:
+                folder.metadata["part_norm"] = part_norm
+                folder.write_manifest()
         elif processes.first:
             metadata = new_metadata(
                 settings, model, tokenizer, samples, part_norm, shard_samples, batch_tokens

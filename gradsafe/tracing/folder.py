@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gradsafe._version import __version__
+from gradsafe.distributed import Processes
 from gradsafe.storage import (
     FORMAT,
     FORMAT_VERSION,
@@ -29,7 +31,8 @@ from gradsafe.storage import (
     verify_file,
 )
 from gradsafe.tracing.examples import Id
-from gradsafe.tracing.lock import LOCK
+from gradsafe.tracing.lock import LOCK, building_alone
+from gradsafe.tracing.manifest import check_metadata
 from gradsafe.tracing.shard import Shard, ShardPlan, parse_ids
 
 KIND = "trace-index"
@@ -75,7 +78,7 @@ class IndexFolder:
         """Read the manifest; the shards stay untouched.
 
         Raises:
-            StorageError: No index, or one of a newer version.
+            StorageError: No index, a malformed one, or one of a newer version.
         """
         manifest = read_manifest(path)
         if manifest["kind"] != KIND:
@@ -85,6 +88,7 @@ class IndexFolder:
                 f"{path} has format version {manifest['format_version']}, this gradsafe "
                 f"{__version__} reads up to version {FORMAT_VERSION}: update gradsafe"
             )
+        check_metadata(path, manifest["metadata"])
         return cls(path, manifest["metadata"], dict(manifest["files"]))
 
     @property
@@ -159,16 +163,19 @@ class IndexFolder:
         Raises:
             FileNotFoundError: The parent folder does not exist.
             FileExistsError: `path` exists and is not an index.
+            BusyFolderError: A build works in the index that is there.
             StorageError: A shard is damaged.
         """
-        check_destination(path, KIND)
+        check_destination(path, KIND, _is_left_by_a_build)
         target = path.resolve()
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
+        alone = building_alone(target, Processes()) if target.exists() else nullcontext()
+        scratched = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
+        with alone, scratched as scratch:
             copy = IndexFolder(Path(scratch) / "index", self.metadata, self.files)
             copy.path.mkdir()
             for shard in self.present:
+                self._verify(shard)
                 shutil.copyfile(self.path / shard.name, copy.path / shard.name)
-                copy._verify(shard)
                 flush_to_disk(copy.path / shard.name)
             copy.write_manifest()
             swap_in(copy.path, target)
@@ -232,27 +239,25 @@ class IndexFolder:
 
     def read(self, plan: ShardPlan) -> Shard:
         """Read one shard."""
-        try:
-            return Shard.from_tensors(load_file(self.path / plan.name))
-        except (SafetensorError, FileNotFoundError) as error:
-            raise StorageError(f"{self.path / plan.name} cannot be read: {error}") from error
+        with _reading(self.path / plan.name) as path:
+            return Shard.from_tensors(load_file(path))
 
     def read_ids(self, plan: ShardPlan) -> tuple[list[Id], Tensor]:
         """Ids and owners of one shard."""
-        path = self.path / plan.name
-        with safe_open(path, "pt") as file:
+        with _reading(self.path / plan.name) as path, safe_open(path, "pt") as file:
             ids, owners = file.get_tensor("ids"), file.get_tensor("owners")
         return parse_ids(ids), owners
 
     def signatures(self) -> Iterator[Tensor]:
         """The signatures of the complete shards, one shard in memory at a time."""
         for shard in self.present:
-            with safe_open(self.path / shard.name, "pt") as file:
-                yield file.get_tensor("signatures")
+            with _reading(self.path / shard.name) as path, safe_open(path, "pt") as file:
+                values = file.get_tensor("signatures")
+            yield values
 
     def signature_rows(self, plan: ShardPlan, rows: Tensor) -> Tensor:
         """Some rows of a shard's signatures; the file is mapped, and the others are not read."""
-        with safe_open(self.path / plan.name, "pt") as file:
+        with _reading(self.path / plan.name) as path, safe_open(path, "pt") as file:
             signatures: Tensor = file.get_tensor("signatures")
             return signatures[rows]
 
@@ -262,8 +267,8 @@ class IndexFolder:
         except StorageError as error:
             raise StorageError(
                 f"{error} (samples {plan.first} to {plan.first + plan.count - 1}); "
-                f"gradsafe.TraceIndex.repair({str(self.path)!r}) drops damaged shards and keeps "
-                f"the rest, build or extend with resume computes them again"
+                f"gradsafe trace repair {self.path} (gradsafe.TraceIndex.repair) drops damaged "
+                "shards and keeps the rest, and the same build or extend computes them again"
             ) from error
 
     def _is_damaged(self, plan: ShardPlan) -> bool:
@@ -282,6 +287,18 @@ def is_blank(path: Path) -> bool:
     return path.is_dir() and all(
         entry.name == LOCK or entry.name.endswith(PARTIAL) for entry in path.iterdir()
     )
+
+
+def _is_left_by_a_build(name: str) -> bool:
+    return name == LOCK or name.startswith(WORK) or name.endswith(PARTIAL)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[Path]:
+    try:
+        yield path
+    except (SafetensorError, FileNotFoundError) as error:
+        raise StorageError(f"{path} cannot be read: {error}") from error
 
 
 def batch_key(indices: Sequence[int], samples: str) -> str:

@@ -60,11 +60,11 @@ class TraceIndex:
         path: str | os.PathLike[str] | None = None,
         *,
         layer: int | Literal["last", "auto", "auto-lower", "auto-single"] = "last",
-        part_norm: PartNorm = "zscore",
+        part_norm: PartNorm | None = None,
         resume: bool = True,
         batch_tokens: int = 4096,
         progress: bool = True,
-        shard_samples: int = building.SHARD_SAMPLES,
+        shard_samples: int | None = None,
         processes: Processes | None = None,
         **encoding: Any,
     ) -> TraceIndex:
@@ -80,11 +80,13 @@ class TraceIndex:
             path: The folder to write; None for a temporary one, see `save`.
             layer: "last", an index into `hidden_states` (see `resolve_layer`), or a rule of
                 `choose_layer`: "auto" is the phase transition.
-            part_norm: The default of `query`.
+            part_norm: The default of `query`; None for that of the index that is there, "zscore"
+                for a new one.
             resume: Go on with an index that is there already.
             batch_tokens: Padded tokens per batch; lower it if memory runs out.
             progress: Show a progress bar.
-            shard_samples: Samples per file; an index that is there keeps its own.
+            shard_samples: Samples per file; None for those of the index that is there, 1024 for a
+                new one.
             processes: Who shares the work, a shard at a time, into one folder; all of them call
                 this, and the index is that of one process. None for torch's default process group
                 where one is initialised, else this process alone, as is `Processes()`.
@@ -104,8 +106,11 @@ class TraceIndex:
                 another build works in the folder.
             Stopped: Another process failed; the message says why.
         """
-        Metric(part_norm)
-        _check_counts(batch_tokens=batch_tokens, shard_samples=shard_samples)
+        if part_norm is not None:
+            Metric(part_norm)
+        _check_counts(batch_tokens=batch_tokens)
+        if shard_samples is not None:
+            _check_counts(shard_samples=shard_samples)
         processes = Processes.of_group() if processes is None else processes
         processes.next_job()
         temporary = None
@@ -219,7 +224,8 @@ class TraceIndex:
         Raises:
             FileNotFoundError: The parent folder does not exist.
             FileExistsError: `path` exists and is not an index.
-            ValueError: `path` is the folder of this index.
+            ValueError: `path` is the folder of this index, or (as StorageError) a shard is damaged.
+            BusyFolderError: A build works in the index that is there.
         """
         if Path(path).resolve() == self.path.resolve():
             raise ValueError(f"gradsafe.TraceIndex.save: {path} is the folder of this index")
@@ -254,12 +260,14 @@ class TraceIndex:
             The hits, best first.
 
         Raises:
-            ValueError: No query, k above the number of samples, or options that do not fit.
+            ValueError: No query, k above the number of samples, no complete sample, or options that
+                do not fit.
             ImportError: FAISS is asked for and not installed.
         """
         if approximate:
             load_faiss()  # missed now, not behind the signatures
-        metric = Metric(part_norm or self.part_norm, gradient_weight)
+        metric = Metric(self.part_norm if part_norm is None else part_norm, gradient_weight)
+        self._refuse_empty()
         _check_counts(k=k, batch_tokens=batch_tokens)
         if k > len(self):
             raise ValueError(
@@ -300,6 +308,12 @@ class TraceIndex:
         return int(self._folder.metadata["layer"])
 
     @property
+    def layer_rule(self) -> str | None:
+        """The rule that chose the layer, None if it was given."""
+        asked = self._folder.metadata["settings"]["layer"]
+        return asked if isinstance(asked, str) else None
+
+    @property
     def layer_curve(self) -> list[float] | None:
         """Similarities of consecutive layers, None unless the layer was chosen by a rule."""
         curve: list[float] | None = self._folder.metadata["layer_curve"]
@@ -336,6 +350,13 @@ class TraceIndex:
             owners.append(rows)
         self._owners = torch.cat(owners)
         self._search = Search(self._folder, starts, len(self._owners))
+
+    def _refuse_empty(self) -> None:
+        if not self._id_of:
+            raise ValueError(
+                f"gradsafe.TraceIndex.query: {self.path} holds no complete sample yet: finish its "
+                "build"
+            )
 
     def _item(self, row: int) -> Encoded:
         """Token ids of a row of the index."""

@@ -300,5 +300,5 @@ def test_a_resumed_build_says_what_it_lacks(
             build(model, tokenizer, tmp_path / "a")
     with pytest.warns(IncompleteIndexWarning, match="holds 0 of 23"):
         empty = TraceIndex.load(tmp_path / "a", model, make_tokenizer())
-    with pytest.raises(ValueError, match="expected k at most 0"):
+    with pytest.raises(ValueError, match="holds no complete sample yet: finish its build"):
         empty.query(QUERIES, 1)

@@ -48,9 +48,7 @@ def test_two_builds_of_the_same_processes_are_both_complete(model, tokenizer, tm
 
 
 @pytest.mark.parametrize("batches", [0, 1])
-def test_an_extension_that_met_nan_can_be_dropped(
-    model, tokenizer, tmp_path, monkeypatch, batches
-):
+def test_an_extension_that_met_nan_can_be_dropped(model, tokenizer, tmp_path, monkeypatch, batches):
     index = build(model, tokenizer, tmp_path / "a", EXAMPLES[:8])
     before = files(index.path)
     with monkeypatch.context() as patch:

@@ -1,0 +1,91 @@
+"""The folder of an index: what a malformed, damaged or half-used one is told apart by."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from trace_samples import QUERIES, build, files
+
+from gradsafe import TraceIndex
+from gradsafe.distributed import Processes
+from gradsafe.storage import MANIFEST, StorageError
+from gradsafe.tracing.folder import IndexFolder
+from gradsafe.tracing.lock import BusyFolderError, building_alone
+
+
+@pytest.fixture
+def index(model, tokenizer, tmp_path):
+    return build(model, tokenizer, tmp_path / "index")
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("settings",), None),
+        (("layer",), "2"),
+        (("layer_curve",), 1),
+        (("part_norm",), None),
+        (("shard_samples",), 0),
+        (("parts",), []),
+        (("parts", 0), "all"),
+        (("parts", 0, "count"), 0),
+        (("settings", "encoding"), None),
+        (("settings", "model"), 3),
+    ],
+)
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_malformed_manifest_is_a_storage_error(model, tokenizer, index, place, value, missing):
+    manifest = json.loads((index.path / MANIFEST).read_text())
+    entry = manifest["metadata"]
+    for key in place[:-1]:
+        entry = entry[key]
+    if missing:
+        del entry[place[-1]]
+    else:
+        entry[place[-1]] = value
+    (index.path / MANIFEST).write_text(json.dumps(manifest))
+    for use in (
+        lambda: TraceIndex.load(index.path, model, tokenizer),
+        lambda: TraceIndex.repair(index.path),
+    ):
+        with pytest.raises(StorageError, match=r"manifest\.json is malformed"):
+            use()
+
+
+def test_a_shard_that_goes_while_the_index_is_open_is_named(index):
+    (index.path / "shard-000001.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(StorageError, match=r"shard-000001\.safetensors cannot be read"):
+        index.query(QUERIES, 1)
+    (index.path / "shard-000001.safetensors").unlink()
+    for part_norm in ("none", "zscore"):
+        with pytest.raises(StorageError, match=r"shard-000001\.safetensors cannot be read"):
+            index.query(QUERIES, 1, part_norm=part_norm)
+
+
+def test_saving_a_damaged_index_names_its_shard(index, tmp_path):
+    shard = index.path / "shard-000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(StorageError, match=str(shard)):
+        index.save(tmp_path / "copy")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["index"]
+
+
+def test_saving_replaces_an_index_that_a_killed_build_left(index, tmp_path):
+    index.save(tmp_path / "copy")
+    before = files(tmp_path / "copy")
+    (tmp_path / "copy" / ".lock").touch()
+    (tmp_path / "copy" / ".work-shard-000009").mkdir()
+    (tmp_path / "copy" / "shard-000009.safetensors.partial").touch()
+    with (
+        building_alone(tmp_path / "copy", Processes()),
+        pytest.raises(BusyFolderError, match="another build works in"),
+    ):
+        index.save(tmp_path / "copy")
+    (tmp_path / "copy" / ".lock").touch()
+    index.save(tmp_path / "copy")
+    assert files(tmp_path / "copy") == before
+    (tmp_path / "copy" / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match=r"also holds notes\.txt"):
+        index.save(tmp_path / "copy")
+    assert len(IndexFolder.open(tmp_path / "copy").present) == 3
