@@ -7,7 +7,9 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,8 @@ def save_folder(
     partial = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}")
     partial.mkdir()
     try:
-        save_file(ready, partial / TENSORS)
+        with mode_of_the_umask(partial / TENSORS):
+            save_file(ready, partial / TENSORS)
         manifest["files"] = {TENSORS: file_record(partial / TENSORS)}
         text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         (partial / MANIFEST).write_text(text, encoding="utf-8")
@@ -270,6 +273,15 @@ def file_record(path: Path) -> dict[str, Any]:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+@contextmanager
+def mode_of_the_umask(path: Path) -> Iterator[None]:
+    """Gives a file that safetensors writes in the block, for its owner alone, the usual mode."""
+    path.touch()
+    mode = path.stat().st_mode
+    yield
+    path.chmod(stat.S_IMODE(mode))
 
 
 def verify_file(path: Path, record: Mapping[str, Any]) -> None:

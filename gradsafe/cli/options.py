@@ -146,7 +146,10 @@ def fit_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def positive_integer(text: str) -> int:
     """Parses a count of at least 1."""
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
@@ -154,7 +157,7 @@ def positive_integer(text: str) -> int:
 
 def fraction(text: str) -> float:
     """Parses a number above 0 and at most 1."""
-    value = float(text)
+    value = _number(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
     return value
@@ -162,7 +165,14 @@ def fraction(text: str) -> float:
 
 def share(text: str) -> float:
     """Parses a number between 0 and 1, both excluded."""
-    value = float(text)
+    value = _number(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {text}")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text}") from None

@@ -84,8 +84,9 @@ def check_settings(folder: IndexFolder, given: dict[str, Any], op: str) -> None:
     for name, value in given.items():
         if saved.get(name) == value:
             continue
+        what = "model or dtype" if name == "model" else name
         raise ValueError(
-            f"gradsafe.TraceIndex.{op}: {folder.path} was built with another {name} (it has "
+            f"gradsafe.TraceIndex.{op}: {folder.path} was built with another {what} (it has "
             f"{_short(saved.get(name))}, given {_short(value)}); use what it was built with, or "
             "build in another folder"
         )

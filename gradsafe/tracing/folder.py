@@ -26,6 +26,7 @@ from gradsafe.storage import (
     check_destination,
     file_record,
     flush_to_disk,
+    mode_of_the_umask,
     read_manifest,
     swap_in,
     verify_file,
@@ -311,7 +312,8 @@ def _write(
 ) -> None:
     partial = path.with_name(path.name + PARTIAL)
     try:
-        save_file(dict(tensors), partial, note)
+        with mode_of_the_umask(partial):
+            save_file(dict(tensors), partial, note)
         if durable:
             flush_to_disk(partial)
         os.replace(partial, path)

@@ -47,6 +47,7 @@ class TraceIndex:
     def __init__(self, folder: IndexFolder, model: nn.Module, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        folder.path = folder.path.absolute()  # the working directory may change
         self._folder = folder
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._refresh()
@@ -281,7 +282,10 @@ class TraceIndex:
         items, owners = encode.all(samples)
         label = "queries" if progress else None
         pad_id = pad_token_id(self.tokenizer)
-        found = signatures(self.model, items, [self.layer], pad_id, batch_tokens, label)[self.layer]
+        names = [samples[owner].where for owner in owners]
+        found = signatures(
+            self.model, items, [self.layer], pad_id, batch_tokens, label, names=names
+        )[self.layer]
         best = self._search.best_rows(found, needed, metric, approximate)
         scores, rows = best_samples(best, self._owners, owners, len(samples), k)
         positions = self._owners[rows]

@@ -29,6 +29,7 @@ class Metric:
             times, so "unit" gives (1 - w) cos_h + w cos_g. Not for "none".
 
     Raises:
+        TypeError: A weight that is no number.
         ValueError: An unknown `part_norm`, or a weight that is out of range or does not apply.
     """
 
@@ -44,6 +45,11 @@ class Metric:
         weight = self.gradient_weight
         if weight is None:
             return
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise TypeError(
+                "gradsafe.TraceIndex: expected gradient_weight to be a number, got "
+                f"{type(weight).__name__}"
+            )
         if self.part_norm == "none":
             raise ValueError(
                 'gradsafe.TraceIndex: gradient_weight needs part_norm "unit" or "zscore"; "none" '

@@ -108,6 +108,8 @@ def signatures(
     pad_id: int,
     batch_tokens: int = 4096,
     progress: str | None = None,
+    *,
+    names: Sequence[str] | None = None,
 ) -> dict[int, Tensor]:
     """Compute signatures, several layers in one pass.
 
@@ -120,6 +122,7 @@ def signatures(
         pad_id: Token id of the padding, see `gradsafe.models.pad_token_id`.
         batch_tokens: Padded tokens per batch; lower it if memory runs out.
         progress: Label of a progress bar, None for none.
+        names: What messages call the items; None for their numbers.
 
     Returns:
         `[n, 2d]` per layer, in the order of `items`.
@@ -140,7 +143,7 @@ def signatures(
     with tqdm(total=len(items), desc=progress, disable=progress is None, unit="sample") as bar:
         for indices in runner.plan(items, batch_tokens):
             for layer, values in runner.batch([items[i] for i in indices]).items():
-                check_finite(values, [f"items[{i}]" for i in indices])
+                check_finite(values, [names[i] if names else f"items[{i}]" for i in indices])
                 if layer not in found:
                     found[layer] = values.new_empty(len(items), values.shape[1])
                 found[layer][indices] = values

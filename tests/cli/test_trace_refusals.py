@@ -58,6 +58,21 @@ def test_no_model_is_loaded_for_what_cannot_work(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("-k", "few"), "argument -k: must be an integer, got few"),
+        (("-k", "0"), "argument -k: must be at least 1, got 0"),
+    ],
+)
+def test_a_count_that_is_none_is_refused_in_plain_words(
+    trace: Run, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit):
+        trace("query", *options)
+    assert message in capsys.readouterr().err
+
+
 def test_a_wrong_id_is_one_line(trace: Run) -> None:
     Path("rows.jsonl").write_text(json.dumps({**ROWS[0], "id": [1]}) + "\n")
     status, _, err = trace("build")

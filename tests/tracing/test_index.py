@@ -183,6 +183,10 @@ def test_options_out_of_range_are_refused(model, tokenizer, built, tmp_path):
         built.query(QUERIES, part_norm="none", gradient_weight=0.1)
     with pytest.raises(ValueError, match="between 0 and 1"):
         built.query(QUERIES, gradient_weight=1.5)
+    with pytest.raises(TypeError, match="expected gradient_weight to be a number, got str"):
+        built.query(QUERIES, gradient_weight="0.1")
+    with pytest.raises(ValueError, match="expected part_norm"):
+        built.query(QUERIES, part_norm="")
     with pytest.raises(ValueError, match="out of range; the model has 3 blocks"):
         build(model, tokenizer, tmp_path / "x", layer=9)
     with pytest.raises(ValueError, match="overflow"):
@@ -234,7 +238,7 @@ def test_another_model_tokenizer_layer_or_file_is_refused(model, tokenizer, inde
     before = files(index.path)
     prints = r"\(it has fingerprint [0-9a-f]{16}, given fingerprint [0-9a-f]{16}\)"
     for arguments, options, message in [
-        ((other, tokenizer), {}, "another model " + prints),
+        ((other, tokenizer), {}, "another model or dtype " + prints),
         ((model, template), {}, "another tokenizer " + prints),
         ((model, tokenizer), {"layer": 1}, r"another layer \(it has 2, given 1\)"),
         ((model, tokenizer), {"layer": "auto"}, r"another layer \(it has 2, given auto\)"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from trace_samples import QUERIES, build, files
@@ -12,6 +13,7 @@ from gradsafe.distributed import Processes
 from gradsafe.storage import MANIFEST, StorageError
 from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.lock import BusyFolderError, building_alone
+from gradsafe.tracing.signature import NonFiniteSignatureError, SignaturePass
 
 
 @pytest.fixture
@@ -89,3 +91,35 @@ def test_saving_replaces_an_index_that_a_killed_build_left(index, tmp_path):
     with pytest.raises(FileExistsError, match=r"also holds notes\.txt"):
         index.save(tmp_path / "copy")
     assert len(IndexFolder.open(tmp_path / "copy").present) == 3
+
+
+def test_others_may_read_what_the_umask_lets_them(model, tokenizer, tmp_path):
+    before = os.umask(0o027)
+    try:
+        index = build(model, tokenizer, tmp_path / "index")
+        index.save(tmp_path / "copy")
+    finally:
+        os.umask(before)
+    for folder in ("index", "copy"):
+        modes = {path.stat().st_mode & 0o777 for path in (tmp_path / folder).iterdir()}
+        assert modes == {0o640}
+
+
+def test_an_index_does_not_follow_the_working_directory(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    index = build(model, tokenizer, "index")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(index.query(QUERIES, 2).ids) == 3
+    assert index.path == tmp_path / "index"
+
+
+def test_a_query_without_finite_signature_is_named(index, monkeypatch):
+    batch = SignaturePass.batch
+
+    def spoiled(self, items):
+        return {layer: values * float("nan") for layer, values in batch(self, items).items()}
+
+    monkeypatch.setattr(SignaturePass, "batch", spoiled)
+    with pytest.raises(NonFiniteSignatureError, match=r"the signature of queries\[0\] holds NaN"):
+        index.query(QUERIES[0], 1)
