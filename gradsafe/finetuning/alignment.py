@@ -18,6 +18,7 @@ from gradsafe.finetuning.teachers import (
     CachedReference,
     ModelReference,
     Reference,
+    refuse_shared,
 )
 from gradsafe.models.inspection import forward_parameters, input_device
 
@@ -42,7 +43,7 @@ class KLAlignment:
         model: a causal language model of transformers, wrapped or not.
         reference: "adapter_off" (the model with its PEFT adapters off), "cached" (its final hidden
             states before training, see `cache`; the output head must be frozen), or a second
-            model, which is used as it is.
+            model, which is used as it is and must not share what is trained.
         kl_tokens: positions that count: "response" (those that predict a label other than -100),
             "non_pad" (all real tokens) or "all" (padding too, as the reference code does; the
             value then depends on the padding).
@@ -51,7 +52,8 @@ class KLAlignment:
 
     Raises:
         ValueError: "adapter_off" without adapters or with other trainable parameters, "cached"
-            with a trainable head, or an unknown option.
+            with a trainable head, a second model that shares trained parameters, or an unknown
+            option.
         gradsafe.storage.StorageError: the cache belongs to another model or head, or is damaged.
     """
 
@@ -84,6 +86,7 @@ class KLAlignment:
         self, reference: str | nn.Module, cache: str | os.PathLike[str] | None
     ) -> Reference:
         if isinstance(reference, nn.Module):
+            refuse_shared(reference, self.model)
             return ModelReference(reference)
         if reference == "adapter_off":
             return AdapterOffReference(self.model, self.head)
@@ -216,6 +219,11 @@ class SFTAlignment(KLAlignment):
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int = CHUNK_TOKENS) -> None:
         super().__init__(model, model, chunk_tokens=chunk_tokens)
+
+    def _reference(
+        self, reference: str | nn.Module, cache: str | os.PathLike[str] | None
+    ) -> Reference:
+        return ModelReference(self.model)  # never run: the labels are the reference
 
     def _teacher(self, inputs: dict[str, Tensor], counted: Tensor, labels: Tensor) -> Teacher:
         targets = labels.roll(-1, 1)[counted]

@@ -50,6 +50,18 @@ class ModelReference:
         return self.head.logits(hidden)
 
 
+def refuse_shared(reference: nn.Module, model: nn.Module) -> None:
+    """Raises ValueError if what is trained in `model` is a part of the reference, too."""
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    shared = [trained[id(p)] for p in reference.parameters() if id(p) in trained]
+    if shared:
+        raise ValueError(
+            f"gradsafe.KLAlignment: the reference shares trained parameters with the model "
+            f"({shared[0]}), so it would drift with it; use "
+            'reference="adapter_off", "cached", or a copy loaded anew'
+        )
+
+
 class AdapterOffReference:
     """The model itself with its PEFT adapters switched off."""
 
@@ -179,13 +191,21 @@ def _adapters_off(peft: Any) -> Iterator[None]:
     """Switches the adapters off, and leaves alone what is trained.
 
     PEFT would freeze the adapters meanwhile, and FSDP2 keeps such flags for the gathered copies
-    that it makes in the first forward pass.
+    that it makes in the first forward pass. Afterwards PEFT would train all of them, those that
+    were frozen, too.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
-    with peft.disable_adapter():
+
+    def restore() -> None:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        yield
+
+    try:
+        with peft.disable_adapter():
+            restore()
+            yield
+    finally:
+        restore()
 
 
 def _trained_outside_adapters(model: nn.Module) -> list[str]:

@@ -21,6 +21,7 @@ from gradsafe.finetuning.order import AlignmentOrder
 from gradsafe.finetuning.rows import RowCollator, encode_rows, has_text, response_tokens
 from gradsafe.finetuning.support import check_supported
 from gradsafe.finetuning.surgery import GradientSurgery
+from gradsafe.finetuning.teachers import refuse_shared
 from gradsafe.models import context_length, pad_token_id
 from gradsafe.storage import model_fingerprint
 
@@ -228,6 +229,7 @@ class SafeGradTrainer(Trainer):
             return SFTAlignment(model)
         reference: Any = options.reference
         if isinstance(reference, nn.Module):
+            refuse_shared(reference, model)
             reference.requires_grad_(False)
             if self.is_fsdp_enabled:  # accelerate prepares one model only
                 reference.to(self.args.device)

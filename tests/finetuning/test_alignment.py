@@ -269,6 +269,31 @@ def test_adapter_off_refuses_parameters_that_would_drift():
         KLAlignment(student)
 
 
+def test_adapter_off_leaves_frozen_adapters_frozen(batch):
+    student = lora(make_model("llama"))
+    for name, parameter in student.named_parameters():
+        if "lora_A" in name:
+            parameter.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in student.named_parameters()}
+    found = gradients(KLAlignment(student)(batch), student)
+    assert {name: p.requires_grad for name, p in student.named_parameters()} == flags
+    assert found
+    assert all("lora_B" in name for name in found)
+
+
+def test_a_reference_that_is_trained_itself_is_refused(batch):
+    model = make_model("llama")
+    with pytest.raises(ValueError, match=r"shares trained parameters with the model \(.*drift"):
+        KLAlignment(model, model)
+    student = lora(model)  # PEFT puts the adapters into the model itself
+    with pytest.raises(ValueError, match="lora_A.*or a copy loaded anew"):
+        KLAlignment(student, student.get_base_model())
+    frozen = make_model("llama").requires_grad_(False)
+    student = make_model("llama")
+    student.lm_head = frozen.lm_head  # shared, but not trained
+    assert KLAlignment(student, frozen)(batch).isfinite()
+
+
 def test_cached_states_equal_the_model_before_training(batch, tmp_path: Path):
     student = make_model("llama").eval()
     student.lm_head.requires_grad_(False)
@@ -404,7 +429,7 @@ def test_sft_is_the_models_own_loss(batch):
 # ---- errors ----------------------------------------------------------------------------------
 def test_no_response_tokens(batch):
     student = make_model("llama")
-    for alignment in (KLAlignment(student, student), SFTAlignment(student)):
+    for alignment in (KLAlignment(student, disturbed(student)), SFTAlignment(student)):
         with pytest.raises(ValueError, match="no response token"):
             alignment({**batch, "labels": torch.full_like(batch["labels"], -100)})
 
@@ -414,7 +439,7 @@ def test_a_missing_part_of_the_batch_is_named(batch, name):
     student = make_model("llama")
     del batch[name]
     with pytest.raises(ValueError, match=f"{name}.*of shape .*got NoneType"):
-        KLAlignment(student, student)(batch)
+        KLAlignment(student, disturbed(student))(batch)
 
 
 BAD_OPTIONS = [

@@ -303,6 +303,14 @@ class TestRefused:
         with pytest.raises(ValueError, match='"adapter_off" needs a model with PEFT adapters'):
             make_trainer(tmp_path, make_model(lora=False))
 
+    def test_a_reference_with_the_trained_adapters_in_it(self, tmp_path: Path) -> None:
+        model = make_model()
+        options = SafeGradConfig(reference=model.get_base_model())
+        before = set(weights(model))
+        with pytest.raises(ValueError, match="the reference shares trained parameters with the mo"):
+            make_trainer(tmp_path, model, safegrad=options)
+        assert set(weights(model)) == before
+
     def test_a_model_that_was_sharded_when_it_was_loaded(self, tmp_path: Path) -> None:
         model = make_model()
         model.is_distributed_loading_by_transformers = True  # as DistributedConfig has it
