@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -55,14 +56,18 @@ def run(args: argparse.Namespace) -> int:
     processes.wait("the output is checked")  # nobody writes before
 
     # From here on torch and transformers are needed, which takes seconds to import.
+    from gradsafe.finetuning.checkpoint import last
+
     safegrad = _safegrad(settings)
     trainer = _trainer(args, settings, rows, safegrad)
+    start = last(settings.output) if args.resume else None
     try:
-        trainer.train(resume_from_checkpoint=args.resume or None)
+        trainer.train(resume_from_checkpoint=start or args.resume or None)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("--resume goes on from the last checkpoint") from None
     trainer.save_model(settings.output)
     if processes.first:
+        _warn_if_untrained(trainer, start)
         print(_summary(trainer, settings.output))
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # which ends the process group
@@ -77,9 +82,9 @@ def _check_output(args: argparse.Namespace, output: Path) -> None:
     if not output.resolve().parent.is_dir():
         raise FileNotFoundError(f"cannot write {output}: no such folder {output.parent}")
     if args.resume:
-        from transformers.trainer_utils import get_last_checkpoint
+        from gradsafe.finetuning.checkpoint import last
 
-        if not output.is_dir() or get_last_checkpoint(str(output)) is None:
+        if last(output) is None:
             raise ValueError(f"--resume: no checkpoint in {output}")
 
 
@@ -188,15 +193,26 @@ def _with_lora(model: Any, options: dict[str, Any], settings: Settings) -> Any:
         raise settings.lora.blame(error) from error
 
 
+def _warn_if_untrained(trainer: Any, start: str | None) -> None:
+    steps = trainer.state.global_step - (0 if start is None else int(start.rpartition("-")[2]))
+    if steps and trainer.skipped_steps == steps:
+        warnings.warn(
+            f"all {steps} steps were skipped, since a gradient held NaN or Inf: the model that was "
+            "written is the one that training started from",
+            stacklevel=2,
+        )
+
+
 def _summary(trainer: Any, output: str) -> str:
     logs = [entry for entry in trainer.state.log_history if "safegrad/cosine" in entry]
-    last = logs[-1] if logs else {}
-    cosine = [entry["safegrad/cosine"] for entry in logs]
     parts = [f"{trainer.state.global_step} steps"]
-    if cosine:
-        parts.append(f"mean cosine {sum(cosine) / len(cosine):+.3f}")
-        parts.append(f"last {last['safegrad/cosine']:+.3f}, KL {last['safegrad/kl']:.4f}")
-    skipped = [entry["safegrad/skipped_steps"] for entry in trainer.state.log_history
-               if "safegrad/skipped_steps" in entry]  # fmt: skip
-    parts.append(f"{int(skipped[-1]) if skipped else 0} skipped")
+    if logs:
+        cosine = [entry["safegrad/cosine"] for entry in logs]
+        parts.append(f"mean logged cosine {sum(cosine) / len(cosine):+.3f}")
+        last = f"last {cosine[-1]:+.3f}"
+        if "safegrad/kl" in logs[-1]:
+            name = "KL" if trainer.safegrad.loss == "kl" else "alignment loss"
+            last += f", {name} {logs[-1]['safegrad/kl']:.4f}"
+        parts.append(last)
+    parts.append(f"{trainer.skipped_steps} skipped")
     return f"{', '.join(parts)}; written to {output}"

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.finetuning.rows import Row, fingerprint
 
 FILE = "safegrad.json"
+_LAST_WRITTEN = "trainer_state.json"  # by transformers
 # They steer messages and the encoding that the fingerprint of the rows already covers.
 _FREE = ("warn_cosine", "warn_steps", "template", "system", "append_eos", "max_length")
 
@@ -23,6 +26,27 @@ def identity(
     kept = {key: value for key, value in options.to_json().items() if key not in _FREE}
     facts = {"alignment_seed": seed, "alignment_rows": fingerprint(rows), "start_model": start}
     return {**kept, **facts}
+
+
+def last(folder: str | os.PathLike[str]) -> str | None:
+    """The newest whole checkpoint in an output folder, None if there is none.
+
+    transformers writes the trainer state last, so one without it was killed while it was saved.
+    """
+    found = [
+        (int(path.name.rpartition("-")[2]), path)
+        for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+        if path.name.rpartition("-")[2].isdecimal() and _is_json(path / _LAST_WRITTEN)
+    ]
+    return str(max(found)[1]) if found else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return True
 
 
 def write(folder: Path, facts: Mapping[str, Any], drawn: int) -> None:

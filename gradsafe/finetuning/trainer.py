@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from gradsafe.finetuning import checkpoint
 from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment
@@ -40,9 +40,9 @@ class SafeGradTrainer(Trainer):
 
     Logged beside the loss, as means since the last log: `safegrad/cosine`,
     `safegrad/conflict_rate`, `safegrad/user_norm`, `safegrad/align_norm`, `safegrad/kl` (the
-    alignment loss), and `safegrad/skipped_steps` since the start. A negative cosine is the alarm
-    for poisoned user data; the conflict rate alone is not (0.45 is chance). Norms are those of
-    scaled gradients under fp16.
+    alignment loss), and `safegrad/skipped_steps` since `train` was called. A negative cosine is the
+    alarm for poisoned user data; the conflict rate alone is not (0.45 is chance). Norms are those
+    of scaled gradients under fp16.
 
     A step with a gradient that is not finite changes nothing and is counted; to know, the host
     waits for the device once per optimizer step (not in fp16, where the loss scaler decides).
@@ -144,20 +144,31 @@ class SafeGradTrainer(Trainer):
             )
         return size
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps since `train` was called that changed nothing; waits for the device."""
+        return 0 if self._surgery is None else self._surgery.skipped
+
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """As of `transformers.Trainer`; the order of the alignment rows is resumed, too.
 
+        With `resume_from_checkpoint=True` a checkpoint is passed over if saving it did not end.
+
         Raises:
-            ValueError: The checkpoint is not one of `SafeGradTrainer`, or was written with other
-                alignment rows or options.
+            ValueError: There is no checkpoint, it is not one of `SafeGradTrainer`, or it was
+                written with other alignment rows or options.
         """
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)
+            folder = checkpoint.last(self.args.output_dir)
+            if folder is None:
+                raise ValueError(
+                    f"gradsafe.SafeGradTrainer: no whole checkpoint in {self.args.output_dir}"
+                )
         self._order.drawn = checkpoint.read(folder, self._identity()) if folder else 0
         self._surgery = None
         self._reset_window()
-        return super().train(resume_from_checkpoint, *args, **options)
+        return super().train(folder, *args, **options)
 
     def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
         """One micro-batch of user data; after the last of a step, the alignment and the merge."""

@@ -286,7 +286,7 @@ def test_a_reference_that_is_trained_itself_is_refused(batch):
     with pytest.raises(ValueError, match=r"shares trained parameters with the model \(.*drift"):
         KLAlignment(model, model)
     student = lora(model)  # PEFT puts the adapters into the model itself
-    with pytest.raises(ValueError, match="lora_A.*or a copy loaded anew"):
+    with pytest.raises(ValueError, match=r"lora_A.*or a copy loaded anew"):
         KLAlignment(student, student.get_base_model())
     frozen = make_model("llama").requires_grad_(False)
     student = make_model("llama")

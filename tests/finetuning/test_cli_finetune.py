@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from gradsafe.cli import main
 from gradsafe.cli.finetune_config import read_settings
+from gradsafe.finetuning import SFTAlignment
 
 Finetune = Callable[..., tuple[int, str, str]]
 SETTINGS: dict[str, Any] = {
@@ -59,7 +61,7 @@ def finetune(place: Path, capsys: pytest.CaptureFixture[str]) -> Finetune:
 def test_trains_an_adapter_and_resumes_it(finetune: Finetune, place: Path) -> None:
     status, out, err = finetune()
     assert status == 0, err
-    assert "3 steps, mean cosine" in out
+    assert "3 steps, mean logged cosine" in out
     assert out.endswith("0 skipped; written to tuned\n")
     base = AutoModelForCausalLM.from_pretrained("model")
     assert isinstance(PeftModel.from_pretrained(base, "tuned"), PeftModel)
@@ -85,6 +87,38 @@ def test_trains_all_weights_against_a_second_model(finetune: Finetune) -> None:
     tuned = LlamaForCausalLM.from_pretrained("tuned").state_dict()
     start = LlamaForCausalLM.from_pretrained("model").state_dict()
     assert not torch.equal(tuned["model.norm.weight"], start["model.norm.weight"])
+
+
+def test_reports_steps_skipped_after_the_last_log(finetune: Finetune) -> None:
+    hot = {**SETTINGS["training"], "learning_rate": 1e30}
+    for every, logged in ((2, True), (10, False)):
+        options = {**hot, "logging_steps": every}
+        status, out, err = finetune(training=options, output=f"every{every}")
+        assert status == 0, err
+        assert ("cosine" in out) == logged
+        assert out.endswith(f"2 skipped; written to every{every}\n")
+        assert "steps were skipped" not in err
+
+
+def test_warns_if_no_step_was_taken(finetune: Finetune, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, batch: Any, *args: Any, **options: Any) -> torch.Tensor:
+        return self.head.module.weight.sum() * math.nan
+
+    monkeypatch.setattr(SFTAlignment, "__call__", broken)
+    model = LlamaForCausalLM.from_pretrained("model").state_dict()
+    status, out, err = finetune(lora=False, safegrad={"loss": "sft"})
+    assert status == 0, err
+    assert "3 steps, 3 skipped; written to tuned" in out
+    assert "warning: all 3 steps were skipped" in err
+    tuned = LlamaForCausalLM.from_pretrained("tuned").state_dict()
+    assert all(torch.equal(model[name], tuned[name]) for name in model)
+
+
+def test_the_cross_entropy_is_not_called_kl(finetune: Finetune) -> None:
+    status, out, err = finetune(lora=False, safegrad={"loss": "sft"}, output="sft")
+    assert status == 0, err
+    assert ", alignment loss " in out
+    assert "KL" not in out
 
 
 def test_numbers_as_in_yaml_1_2(place: Path) -> None:

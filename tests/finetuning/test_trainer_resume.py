@@ -13,7 +13,7 @@ import torch
 from tiny_run import ALIGNMENT, largest_difference, make_model, make_rows, make_trainer, weights
 
 from gradsafe import SafeGradConfig
-from gradsafe.finetuning.checkpoint import FILE
+from gradsafe.finetuning.checkpoint import FILE, last
 from gradsafe.finetuning.order import AlignmentOrder
 
 
@@ -38,7 +38,28 @@ def test_a_killed_run_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
     assert largest_difference(weights(undisturbed.model), weights(resumed.model)) == 0
 
 
+def test_a_checkpoint_whose_saving_was_killed_is_passed_over(tmp_path: Path) -> None:
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path, **options)
+    whole.train()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text('{"epoch": 0.')
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-final").mkdir()
+    assert last(tmp_path) == str(tmp_path / "checkpoint-1")
+    resumed = make_trainer(tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert [entry["step"] for entry in resumed.state.log_history[:3]] == [1, 2, 3]
+    assert largest_difference(weights(whole.model), weights(resumed.model)) == 0
+    assert last(tmp_path) == str(tmp_path / "checkpoint-3")
+
+
 class TestRefused:
+    def test_nothing_to_resume(self, tmp_path: Path) -> None:
+        (tmp_path / "checkpoint-2").mkdir()
+        with pytest.raises(ValueError, match="no whole checkpoint in"):
+            make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
     @pytest.fixture
     def checkpoint(self, tmp_path: Path) -> Path:
         trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
