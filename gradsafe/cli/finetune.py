@@ -24,13 +24,14 @@ EXAMPLE = """the file, with all keys that have no default:
 
   model: path/to/chat-model      # or testbed
   train: user.jsonl              # lines with prompt and response
-  alignment: refusals.jsonl      # 20 to 100 unsafe prompts with refusals, likewise
+  alignment: refusals.jsonl      # about 100 unsafe prompts with refusals, likewise
   output: tuned
 
 and those that may be given: dtype, device, lora (r, alpha, dropout, targets; or false for all
 weights), safegrad (fields of gradsafe.SafeGradConfig; reference may be a model folder), training
-(fields of transformers.TrainingArguments). Defaults are the paper's: LoRA r 8, alpha 16, dropout
-0.1 on q_proj, k_proj and v_proj; AdamW at 1e-5, constant; batches of 10; 10 epochs; rho 1.
+(fields of transformers.TrainingArguments). lora: false needs reference: a model folder (the start
+model itself), or loss: sft. Defaults are the paper's: LoRA r 8, alpha 16, dropout 0.1 on q_proj,
+k_proj and v_proj; AdamW at 1e-5, constant; batches of 10; 10 epochs; rho 1.
 
 several GPUs: torchrun --nproc-per-node N -m gradsafe finetune ...; each process then takes
 batches of its own, and with fsdp: true in training holds a piece of the model."""

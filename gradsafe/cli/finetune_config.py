@@ -125,6 +125,13 @@ def read_settings(path: str) -> Settings:
     safegrad, training = parts["safegrad"], parts["training"]
     assert safegrad is not None
     assert training is not None
+    of_start = safegrad.values.get("reference", "adapter_off") in ("adapter_off", "cached")
+    if lora is None and of_start and safegrad.values.get("loss", "kl") == "kl":
+        raise top.error(
+            "lora: false needs reference: a model folder (the start model itself), or loss: sft, "
+            "in the section safegrad",
+            "lora",
+        )
     for key, place in SET_ELSEWHERE.items():
         if key in training.values:
             raise training.error(f"{key} is set by {place}, leave it out here", key)

@@ -182,6 +182,11 @@ class OutputHead:
 
     @torch.no_grad()
     def _choose_transform(self, out: Tensor, logits: Tensor) -> None:
+        if not bool(logits.isfinite().all()):
+            raise RuntimeError(
+                f"gradsafe.KLAlignment: the model's logits hold NaN or Inf ({self.name}, first "
+                "alignment batch); look at its weights, or use another dtype"
+            )
         tolerance = 32 * torch.finfo(out.dtype).eps
         worst = math.inf
         for candidate in self._candidates:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,12 @@ class SafeGradTrainer(Trainer):
         model: A causal language model, with or without PEFT adapters.
         args: `transformers.TrainingArguments`.
         alignment_dataset: Rows that show the behaviour to keep, in the style of the harm that is
-            expected: 20 to 100 unsafe prompts with the model's own refusals. Rows are mappings with
+            expected: about 100 unsafe prompts with the model's own refusals. Rows are mappings with
             `prompt` and `response`, or with `input_ids` and `labels` (-100 outside the response).
         safegrad: Options; None for the paper's.
         train_dataset: User rows, of either form, or anything else that your `data_collator` turns
             into batches.
-        eval_dataset: Likewise.
+        eval_dataset: Likewise, or a mapping from names to such sets.
         data_collator: For the user rows; None pads to `input_ids`, `attention_mask`, `labels`.
         processing_class: The tokenizer; only tokenised rows do without.
         alignment_loss: Your own loss in place of the configured one: called as
@@ -97,8 +97,8 @@ class SafeGradTrainer(Trainer):
             )
         if alignment_dataset is None or not len(alignment_dataset):
             raise ValueError(
-                "gradsafe.SafeGradTrainer: expected alignment_dataset= with at least one row; 20 "
-                "to 100 unsafe prompts with refusals, in the style of the harm that is expected"
+                "gradsafe.SafeGradTrainer: expected alignment_dataset= with at least one row; "
+                "about 100 unsafe prompts with refusals, in the style of the harm that is expected"
             )
         self.safegrad = safegrad or SafeGradConfig()
         collator = RowCollator(0 if processing_class is None else pad_token_id(processing_class))
@@ -108,7 +108,14 @@ class SafeGradTrainer(Trainer):
         self._alignment_rows = encode_rows("alignment_dataset", alignment_dataset, **encoding)
         if has_text(train_dataset):
             train_dataset = encode_rows("train_dataset", train_dataset, **encoding)
-        if has_text(eval_dataset):
+        if isinstance(eval_dataset, Mapping):  # several sets by name
+            eval_dataset = {
+                name: encode_rows(f"eval_dataset[{name!r}]", rows, **encoding)
+                if has_text(rows)
+                else rows
+                for name, rows in eval_dataset.items()
+            }
+        elif has_text(eval_dataset):
             eval_dataset = encode_rows("eval_dataset", eval_dataset, **encoding)
         super().__init__(
             model=model,
@@ -160,6 +167,7 @@ class SafeGradTrainer(Trainer):
         """
         folder = resume_from_checkpoint
         if folder is True:
+            assert self.args.output_dir is not None  # transformers fills it in
             folder = checkpoint.last(self.args.output_dir)
             if folder is None:
                 raise ValueError(

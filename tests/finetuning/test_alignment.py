@@ -371,6 +371,14 @@ def test_unknown_transforms_are_refused(batch):
         KLAlignment(student, make_model("llama"))(batch)
 
 
+def test_logits_that_are_not_finite_are_not_blamed_on_the_family(batch):
+    student, teacher = make_model("llama"), make_model("llama")
+    with torch.no_grad():
+        student.model.norm.weight[3] = torch.nan
+    with pytest.raises(RuntimeError, match="the model's logits hold NaN or Inf"):
+        KLAlignment(student, teacher)(batch)
+
+
 # ---- wrappers --------------------------------------------------------------------------------
 def test_the_hooks_of_ddp_fire(batch, tmp_path: Path):
     base = make_model("llama")

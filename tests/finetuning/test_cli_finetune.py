@@ -154,7 +154,14 @@ class TestRefused:
             ({"output": "a/b"}, "cannot write a/b: no such folder a"),
             ({"output": "model"}, "model is not empty: choose --resume or another output"),
             ({"model": "gone"}, "--model gone: expected 'testbed' or a model folder"),
-            ({"lora": False}, 'gradsafe.KLAlignment: reference="adapter_off" needs a model with'),
+            (
+                {"lora": False},
+                "run.yaml:13: lora: false needs reference: a model folder (the start",
+            ),
+            (
+                {"lora": False, "safegrad": {"rho": 1.0, "reference": "cached"}},
+                "run.yaml:13: lora: false needs reference: a model folder",
+            ),
             (
                 {"alignment": "long.jsonl"},
                 "gradsafe.SafeGradTrainer: alignment_dataset[1] (line 2)",

@@ -219,6 +219,15 @@ def test_full_fine_tuning(reference_kind: str, tmp_path: Path) -> None:
     assert float(got) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_several_evaluation_sets(tmp_path: Path) -> None:
+    sets = {"one": ALIGNMENT, "two": USER[:8]}
+    trainer = make_trainer(tmp_path, eval_dataset=sets, max_steps=1)
+    metrics = trainer.evaluate()
+    assert {"eval_one_loss", "eval_two_loss"} <= set(metrics)
+    with pytest.raises(ValueError, match=r"eval_dataset\['two'\]\[0\] is text: pass processing_cl"):
+        make_trainer(tmp_path, eval_dataset={**sets, "two": [{"prompt": "a", "response": "b"}]})
+
+
 class TestSkippedSteps:
     def run(self, folder: Path, **options: Any) -> tuple[Any, list[dict[str, Tensor]]]:
         """Four steps; the second meets a weight gradient that is not finite."""

@@ -69,7 +69,14 @@ def make_trainer(folder: Path | str, model: Any = None, **options: Any) -> SafeG
     """A trainer on the tiny rows; options of SafeGradTrainer and TrainingArguments, mixed."""
     own = {
         name: options.pop(name)
-        for name in ("train_dataset", "alignment_dataset", "safegrad", "callbacks", "optimizers")
+        for name in (
+            "train_dataset",
+            "eval_dataset",
+            "alignment_dataset",
+            "safegrad",
+            "callbacks",
+            "optimizers",
+        )
         if name in options
     }
     kind = options.pop("kind", SafeGradTrainer)
