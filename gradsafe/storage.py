@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def check_destination(
         )
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: nn.Module, without: Collection[int] = ()) -> str:
     """SHA-256 of a model's weights: names, shapes, dtypes and at most 1,024 values of each.
 
     Weights are its parameters, and the buffers of its state dict, where quantised layers keep
@@ -199,6 +199,7 @@ def model_fingerprint(model: nn.Module) -> str:
 
     Args:
         model: Any module; weights tied under several names count once.
+        without: `id` of weights that do not count.
 
     Returns:
         64 hexadecimal digits.
@@ -210,6 +211,8 @@ def model_fingerprint(model: nn.Module) -> str:
     saved = model.state_dict(keep_vars=True)
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
     for name, weight in sorted([*model.named_parameters(), *buffers], key=lambda item: item[0]):
+        if id(weight) in without:
+            continue
         _refuse_meta(weight, f"weight {name!r}", "load the weights before fingerprinting")
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
         digest.update(_sampled_bytes(weight.detach()))

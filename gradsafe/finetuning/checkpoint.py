@@ -20,12 +20,12 @@ _FREE = ("warn_cosine", "warn_steps", "template", "system", "append_eos", "max_l
 
 
 def identity(
-    options: SafeGradConfig, rows: Sequence[Row], seed: int, start: str | None
+    options: SafeGradConfig, rows: Sequence[Row], seed: int, reference: str | None
 ) -> dict[str, Any]:
-    """What must be the same when a run goes on: options, alignment rows, seed, start model."""
+    """What must be the same when a run goes on: options, alignment rows, seed, the reference."""
     kept = {key: value for key, value in options.to_json().items() if key not in _FREE}
-    facts = {"alignment_seed": seed, "alignment_rows": fingerprint(rows), "start_model": start}
-    return {**kept, **facts}
+    facts = {"alignment_seed": seed, "alignment_rows": fingerprint(rows)}
+    return {**kept, **facts, "reference_weights": reference}
 
 
 def last(folder: str | os.PathLike[str]) -> str | None:

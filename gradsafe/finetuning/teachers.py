@@ -90,6 +90,11 @@ class AdapterOffReference:
             return self.head.logits(hidden)
 
 
+def without_adapters(model: nn.Module) -> str:
+    """The fingerprint of the model with its adapters off."""
+    return model_fingerprint(model, _in_adapters(model))
+
+
 class CachedReference:
     """Final hidden states of the model as it was, computed once for all alignment samples.
 
@@ -208,15 +213,20 @@ def _adapters_off(peft: Any) -> Iterator[None]:
         restore()
 
 
-def _trained_outside_adapters(model: nn.Module) -> list[str]:
-    """Names of trained parameters that stay in place when the adapters are switched off."""
+def _in_adapters(model: nn.Module) -> set[int]:
+    """`id` of the weights that are out of use when the adapters are switched off."""
     inside: set[int] = set()
     base: set[int] = set()
     for module in model.modules():
         original = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
         if isinstance(original, nn.Module):
-            inside |= {id(p) for p in module.parameters()}
-            base |= {id(p) for p in original.parameters()}
-    switched_off = inside - base
+            inside |= {id(weight) for weight in (*module.parameters(), *module.buffers())}
+            base |= {id(weight) for weight in (*original.parameters(), *original.buffers())}
+    return inside - base
+
+
+def _trained_outside_adapters(model: nn.Module) -> list[str]:
+    """Names of trained parameters that stay in place when the adapters are switched off."""
+    switched_off = _in_adapters(model)
     named = model.named_parameters()
     return [name for name, p in named if p.requires_grad and id(p) not in switched_off]

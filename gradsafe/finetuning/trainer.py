@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -21,7 +22,7 @@ from gradsafe.finetuning.order import AlignmentOrder
 from gradsafe.finetuning.rows import RowCollator, encode_rows, has_text, response_tokens
 from gradsafe.finetuning.support import check_supported
 from gradsafe.finetuning.surgery import GradientSurgery
-from gradsafe.finetuning.teachers import refuse_shared
+from gradsafe.finetuning.teachers import refuse_shared, without_adapters
 from gradsafe.models import context_length, pad_token_id
 from gradsafe.storage import model_fingerprint
 
@@ -132,7 +133,7 @@ class SafeGradTrainer(Trainer):
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._order = AlignmentOrder(len(self._alignment_rows), seed)
         self._surgery: GradientSurgery | None = None
-        self._start: str | None = None
+        self._reference_weights: str | None = None
         self._alignment_loss = alignment_loss or self._configured_loss(model)
         self._reset_window()
         self._watched = (0, 0.0)
@@ -249,15 +250,18 @@ class SafeGradTrainer(Trainer):
         reference: Any = options.reference
         if isinstance(reference, nn.Module):
             refuse_shared(reference, model)
+            self._reference_weights = self._of_first_process(lambda: model_fingerprint(reference))
             reference.requires_grad_(False)
             if self.is_fsdp_enabled:  # accelerate prepares one model only
                 reference.to(self.args.device)
             else:
                 reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         loss = KLAlignment(model, reference, options.kl_tokens)
+        if reference == "adapter_off":
+            self._reference_weights = self._of_first_process(lambda: without_adapters(model))
         if reference == "cached":
             # Now the model is the one to stay close to; a checkpoint is loaded later, by train().
-            self._start = model_fingerprint(model)
+            self._reference_weights = self._of_first_process(lambda: model_fingerprint(model))
             size = self._train_batch_size
             rows = self._alignment_rows
             with self.accelerator.autocast():
@@ -270,7 +274,15 @@ class SafeGradTrainer(Trainer):
     def _identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
         seed = self._order.seed
-        return checkpoint.identity(self.safegrad, self._alignment_rows, seed, self._start)
+        return checkpoint.identity(
+            self.safegrad, self._alignment_rows, seed, self._reference_weights
+        )
+
+    def _of_first_process(self, fingerprint: Callable[[], str]) -> str:
+        """The others may hold no weights yet (`cpu_ram_efficient_loading`)."""
+        shared = [fingerprint() if self.accelerator.is_main_process else None]
+        (value,) = broadcast_object_list(shared)
+        return value
 
     def _save_checkpoint(self, *args: Any, **options: Any) -> None:
         if self.args.should_save:  # first: a checkpoint counts once its trainer state is written

@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import killed_run
 import pytest
 import torch
 from tiny_run import ALIGNMENT, largest_difference, make_model, make_rows, make_trainer, weights
+from torch import nn
 
 from gradsafe import SafeGradConfig
 from gradsafe.finetuning.checkpoint import FILE, last
@@ -89,22 +91,29 @@ class TestRefused:
         with pytest.raises(ValueError, match="was not written by SafeGradTrainer"):
             trainer.train(True)
 
-    def test_cached_states_of_another_start(self, tmp_path: Path) -> None:
-        def build(change: float) -> object:
-            model = make_model()
+    @pytest.mark.parametrize("kind", ["adapter_off", "cached", "model"])
+    def test_another_reference(self, kind: str, tmp_path: Path) -> None:
+        def build(change: float) -> Any:
+            model = make_model(lora=kind != "model")
+            reference = make_model(lora=False) if kind == "model" else kind
+            changed = reference if kind == "model" else model
             with torch.no_grad():
-                model.get_input_embeddings().weight[5, 0] += change
+                changed.get_input_embeddings().weight[5, 0] += change
+            if kind == "adapter_off":  # a checkpoint brings its own adapters
+                for parameter in weights(model):
+                    nn.init.normal_(model.get_parameter(parameter))
             return make_trainer(
                 tmp_path,
                 model,
-                safegrad=SafeGradConfig(reference="cached"),
+                safegrad=SafeGradConfig(reference=reference),
                 max_steps=1,
                 save_strategy="steps",
                 save_steps=1,
             )
 
         build(0.0).train()
-        with pytest.raises(ValueError, match="start_model was"):
+        build(0.0).train(True)
+        with pytest.raises(ValueError, match="reference_weights was"):
             build(0.5).train(True)
 
 
