@@ -32,6 +32,7 @@ SET_ELSEWHERE = {
     "disable_tqdm": "--no-progress",
     "use_cpu": "the key `device`",
 }
+_LISTED = 10  # names in an error message
 
 
 @dataclass
@@ -58,12 +59,13 @@ class Section:
         return ValueError(f"{self.path}:{line}: {self.name}{text}")
 
     def check_keys(self, allowed: Iterable[str]) -> None:
-        """Refuses other keys, with the most similar one that exists."""
-        names = list(allowed)
+        """Refuses other keys, with the most similar one that exists, or ten at most."""
+        known = set(allowed)
+        names = sorted(known - set(SET_ELSEWHERE))  # those are refused by themselves
         for key in self.values:
-            if key not in names:
+            if key not in known:
                 near = difflib.get_close_matches(key, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"expected one of {sorted(names)}"
+                hint = f"did you mean {near[0]!r}?" if near else _choice_of(key, names)
                 raise self.error(f"unknown key {key!r}, {hint}", key)
 
     def check_types(self, hints: Mapping[str, Any]) -> None:
@@ -158,6 +160,12 @@ def _read(path: str) -> Section:
             raise ValueError(f"{path}:1: expected keys and values, such as `model: DIR`")
         top = Section(path, "")
         _fill(top, node, loader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except yaml.reader.ReaderError as error:
+        raise ValueError(
+            f"{path}: not valid YAML: {error.reason} at character {error.position}"
+        ) from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{path}:{line}: not valid YAML: {error.problem}") from error
@@ -194,6 +202,13 @@ def _section(top: Section, name: str) -> Section | None:
     if not isinstance(value, Section):
         raise top.error(f"{name} must be a section of keys and values", name)
     return value
+
+
+def _choice_of(key: str, names: list[str]) -> str:
+    if len(names) <= _LISTED:
+        return f"expected one of {names}"
+    near = difflib.get_close_matches(key, names, n=_LISTED, cutoff=0.0)
+    return f"expected one of {len(names)} names, the nearest are {sorted(near)}"
 
 
 def _mentions(text: str, thing: Any) -> bool:

@@ -95,6 +95,7 @@ class GradientSurgery:
 
         Raises:
             RuntimeError: There is a stash already, or no parameter has a gradient.
+            TypeError: A gradient is sparse.
         """
         if self._stash is not None:
             raise RuntimeError(
@@ -113,6 +114,7 @@ class GradientSurgery:
         Raises:
             RuntimeError: Nothing was stashed, or no parameter has an alignment gradient.
             ValueError: The two gradients of a parameter differ in layout or share memory.
+            TypeError: A gradient is sparse.
         """
         if self._stash is None:
             raise RuntimeError(
@@ -161,6 +163,13 @@ class GradientSurgery:
                 f"gradsafe.GradientSurgery: {method}() found no gradient in any parameter; call "
                 f"{loss}.backward() first, and give the surgery the parameters that are trained"
             )
+        for index, gradient in enumerate(gradients):
+            if gradient is not None and gradient.layout is not torch.strided:
+                raise TypeError(
+                    f"gradsafe.GradientSurgery: expected the gradient of parameter {index} "
+                    f"{list(gradient.shape)} to be dense, got {gradient.layout}; an embedding "
+                    "needs sparse=False"
+                )
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
@@ -231,11 +240,23 @@ def _named(parameters: Iterable[Any]) -> list[tuple[str | None, Tensor]]:
     named: list[tuple[str | None, Tensor]] = []
     for item in parameters:
         if isinstance(item, Mapping):
+            if "params" not in item:
+                raise TypeError(
+                    "gradsafe.GradientSurgery: expected a parameter group to have params, got "
+                    f"{sorted(map(str, item))}"
+                )
             group = item["params"]
             names = item.get("param_names", [None] * len(group))
             named += zip(names, group, strict=True)
         else:
-            named.append(item if isinstance(item, tuple) else (None, item))
+            pair = item if isinstance(item, tuple) else (None, item)
+            if len(pair) != 2 or not isinstance(pair[0], (str, type(None))):
+                raise TypeError(
+                    f"gradsafe.GradientSurgery: expected parameters[{len(named)}] to be a "
+                    "parameter or (name, parameter), got a tuple of "
+                    f"{[type(part).__name__ for part in pair]}"
+                )
+            named.append(pair)
     seen: set[int] = set()
     for index, (_, parameter) in enumerate(named):
         if not isinstance(parameter, Tensor):

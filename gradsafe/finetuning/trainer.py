@@ -74,6 +74,7 @@ class SafeGradTrainer(Trainer):
         **options: As of `transformers.Trainer`, except `model_init`.
 
     Raises:
+        TypeError: `safegrad` or `alignment_dataset` is of another type.
         ValueError: No alignment rows, a row without response tokens or too long, a setup that is
             not supported, or options that do not fit the model.
     """
@@ -95,6 +96,17 @@ class SafeGradTrainer(Trainer):
         if not isinstance(model, nn.Module) or options.get("model_init") is not None:
             raise ValueError(
                 "gradsafe.SafeGradTrainer: expected model=, model_init= cannot be used"
+            )
+        if not isinstance(safegrad, (SafeGradConfig, type(None))):
+            raise TypeError(
+                "gradsafe.SafeGradTrainer: expected safegrad to be a SafeGradConfig, got "
+                f"{type(safegrad).__name__}"
+            )
+        if alignment_dataset is not None and not hasattr(alignment_dataset, "__len__"):
+            raise TypeError(
+                "gradsafe.SafeGradTrainer: expected alignment_dataset with a length, since its "
+                f"rows are drawn again and again, got {type(alignment_dataset).__name__}; pass "
+                "list(rows)"
             )
         if alignment_dataset is None or not len(alignment_dataset):
             raise ValueError(
@@ -128,6 +140,7 @@ class SafeGradTrainer(Trainer):
             **options,
         )
         check_supported(self)
+        _ = self.alignment_batch_size  # which must fit the processes
         seed = self.safegrad.alignment_seed
         if seed is None:
             seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -194,8 +195,9 @@ def check_gradient(op: str, name: str, tensor: Tensor) -> None:
 
 def check_rho(op: str, rho: float) -> None:
     """A finite number, not negative."""
-    if isinstance(rho, Tensor):
-        raise TypeError(f"gradsafe.{op}: expected rho to be a number, got a tensor")
+    if isinstance(rho, bool) or not isinstance(rho, Real):
+        kind = "a tensor" if isinstance(rho, Tensor) else repr(rho)
+        raise TypeError(f"gradsafe.{op}: expected rho to be a number, got {kind}")
     if not 0 <= rho < math.inf:
         raise ValueError(f"gradsafe.{op}: expected rho to be finite and >= 0, got {rho}")
 

@@ -195,6 +195,25 @@ class TestRefused:
         assert status == 2
         assert message in err
 
+    def test_bytes_that_are_no_text(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for data, message in (
+            (b"model: caf\xe9\n", "run.yaml: not UTF-8 at byte 10"),
+            (
+                b"model: \x00\n",
+                "run.yaml: not valid YAML: special characters are not allowed",
+            ),
+        ):
+            Path("run.yaml").write_bytes(data)
+            assert main(["finetune", "--config", "run.yaml"]) == 2
+            assert message in capsys.readouterr().err
+
+    def test_a_long_list_of_keys_is_not_printed(self, finetune: Finetune) -> None:
+        status, _, err = finetune(training={"zzqx": 1})
+        assert status == 2
+        assert "unknown key 'zzqx', expected one of" in err
+        assert err.count("', '") == 9
+        assert "output_dir" not in err
+
     def test_nothing_to_resume(self, finetune: Finetune) -> None:
         status, _, err = finetune("--resume")
         assert status == 2

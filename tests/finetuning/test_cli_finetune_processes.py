@@ -91,7 +91,7 @@ def test_two_write_the_weights_of_one(capsys: pytest.CaptureFixture[str]) -> Non
     assert done.returncode == 0, done.stderr
     assert difference("one", "model") > 1e-2
     assert difference("one", "two") < 1e-6
-    assert done.stdout.count("6 steps, mean cosine") == 1
+    assert done.stdout.count("6 steps, mean logged cosine") == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert done.stdout.splitlines()[-1] == last.replace("written to one", "written to two")
 

@@ -323,6 +323,18 @@ class TestErrors:
         with pytest.raises(TypeError, match=r"parameters\[0\] of dtype .* got torch.float64"):
             GradientSurgery([nn.Parameter(torch.ones(2, dtype=torch.float64))])
 
+        with pytest.raises(TypeError, match=r"parameters\[0\] to be a parameter or \(name, param"):
+            GradientSurgery([(one[0], "weight")])
+        with pytest.raises(TypeError, match=r"parameter group to have params, got \['lr'\]"):
+            GradientSurgery([{"lr": 0.1}])
+
+    def test_sparse_gradients(self) -> None:
+        table = nn.Embedding(4, 2, sparse=True)
+        surgery = GradientSurgery(table.parameters())
+        table(torch.tensor([1])).sum().backward()
+        with pytest.raises(TypeError, match=r"parameter 0 \[4, 2\] to be dense.*sparse=False"):
+            surgery.stash()
+
     def test_param_groups_of_an_optimizer(self) -> None:
         one = self.params()
         optimizer = torch.optim.SGD([{"params": one[:1]}, {"params": one[1:], "lr": 0.1}])

@@ -308,6 +308,15 @@ class TestRefused:
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, **options)
 
+    def test_types(self, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="expected safegrad to be a SafeGradConfig, got dict"):
+            make_trainer(tmp_path, safegrad={"rho": 1.0})
+        with pytest.raises(TypeError, match=r"got generator; pass list\(rows\)"):
+            make_trainer(tmp_path, alignment_dataset=(row for row in ALIGNMENT))
+        for rho in ("1", True, None):
+            with pytest.raises(TypeError, match=f"expected rho to be a number, got {rho!r}"):
+                SafeGradConfig(rho=rho)
+
     def test_adapter_off_without_adapters(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match='"adapter_off" needs a model with PEFT adapters'):
             make_trainer(tmp_path, make_model(lora=False))
