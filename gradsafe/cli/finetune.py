@@ -133,9 +133,10 @@ def _trainer(
     reference = safegrad.get("reference", "adapter_off")
     testbed = TESTBED in (settings.model, reference)  # trained by the first who needs it
     with processes.first_of_machine_first("testbed") if testbed else nullcontext():
-        model, tokenizer = load_model(settings.model, *load)
+        model, tokenizer = load_model(settings.model, *load, ("model:", "device:"))
         if reference not in ("adapter_off", "cached"):
-            safegrad = {**safegrad, "reference": load_model(reference, *load)[0]}
+            second, _ = load_model(reference, *load, ("safegrad: reference:", "device:"))
+            safegrad = {**safegrad, "reference": second}
     set_seed(training.seed)  # new adapters are random, and the same in all processes
     if settings.lora is not None:
         model = _with_lora(model, {**LORA_DEFAULTS, **settings.lora.values}, settings)
@@ -164,7 +165,7 @@ def _training_arguments(args: argparse.Namespace, settings: Settings) -> Any:
         return TrainingArguments(
             output_dir=settings.output,
             disable_tqdm=args.no_progress or not sys.stderr.isatty(),
-            use_cpu=choose_device(settings.device).type == "cpu",
+            use_cpu=choose_device(settings.device, option="device:").type == "cpu",
             **values,
         )
     except (ValueError, TypeError) as error:

@@ -18,10 +18,16 @@ from gradsafe.cli.options import TESTBED
 # transformers renamed the option in this release, and warns of the old name.
 _RENAMED = Version(transformers.__version__) >= Version("4.56")
 _DTYPE_OPTION = "dtype" if _RENAMED else "torch_dtype"
+OPTIONS = ("--model", "--device")
 
 
 def load_model(
-    name: str, dtype: str, device: str, progress: bool, number: int | None = None
+    name: str,
+    dtype: str,
+    device: str,
+    progress: bool,
+    number: int | None = None,
+    options: tuple[str, str] = OPTIONS,
 ) -> tuple[Any, Any]:
     """Loads a causal language model and its tokenizer; nothing is downloaded or unpickled.
 
@@ -32,6 +38,7 @@ def load_model(
             machine has it but it does not.
         progress: Show a progress bar if the testbed must be trained.
         number: Which CUDA device, if not the current one.
+        options: What name and device were given by, for errors.
 
     Returns:
         The model, in eval mode, and the tokenizer.
@@ -39,7 +46,7 @@ def load_model(
     Raises:
         ValueError: The folder holds no complete model, or CUDA was asked for and does not work.
     """
-    place = choose_device(device, number)
+    place = choose_device(device, number, options[1])
     model: Any
     torch_dtype: torch.dtype = getattr(torch, dtype)
     transformers_logging.disable_progress_bar()  # ours says enough
@@ -49,17 +56,17 @@ def load_model(
 
             model, tokenizer = testbed.load(progress=progress)
         else:
-            model, tokenizer = _load_folder(name, torch_dtype)
+            model, tokenizer = _load_folder(name, torch_dtype, options[0])
     finally:
         transformers_logging.enable_progress_bar()
     return model.to(place, torch_dtype).eval(), tokenizer
 
 
-def _load_folder(name: str, torch_dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_folder(name: str, torch_dtype: torch.dtype, option: str) -> tuple[Any, Any]:
     if not (Path(name) / "config.json").is_file():
         raise ValueError(
-            f"--model {name}: expected {TESTBED!r} or a model folder, but there is no config.json; "
-            "download the model first"
+            f"{option} {name}: expected {TESTBED!r} or a model folder, but there is no "
+            "config.json; download the model first"
         )
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -74,17 +81,17 @@ def _load_folder(name: str, torch_dtype: torch.dtype) -> tuple[Any, Any]:
     missing = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if missing:
         raise ValueError(
-            f"--model {name}: {len(missing)} weights are missing or of another shape than its "
+            f"{option} {name}: {len(missing)} weights are missing or of another shape than its "
             f"config.json says, for example {missing[0]}"
         )
     return model, tokenizer
 
 
-def choose_device(device: str, number: int | None = None) -> torch.device:
+def choose_device(device: str, number: int | None = None, option: str = OPTIONS[1]) -> torch.device:
     """Resolves "auto", and refuses "cuda" with the reason where it does not work."""
     problem = cuda_problem()
     if device == "cuda" and problem is not None:
-        raise ValueError(f"--device cuda: {problem}")
+        raise ValueError(f"{option} cuda: {problem}")
     if device == "auto" and problem is not None and torch.cuda.is_available():
         warnings.warn(f"using the CPU: {problem}", stacklevel=2)
     if problem is not None or device == "cpu":
@@ -93,8 +100,8 @@ def choose_device(device: str, number: int | None = None) -> torch.device:
         return torch.device("cuda")
     if number >= torch.cuda.device_count():
         raise ValueError(
-            f"--device {device}: process {number} of this machine has no GPU of its own: start at "
-            f"most {torch.cuda.device_count()} (torchrun --nproc-per-node), or give --device cpu"
+            f"{option} {device}: process {number} of this machine has no GPU of its own: start at "
+            f"most {torch.cuda.device_count()} (torchrun --nproc-per-node), or give {option} cpu"
         )
     place = torch.device("cuda", number)
     torch.cuda.set_device(place)  # kernels and NCCL take the current device

@@ -153,7 +153,8 @@ class TestRefused:
             ({"train": "empty.jsonl"}, "empty.jsonl: no rows in this file"),
             ({"output": "a/b"}, "cannot write a/b: no such folder a"),
             ({"output": "model"}, "model is not empty: choose --resume or another output"),
-            ({"model": "gone"}, "--model gone: expected 'testbed' or a model folder"),
+            ({"model": "gone"}, "error: model: gone: expected 'testbed' or a model folder"),
+            ({"safegrad": {"reference": "gone"}}, "error: safegrad: reference: gone: expected 'te"),
             (
                 {"lora": False},
                 "run.yaml:13: lora: false needs reference: a model folder (the start",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from tiny_run import (
     ALIGNMENT,
     USER,
@@ -316,6 +317,13 @@ class TestRefused:
         for rho in ("1", True, None):
             with pytest.raises(TypeError, match=f"expected rho to be a number, got {rho!r}"):
                 SafeGradConfig(rho=rho)
+
+    def test_an_alignment_batch_that_the_processes_cannot_share(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
+        with pytest.raises(ValueError, match="to be a multiple of 2 processes, got 3"):
+            make_trainer(tmp_path, safegrad=SafeGradConfig(alignment_batch_size=3))
 
     def test_adapter_off_without_adapters(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match='"adapter_off" needs a model with PEFT adapters'):
