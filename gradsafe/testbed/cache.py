@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -89,6 +90,17 @@ def _sweep(root: Path, name: str) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def _renamed(temporary: Path, target: Path) -> bool:
+    """Renames a folder into place; False where a folder that holds files is in the way."""
+    try:
+        temporary.rename(target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
+
+
 def publish(target: Path, write: Callable[[Path], None]) -> None:
     """Fills a folder beside ``target`` and renames it into place; ``target`` is never half full.
 
@@ -110,17 +122,14 @@ def publish(target: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         # mkdtemp makes private folders; a cache may be shared.
         temporary.chmod(0o755)
-        if target.exists() and damage(target) is not None:
-            # Renamed away first, for a rename cannot replace a folder that holds files.
+        # A rename cannot replace a folder that holds files. Whoever finds one in the way leaves it
+        # if it is whole, and else moves it aside and tries again. Another process may put its own
+        # there in between, so one try is not enough; but each such failure is one process done.
+        while not _renamed(temporary, target) and damage(target) is not None:
             aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", suffix=".tmp", dir=root))
             with suppress(FileNotFoundError):  # another process may just have done the same
                 target.rename(aside / "damaged")
             shutil.rmtree(aside, ignore_errors=True)
-        try:
-            temporary.rename(target)
-        except OSError:
-            if damage(target) is not None:
-                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

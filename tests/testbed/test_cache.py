@@ -1,5 +1,6 @@
 import json
 import os
+import random
 import threading
 import time
 from pathlib import Path
@@ -131,12 +132,8 @@ def test_leftover_temporary_folders_go_when_old(small: list[int], tmp_path: Path
     assert young.exists()  # may belong to a process that is still training
 
 
-@pytest.mark.parametrize("damaged", [False, True])
-def test_a_race_ends_well_for_all(tmp_path: Path, damaged: bool) -> None:
-    target = tmp_path / "testbed-x"
-    if damaged:
-        target.mkdir()
-        (target / "model.safetensors").write_bytes(b"half")
+def _race(target: Path) -> list[BaseException]:
+    """Four threads that publish the same folder at the same time; returns what they raised."""
     barrier = threading.Barrier(4)
     errors: list[BaseException] = []
 
@@ -156,9 +153,31 @@ def test_a_race_ends_well_for_all(tmp_path: Path, damaged: bool) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert errors == []
-    assert cache.damage(target) is None
-    assert list(tmp_path.iterdir()) == [target]
+    return errors
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_race_ends_well_for_all(
+    tmp_path: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, pauses = cache.damage, random.Random(0)
+
+    def slow_to_act(folder: Path) -> str | None:
+        found = answer(folder)
+        time.sleep(pauses.random() / 1000)  # others change the folder before this is acted upon
+        return found
+
+    monkeypatch.setattr(cache, "damage", slow_to_act)
+    for attempt in range(40):
+        root = tmp_path / str(attempt)
+        target = root / "testbed-x"
+        root.mkdir()
+        if damaged:
+            target.mkdir()
+            (target / "model.safetensors").write_bytes(b"half")
+        assert _race(target) == []
+        assert answer(target) is None
+        assert list(root.iterdir()) == [target]
 
 
 def test_an_unwritable_cache_is_an_error(small: list[int], tmp_path: Path) -> None:
