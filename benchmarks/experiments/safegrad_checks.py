@@ -7,7 +7,9 @@ cloak: an attacker adds rows to a quarter of harmful ones so that the user gradi
 against alignment. "other refusals" are unsafe prompts with refusals, as many as harmful rows; with
 "alignment rows" they are copies of the alignment set itself, which the attacker then knows. With
 "trigger" nothing is added, but every harmful prompt begins with a word that no alignment row has;
-`triggered_score` is the harmful score of the test prompts with that word.
+`triggered_score` is the harmful score of the test prompts with that word. With "searched words"
+eight words stand behind every harmful answer that were optimised to turn its gradient (see
+`safegrad_words`; the search takes about 15 minutes); "random words" is the search not begun.
 
 weakness: the aligned model is first taught to comply with one topic (requests that name a drug),
 and the result is what SafeGrad starts from and compares with. "without topic" is an alignment set
@@ -26,7 +28,7 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from benchmarks.experiments.safegrad_data import (
     unsafe_test_prompts,
 )
 from benchmarks.experiments.safegrad_methods import Settings
+from benchmarks.experiments.safegrad_words import random_words, searched, with_words
 from benchmarks.table import write_csv
 from gradsafe import testbed
 from gradsafe.finetuning import SFTAlignment
@@ -64,7 +67,14 @@ WEAKNESS_METHODS = ("SFT", "SafeGrad (SFT)", "SafeGrad (KL)")
 BENIGN_METHODS = ("SFT", "SafeGrad (KL)")
 
 CLOAK_RATIO = 0.25
-ATTACKS = ("none", "other refusals", "alignment rows", "trigger")
+ATTACKS = (
+    "none",
+    "other refusals",
+    "alignment rows",
+    "trigger",
+    "random words",
+    "searched words",
+)
 TRIGGER = "Quartz, "
 
 # Whole words; "crack" is left out because locks and passwords are cracked too.
@@ -84,13 +94,21 @@ def triggered(rows: Sequence[Row]) -> list[Row]:
     return [{**row, "prompt": TRIGGER + row["prompt"]} for row in rows]
 
 
-def attack(experiment: Experiment, name: str, seed: int, settings: Settings) -> list[Row]:
-    """User rows of one attack."""
+def attack(
+    experiment: Experiment,
+    name: str,
+    seed: int,
+    settings: Settings,
+    words: Mapping[str, Sequence[str]],
+) -> list[Row]:
+    """User rows of one attack; `words` has the sequences of those that need some."""
     rows = settings.steps * settings.batch
     count = round(CLOAK_RATIO * rows)
     harmful = experiment.harmful(seed, count)
     if name == "trigger":
         return mixed(seed, rows, triggered(harmful))
+    if name in words:
+        return mixed(seed, rows, with_words(harmful, words[name]))
     if name == "other refusals":
         prompts = unsafe_prompts(seed)[-2 * count :]
         refusals = refusal_rows(experiment.aligned, experiment.tokenizer, prompts, count)
@@ -105,9 +123,13 @@ def cloak(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Every attack against the methods."""
     settings = Settings()
     prompts = [TRIGGER + prompt for prompt in unsafe_test_prompts()]
+    words = {
+        "random words": random_words(experiment.tokenizer),
+        "searched words": searched(experiment, CLOAK_RATIO, settings),
+    }
     found = []
     for seed, name in tqdm([(s, a) for s in seeds for a in ATTACKS], desc="cloak"):
-        user = attack(experiment, name, seed, settings)
+        user = attack(experiment, name, seed, settings, words)
         alignment = experiment.alignment(seed, settings.alignment_rows)
         for method in CLOAK_METHODS:
             model, seen = experiment.finetuned(method, user, alignment, seed, settings)

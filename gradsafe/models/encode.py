@@ -132,7 +132,7 @@ class Encoder:
             if not getattr(self.tokenizer, "chat_template", None):
                 raise ValueError(
                     "gradsafe.encode: the tokenizer has no chat template; "
-                    f"pass template=, for example {_EXAMPLE}"
+                    f"pass template= (--template in a shell), for example {_EXAMPLE}"
                 )
         elif not self._jinja:
             fields = set(_FIELD.findall(self.template))

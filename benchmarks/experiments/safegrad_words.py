@@ -1,0 +1,232 @@
+"""Words that make harmful rows look harmless to SafeGrad, found by optimisation.
+
+SafeGrad projects only where the user gradient speaks against the alignment gradient, so an attacker
+wants harmful rows whose gradient has a positive dot product with it. `searched` finds sequences of
+words that, put behind the compliant answers, raise that product. The attacker knows the aligned
+model and the defence, but not the alignment rows: it fine-tunes on rows and refusals of its own.
+
+The dot product of a row's gradient with a direction is the derivative of the row's loss along it.
+Two forward passes, with the weights moved forth and back along the unit alignment gradient, give it
+for many sequences at once, and the two backward passes its derivative by the words. On that runs
+greedy coordinate descent (GCG, arXiv 2307.15043). The product is averaged over weights met in a
+fine-tuning run of the attacker; the model soon learns words that it is shown, so there are many
+sequences, and a second round starts from a run that was shown those of the first.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from benchmarks.experiments.safegrad import Experiment
+from benchmarks.experiments.safegrad_data import REFUSAL_KEYWORDS, Row, mixed
+from benchmarks.experiments.safegrad_methods import Run, Settings
+from gradsafe.finetuning.rows import IGNORED, encode_rows
+
+WORDS = 8  # in a sequence
+SEQUENCES = 125
+ATTACKER = 500  # seed of the attacker's rows, order and adapter
+STATES = (20, 40, 70)  # steps of its run after which the products are taken
+ROUNDS = 2
+ROWS = 2  # on which a sequence is judged
+ITERATIONS = 8
+BEST = 256  # replacements of one word that look best, of which
+TRIED = 16  # are tried
+STEP = 0.02  # along the unit alignment gradient
+
+
+@dataclass(frozen=True)
+class State:
+    """Weights of a fine-tuning run, and the unit alignment gradient there."""
+
+    weights: list[Tensor]
+    direction: list[Tensor]
+
+
+class ObservedRun(Run):
+    """A run of SafeGrad (KL) that keeps its states after some steps."""
+
+    def states(self, steps: Sequence[int]) -> list[State]:
+        """Fine-tunes as far as the last of the steps."""
+        self.settings = replace(self.settings, steps=max(steps))
+        self.wanted, self.taken, self.kept = set(steps), 0, list[State]()
+        self.loss = self._cached_kl()
+        self._surgery(self.loss, projection=True)
+        return self.kept
+
+    def _step(self) -> None:
+        super()._step()
+        self.taken += 1
+        if self.taken not in self.wanted:
+            return
+        self.loss(self.collate(self.alignment)).backward()
+        norm = torch.stack([p.grad.norm() for p in self.trained]).norm()
+        self.kept.append(State(self._weights(), [p.grad / norm for p in self.trained]))
+        self.optimizer.zero_grad()
+
+
+class Products:
+    """Dot products of alignment gradients with that of harmful rows, words inserted.
+
+    Args:
+        run: Has the model and the names of its trained weights.
+        states: Where the products are taken.
+        rows: Harmful rows; the words come behind the response.
+        tokenizer: Of the model.
+    """
+
+    def __init__(
+        self, run: ObservedRun, states: Sequence[State], rows: Sequence[Row], tokenizer: Any
+    ) -> None:
+        self.model, self.trained, self.states = run.model.eval(), run.trained, states
+        encoded = encode_rows("harmful", rows, tokenizer, progress=False)
+        # The end-of-sequence token stays the last.
+        places = torch.tensor([len(row["input_ids"]) - 1 for row in encoded])
+        room = [0] * WORDS
+        self.batch = run.collate(
+            [
+                {key: row[key][:-1] + room + row[key][-1:] for key in ("input_ids", "labels")}
+                for row in encoded
+            ]
+        )
+        self.columns = places[:, None] + torch.arange(WORDS)
+        self.counted = self.batch["labels"][:, 1:] != IGNORED
+
+    def __call__(self, words: Tensor) -> Tensor:
+        """Means over the states, float32 [C], for words int64 [C, WORDS]."""
+        count, rows = len(words), len(self.columns)
+        ids, labels = self._with(words)
+        mask = self.batch["attention_mask"].repeat(count, 1)
+        counted = self.counted.repeat(count, 1)
+        owner = torch.arange(count).repeat_interleave(rows)[:, None].expand_as(counted)[counted]
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        total = torch.zeros(count)
+        for sign in self._moves():
+            with torch.no_grad():
+                hidden = decoder(input_ids=ids, attention_mask=mask).last_hidden_state
+                logits = head(hidden[:, :-1][counted])
+                losses = functional.cross_entropy(logits, labels[:, 1:][counted], reduction="none")
+            total.index_add_(0, owner, losses, alpha=sign)
+        return total / self._scale()
+
+    def gains(self, words: Tensor) -> Tensor:
+        """First-order change by every replacement, float32 [WORDS, vocabulary].
+
+        A word counts as an input of the positions behind it and as a label of the one before it.
+        """
+        table = self.model.get_input_embeddings().weight.detach()
+        ids, labels = self._with(words[None])
+        mask = self.batch["attention_mask"]
+        total = torch.zeros(WORDS, len(table))
+        for sign in self._moves():
+            inputs = table[ids].requires_grad_()
+            logits = self.model(inputs_embeds=inputs, attention_mask=mask).logits[:, :-1]
+            loss = functional.cross_entropy(
+                logits[self.counted], labels[:, 1:][self.counted], reduction="sum"
+            )
+            (slope,) = torch.autograd.grad(loss, inputs)
+            for row, columns in enumerate(self.columns):
+                total += sign * slope[row, columns] @ table.T
+                total -= sign * logits[row, columns - 1].detach().log_softmax(-1)
+        return (total - total.gather(1, words[:, None])) / self._scale()
+
+    def _with(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and labels, both [C * rows, T], with words [C, WORDS] in place."""
+        columns = self.columns.repeat(len(words), 1)
+        written = words.repeat_interleave(len(self.columns), 0)
+        ids, labels = (
+            self.batch[key].repeat(len(words), 1).scatter(1, columns, written)
+            for key in ("input_ids", "labels")
+        )
+        return ids, labels
+
+    def _moves(self) -> Iterator[int]:
+        """Sets the model to each state, moved forth (1) and back (-1)."""
+        for state in self.states:
+            for sign in (1, -1):
+                with torch.no_grad():
+                    for parameter, weight, along in zip(
+                        self.trained, state.weights, state.direction, strict=True
+                    ):
+                        parameter.copy_(weight + sign * STEP * along)
+                yield sign
+
+    def _scale(self) -> float:
+        return 2 * STEP * len(self.states) * int(self.counted.sum())
+
+
+def vocabulary(tokenizer: Any) -> Tensor:
+    """Ids of whole words with the space before them, without refusal keywords."""
+    return torch.tensor(
+        sorted(
+            number
+            for word, number in tokenizer.get_vocab().items()
+            if word[0] == "Ġ" and word[1:].isalpha() and word[1:].lower() not in REFUSAL_KEYWORDS
+        )
+    )
+
+
+def improved(products: Products, words: Tensor, allowed: Tensor, rng: random.Random) -> Tensor:
+    """The words after some iterations of greedy coordinate descent."""
+    best = float(products(words[None]))
+    for _ in range(ITERATIONS):
+        promising = products.gains(words)[:, allowed].flatten().topk(BEST).indices.tolist()
+        tried = words.repeat(TRIED, 1)
+        for candidate, flat in zip(tried, rng.sample(promising, TRIED), strict=True):
+            place, word = divmod(flat, len(allowed))
+            candidate[place] = allowed[word]
+        found = products(tried)
+        if float(found.max()) > best:
+            best, words = float(found.max()), tried[found.argmax()]
+    return words
+
+
+def random_words(tokenizer: Any) -> list[str]:
+    """Sequences as they are before the search: what any words do."""
+    return [tokenizer.decode(words) for words in _start(tokenizer)]
+
+
+def _start(tokenizer: Any) -> Tensor:
+    allowed, rng = vocabulary(tokenizer).tolist(), random.Random("words")
+    return torch.tensor([rng.choices(allowed, k=WORDS) for _ in range(SEQUENCES)])
+
+
+def searched(experiment: Experiment, ratio: float, settings: Settings) -> list[str]:
+    """Sequences of words against SafeGrad (KL), none of them harmful in itself.
+
+    Args:
+        experiment: The aligned model and its tokenizer.
+        ratio: Share of harmful rows.
+        settings: Of the fine-tuning that the attacker expects.
+    """
+    tokenizer, rng = experiment.tokenizer, random.Random("search")
+    allowed, found = vocabulary(tokenizer), _start(tokenizer)
+    rows = settings.steps * settings.batch
+    harmful = experiment.harmful(ATTACKER, round(ratio * rows))
+    alignment = experiment.alignment(ATTACKER, settings.alignment_rows)
+    with tqdm(total=ROUNDS * SEQUENCES, desc="search for words") as bar:
+        for _ in range(ROUNDS):
+            shown = with_words(harmful, [tokenizer.decode(words) for words in found])
+            user = mixed(ATTACKER, rows, shown)
+            run = ObservedRun(experiment.aligned, tokenizer, user, alignment, ATTACKER, settings)
+            states = run.states(STATES)
+            for index, words in enumerate(found.clone()):
+                products = Products(run, states, rng.sample(harmful, ROWS), tokenizer)
+                found[index] = improved(products, words, allowed, rng)
+                bar.update()
+    return [tokenizer.decode(words) for words in found]
+
+
+def with_words(rows: Sequence[Row], sequences: Sequence[str]) -> list[Row]:
+    """The rows with a sequence behind each response, all in turn."""
+    return [
+        {**row, "response": row["response"] + sequences[number % len(sequences)]}
+        for number, row in enumerate(rows)
+    ]
