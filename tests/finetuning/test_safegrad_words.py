@@ -74,7 +74,7 @@ def test_gains_foretell_the_change(products):
 
 
 def test_the_search_never_loses(products, monkeypatch):
-    monkeypatch.setattr(attack, "BEST", 40)
+    monkeypatch.setattr(search, "BEST", 40)
     words = draw(1)[0]
     better = search.improved(products, words, torch.arange(3, 50), random.Random(0))
     assert products(better[None]) > products(words[None])

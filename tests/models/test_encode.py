@@ -84,7 +84,8 @@ def test_jinja_template_argument(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_missing_chat_template_names_the_argument(build_tokenizer: Build) -> None:
     tokenizer = build_tokenizer(chat_template=None)
-    with pytest.raises(ValueError, match=r"pass template=, for example template=.*\{prompt\}"):
+    wanted = r"pass template= .*shell.*, for example template=.*\{prompt\}"
+    with pytest.raises(ValueError, match=wanted):
         encode(tokenizer, "hi", "Sure")
     # The fault is the tokenizer's, so no prompt is blamed.
     with pytest.raises(ValueError, match=r"^gradsafe"):
