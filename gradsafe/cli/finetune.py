@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import warnings
 from contextlib import nullcontext
@@ -70,8 +71,14 @@ def run(args: argparse.Namespace) -> int:
     if processes.first:
         _warn_if_untrained(trainer, start)
         print(_summary(trainer, settings.output))
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # which ends the process group
+    accelerator = trainer.accelerator
+    accelerator.wait_for_everyone()
+    # DDP's reducer must not be the last owner of the process group: it is freed under the
+    # interpreter's lock, and then waits for the threads of gloo, which may wait for that lock.
+    del trainer
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()  # which ends the process group
     return 0
 
 

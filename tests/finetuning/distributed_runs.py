@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import sys
 from pathlib import Path
@@ -28,6 +29,13 @@ def start(rank: int, world: int, folder: str) -> None:
 
 
 def finish() -> None:
+    """Ends the group; whoever calls it must hold no model in DDP any more.
+
+    Its reducer would be the last owner of the group: it is freed under the interpreter's lock, and
+    then waits for the threads of gloo, which may wait for that lock.
+    """
+    gc.collect()
+    assert not any(isinstance(o, nn.parallel.DistributedDataParallel) for o in gc.get_objects())
     dist.barrier()  # no process takes its connections down while another one still computes
     dist.destroy_process_group()
 
@@ -35,13 +43,18 @@ def finish() -> None:
 def trainer_run(rank: int, world: int, folder: str) -> None:
     """The trainer under DDP, half of the batch in each process."""
     start(rank, world, folder)
+    torch.save(trained(Path(folder) / "run", world), f"{folder}/trainer{rank}.pt")
+    finish()
+
+
+def trained(folder: Path, world: int) -> Any:
+    """Weights and history after training."""
     from tiny_run import weights
 
-    trainer = trainer_for(Path(folder) / "run", batch=4 // world, ddp_backend="gloo")
+    trainer = trainer_for(folder, batch=4 // world, ddp_backend="gloo")
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    torch.save((weights(trainer.model), history), f"{folder}/trainer{rank}.pt")
-    finish()
+    return {name: w.clone() for name, w in weights(trainer.model).items()}, history
 
 
 def trainer_for(folder: Path, batch: int, **options: Any) -> Any:
@@ -87,6 +100,12 @@ def loop(net: nn.Module, surgery: Any, part: slice, bad: int | None = None) -> l
 def loops_run(rank: int, world: int, folder: str) -> None:
     """DDP, FSDP2 with uneven and empty shards, and a mix of both, in loops of their own."""
     start(rank, world, folder)
+    torch.save(loops(rank, world), f"{folder}/loops{rank}.pt")
+    finish()
+
+
+def loops(rank: int, world: int) -> dict[str, Any]:
+    """Statistics and weights of every case."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -124,8 +143,7 @@ def loops_run(rank: int, world: int, folder: str) -> None:
         loop(net, GradientSurgery(net.parameters()), part)
     except ValueError as error:
         saved["bucket"] = str(error)
-    torch.save(saved, f"{folder}/loops{rank}.pt")
-    finish()
+    return saved
 
 
 def average(parameter: Tensor) -> None:

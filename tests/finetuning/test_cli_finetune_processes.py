@@ -19,6 +19,21 @@ import gradsafe
 from gradsafe.cli import main
 
 pytestmark = pytest.mark.slow
+# A model in DDP that outlives the process group can hang the process when it is freed.
+CHECKED = """
+import gc, sys
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
+from gradsafe.cli import main
+
+def destroy(*args):
+    alive = [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
+    print("models in DDP at the end:", len(alive), file=sys.stderr)
+    whole(*args)
+
+whole, distributed.destroy_process_group = distributed.destroy_process_group, destroy
+sys.exit(main())
+"""
 
 
 def write_settings(output: str, batch: int, **training: Any) -> None:
@@ -51,7 +66,8 @@ def torchrun(output: str, *options: str) -> subprocess.CompletedProcess[str]:
         "OMP_NUM_THREADS": "1",
     }
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = ["-m", "gradsafe", "finetune", "--config", f"{output}.yaml", "--no-progress"]
+    Path("checked.py").write_text(CHECKED)
+    command = ["checked.py", "finetune", "--config", f"{output}.yaml", "--no-progress"]
     return subprocess.run(
         [*start, *command, *options],
         capture_output=True,
@@ -89,6 +105,7 @@ def test_two_write_the_weights_of_one(capsys: pytest.CaptureFixture[str]) -> Non
         torch.set_num_threads(before)
     done = torchrun("two")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("models in DDP at the end: 0") == 2
     assert difference("one", "model") > 1e-2
     assert difference("one", "two") < 1e-6
     assert done.stdout.count("6 steps, mean logged cosine") == 1
