@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gradsafe import detection, finetuning, models, ops, reference, testbed, tracing
     from gradsafe.detection import Detector, DetectorConfig, Explanation, Scores
     from gradsafe.finetuning import GradientSurgery, SafeGradConfig
+    from gradsafe.finetuning.sft_trainer import SafeGradSFTTrainer as SafeGradSFTTrainer
     from gradsafe.finetuning.trainer import SafeGradTrainer
     from gradsafe.tracing import Hits, TraceIndex
 
@@ -25,6 +26,7 @@ _MEMBERS = {
     "GradientSurgery": "gradsafe.finetuning",
     "Hits": "gradsafe.tracing",
     "SafeGradConfig": "gradsafe.finetuning",
+    "SafeGradSFTTrainer": "gradsafe.finetuning.sft_trainer",  # needs TRL, so not in __all__
     "SafeGradTrainer": "gradsafe.finetuning.trainer",
     "Scores": "gradsafe.detection",
     "TraceIndex": "gradsafe.tracing",

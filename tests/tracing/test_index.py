@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from builders import make_model, make_tokenizer
+from datasets import Dataset
 from torch.nn import functional
 from trace_samples import EXAMPLES, QUERIES, build, files
 
@@ -95,18 +96,10 @@ def test_the_layer_is_the_one_asked_for(model, tokenizer, tmp_path):
 
 
 def test_sources_of_examples(model, tokenizer, built, tmp_path):
-    class Dataset:
-        """What `datasets.Dataset` is to its readers."""
-
-        def __len__(self):
-            return len(EXAMPLES)
-
-        def __iter__(self):
-            return iter(EXAMPLES)
-
     lines = "".join(json.dumps(row) + "\n" for row in EXAMPLES)
     (tmp_path / "examples.jsonl").write_text(lines)
-    for number, source in enumerate([str(tmp_path / "examples.jsonl"), Dataset()]):
+    sources = [str(tmp_path / "examples.jsonl"), Dataset.from_list(EXAMPLES)]
+    for number, source in enumerate(sources):
         index = build(model, tokenizer, tmp_path / str(number), source)
         assert files(index.path) == files(built.path)
 
