@@ -16,6 +16,7 @@ sequences, and a second round starts from a run that was shown those of the firs
 from __future__ import annotations
 
 import random
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -212,15 +213,22 @@ def searched(experiment: Experiment, ratio: float, settings: Settings) -> list[s
     harmful = experiment.harmful(ATTACKER, round(ratio * rows))
     alignment = experiment.alignment(ATTACKER, settings.alignment_rows)
     with tqdm(total=ROUNDS * SEQUENCES, desc="search for words") as bar:
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             shown = with_words(harmful, [tokenizer.decode(words) for words in found])
             user = mixed(ATTACKER, rows, shown)
             run = ObservedRun(experiment.aligned, tokenizer, user, alignment, ATTACKER, settings)
             states = run.states(STATES)
+            before, after = list[float](), list[float]()
             for index, words in enumerate(found.clone()):
                 products = Products(run, states, rng.sample(harmful, ROWS), tokenizer)
                 found[index] = improved(products, words, allowed, rng)
+                before.append(float(products(words[None])))
+                after.append(float(products(found[index][None])))
                 bar.update()
+            was, is_now = statistics.fmean(before), statistics.fmean(after)
+            bar.write(
+                f"round {number + 1}: mean product {was:+.3f}, after the search {is_now:+.3f}"
+            )
     return [tokenizer.decode(words) for words in found]
 
 

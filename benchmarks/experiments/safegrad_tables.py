@@ -1,0 +1,96 @@
+"""The tables of docs/safegrad.md, from the CSVs of the SafeGrad experiments.
+
+python -m benchmarks.experiments.safegrad_tables
+"""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from benchmarks.document import DOCS, measured_note, replace_block
+from benchmarks.experiments.rept_tables import Rows, names, pick, read
+from benchmarks.experiments.safegrad import RESULTS
+from benchmarks.table import markdown
+
+PAGE = DOCS / "safegrad.md"
+# The columns that make a group, each over its seeds.
+BY = {
+    "ratios": ("ratio", "method"),
+    "sizes": ("alignment_rows", "method"),
+    "search": (
+        *("learning_rate", "steps", "alignment_rows", "alignment_batch", "rho", "lisa_pull"),
+        "method",
+    ),
+    "cloak": ("attack", "method"),
+    "weakness": ("reference", "ratio", "method"),
+    "benign": ("task", "method"),
+}
+# Heading and digits of what was measured; the scores with their range.
+MEASURES = {
+    "topic_score": ("topic", 1),
+    "harmful_score": ("harmful score", 1),
+    "triggered_score": ("triggered", 1),
+    "refusal_rate": ("refusals", 1),
+    "task_accuracy": ("task accuracy", 1),
+    "task_loss": ("loss", 3),
+    "cosine": ("cosine", 3),
+    "conflict_rate": ("conflict rate", 0),
+    "in_conflict": ("% in conflict", 1),
+}
+RANGED = ("topic_score", "harmful_score", "triggered_score")
+LEFT_OUT = {
+    "search": {"refusal_rate", "cosine", "conflict_rate", "in_conflict"},
+    "weakness": {"refusal_rate", "in_conflict"},
+    "benign": set[str](),
+}
+LITTLE_ROOM = {"in_conflict"}  # left out where not asked for otherwise
+
+
+def groups(rows: Rows, by: tuple[str, ...]) -> list[Rows]:
+    """Rows of the same values, in order of first occurrence; of sizes the smallest first."""
+    found: dict[tuple[str, ...], Rows] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in by), []).append(row)
+    return list(found.values())
+
+
+def cell(rows: Rows, key: str) -> str:
+    """Mean over the seeds; of a score with its range if there are several."""
+    digits = MEASURES[key][1]
+    values = [float(row[key]) for row in rows if row.get(key)]
+    if not values:
+        return "-"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if key in RANGED and len(values) > 1:
+        text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    return text
+
+
+def table(rows: Rows, by: tuple[str, ...], left_out: set[str]) -> str:
+    """One line per group."""
+    measured = [
+        key for key in MEASURES if key not in left_out and any(row.get(key) for row in rows)
+    ]
+    lines = []
+    for members in groups(rows, by):
+        line = {key.replace("_", " ").replace("lisa", "Lisa"): members[0][key] for key in by}
+        lines.append(line | {MEASURES[key][0]: cell(members, key) for key in measured})
+    return markdown(lines, [(key, key) for key in lines[0]])
+
+
+def write_tables(results: Path) -> None:
+    """Replaces the tables between the markers of the page."""
+    for name, by in BY.items():
+        rows = read(results / f"safegrad_{name}.csv")
+        if name == "sizes":
+            sizes = sorted(names(rows, "alignment_rows"), key=int)
+            rows = [row for size in sizes for row in pick(rows, alignment_rows=size)]
+        block = table(rows, by, LEFT_OUT.get(name, LITTLE_ROOM))
+        seeds = len({row["seed"] for row in rows})
+        note = f"{measured_note(rows[0])} {seeds} seeds.\n"
+        replace_block(PAGE, f"safegrad {name}", f"{block}\n{note}")
+
+
+if __name__ == "__main__":
+    write_tables(RESULTS)
