@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import faulthandler
+import functools
 import gc
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 STEPS = 20
+WORLD = 2
+LONGEST_SECONDS = 300
+
+
+def spawn(run: Callable[..., None], folder: Path, name: str) -> list[Any]:
+    """What each of two processes saved as `name`."""
+    started = torch.multiprocessing.spawn(run, (WORLD, str(folder)), nprocs=WORLD, join=False)
+    end = time.monotonic() + LONGEST_SECONDS
+    while not started.join(timeout=5):
+        if time.monotonic() > end:
+            for process in started.processes:
+                process.kill()
+            pytest.fail(f"processes were not done after {LONGEST_SECONDS} seconds")
+    return [torch.load(folder / f"{name}{rank}.pt") for rank in range(WORLD)]
 
 
 def start(rank: int, world: int, folder: str) -> None:
@@ -47,11 +65,29 @@ def trainer_run(rank: int, world: int, folder: str) -> None:
     finish()
 
 
-def trained(folder: Path, world: int) -> Any:
+def sft_run(rank: int, world: int, folder: str) -> None:
+    """The same over TRL's trainer."""
+    start(rank, world, folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from builders import make_tokenizer
+    from datasets import Dataset
+    from tiny_run import USER
+
+    from gradsafe import SafeGradSFTTrainer
+
+    options = {
+        "kind": functools.partial(SafeGradSFTTrainer, processing_class=make_tokenizer()),
+        "train_dataset": Dataset.from_list(USER),
+    }
+    torch.save(trained(Path(folder) / "run", world, **options), f"{folder}/sft{rank}.pt")
+    finish()
+
+
+def trained(folder: Path, world: int, **options: Any) -> Any:
     """Weights and history after training."""
     from tiny_run import weights
 
-    trainer = trainer_for(folder, batch=4 // world, ddp_backend="gloo")
+    trainer = trainer_for(folder, batch=4 // world, ddp_backend="gloo", **options)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {name: w.clone() for name, w in weights(trainer.model).items()}, history

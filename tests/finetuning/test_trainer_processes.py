@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import distributed_runs
 import pytest
 import torch
-from distributed_runs import STEPS, full, loop, make_net
+from distributed_runs import STEPS, full, loop, make_net, spawn
 from tiny_run import largest_difference, make_model, weights
 
 from gradsafe import GradientSurgery
-
-WORLD = 2
-
-
-def spawn(run: Callable[..., None], folder: Path, name: str) -> list[Any]:
-    torch.multiprocessing.spawn(run, (WORLD, str(folder)), nprocs=WORLD)
-    return [torch.load(folder / f"{name}{rank}.pt") for rank in range(WORLD)]
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +19,9 @@ def loops(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return spawn(distributed_runs.loops_run, tmp_path_factory.mktemp("loops"), "loops")
 
 
-def test_the_trainer_under_ddp_is_the_trainer_on_one_process(tmp_path: Path) -> None:
-    ranks = spawn(distributed_runs.trainer_run, tmp_path, "trainer")
+@pytest.mark.parametrize("name", ["trainer", "sft"])
+def test_the_trainer_under_ddp_is_the_trainer_on_one_process(tmp_path: Path, name: str) -> None:
+    ranks = spawn(getattr(distributed_runs, f"{name}_run"), tmp_path, name)
     single = distributed_runs.trainer_for(tmp_path / "single", batch=4)
     single.train()
     assert largest_difference(weights(single.model), weights(make_model())) > 0.05
@@ -36,8 +29,7 @@ def test_the_trainer_under_ddp_is_the_trainer_on_one_process(tmp_path: Path) -> 
         assert largest_difference(weights(single.model), trained) < 1e-6
         assert len(history) == STEPS
         for entry, other in zip(single.state.log_history, history, strict=False):
-            for name in ("cosine", "user_norm", "align_norm", "kl"):
-                key = f"safegrad/{name}"
+            for key in (f"safegrad/{x}" for x in ("cosine", "user_norm", "align_norm", "kl")):
                 assert entry[key] == pytest.approx(other[key], rel=1e-4, abs=1e-6)
     assert largest_difference(ranks[0][0], ranks[1][0]) == 0
 

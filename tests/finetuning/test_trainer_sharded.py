@@ -8,24 +8,21 @@ from typing import Any
 import pytest
 import sharded_runs
 import torch
+from distributed_runs import spawn
 from safetensors.torch import load_file
 from tiny_run import largest_difference, make_model, weights
 
 from gradsafe.finetuning import KLAlignment
 
-WORLD = 2
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    torch.multiprocessing.spawn(sharded_runs.sharded_run, (WORLD, str(folder)), nprocs=WORLD)
-    return folder
+    return tmp_path_factory.mktemp("sharded")
 
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"sharded{rank}.pt") for rank in range(WORLD)]
+    return spawn(sharded_runs.sharded_run, folder, "sharded")
 
 
 @pytest.mark.parametrize("name", list(sharded_runs.cases()))
