@@ -8,15 +8,14 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradsafe._version import __version__
 
@@ -25,7 +24,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 
-_SAMPLES = 1024  # values of one parameter that enter a model's fingerprint
 _READ_BYTES = 1 << 22
 
 
@@ -57,15 +55,8 @@ def save_folder(
     """
     check_destination(path, kind)
     target = Path(path).resolve()
-    manifest = {
-        "format": FORMAT,
-        "kind": kind,
-        "format_version": FORMAT_VERSION,
-        "gradsafe_version": __version__,
-        "metadata": dict(metadata),
-    }
     try:
-        json.dumps(manifest, allow_nan=False)
+        manifest_text(kind, metadata, {})
     except (TypeError, ValueError) as error:
         raise ValueError(f"cannot save {path}: metadata is not JSON: {error}") from error
     ready = dict(ready_to_write(tensors, path))
@@ -75,8 +66,7 @@ def save_folder(
     try:
         with mode_of_the_umask(partial / TENSORS):
             save_file(ready, partial / TENSORS)
-        manifest["files"] = {TENSORS: file_record(partial / TENSORS)}
-        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = manifest_text(kind, metadata, {TENSORS: file_record(partial / TENSORS)})
         (partial / MANIFEST).write_text(text, encoding="utf-8")
         for written in (partial / TENSORS, partial / MANIFEST, partial):
             flush_to_disk(written)
@@ -104,6 +94,47 @@ def load_folder(
             gradsafe, or a file in it is missing, truncated or altered.
     """
     folder = Path(path)
+    manifest = read_manifest_of(folder, kind)
+    if TENSORS not in manifest["files"]:
+        raise StorageError(f"{folder / MANIFEST} is malformed: it lists no {TENSORS}")
+    for name, record in manifest["files"].items():
+        verify_file(folder / name, record)
+    try:
+        return load_file(folder / TENSORS), manifest["metadata"]
+    except SafetensorError as error:
+        raise StorageError(f"{folder / TENSORS} is not a safetensors file: {error}") from error
+
+
+def manifest_text(
+    kind: str, metadata: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """The manifest of a folder.
+
+    Args:
+        kind: What the folder holds.
+        metadata: JSON values.
+        files: Name to `file_record` of every file.
+
+    Raises:
+        TypeError, ValueError: The metadata is not JSON.
+    """
+    manifest = {
+        "format": FORMAT,
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "gradsafe_version": __version__,
+        "metadata": dict(metadata),
+        "files": dict(files),
+    }
+    return json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_manifest_of(folder: Path, kind: str) -> dict[str, Any]:
+    """`read_manifest` of a folder that must be of one kind and no newer than this gradsafe.
+
+    Raises:
+        StorageError: As `read_manifest`, or another kind, or a newer version.
+    """
     manifest = read_manifest(folder)
     if manifest["kind"] != kind:
         raise StorageError(f"{folder} is of kind {manifest['kind']!r}, expected {kind!r}")
@@ -113,14 +144,7 @@ def load_folder(
             f"{manifest.get('gradsafe_version')}), this gradsafe {__version__} reads up to "
             f"version {FORMAT_VERSION}: update gradsafe"
         )
-    if TENSORS not in manifest["files"]:
-        raise StorageError(f"{folder / MANIFEST} is malformed: it lists no {TENSORS}")
-    for name, record in manifest["files"].items():
-        verify_file(folder / name, record)
-    try:
-        return load_file(folder / TENSORS), manifest["metadata"]
-    except SafetensorError as error:
-        raise StorageError(f"{folder / TENSORS} is not a safetensors file: {error}") from error
+    return manifest
 
 
 def read_manifest(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -190,73 +214,13 @@ def check_destination(
         )
 
 
-def model_fingerprint(model: nn.Module, without: Collection[int] = ()) -> str:
-    """SHA-256 of a model's weights: names, shapes, dtypes and at most 1,024 values of each.
-
-    Weights are its parameters, and the buffers of its state dict, where quantised layers keep
-    theirs. The values are evenly spaced, so the cost does not grow with the model, and they are
-    compared as bytes, so the fingerprint is the same on every device.
-
-    Args:
-        model: Any module; weights tied under several names count once.
-        without: `id` of weights that do not count.
-
-    Returns:
-        64 hexadecimal digits.
-
-    Raises:
-        ValueError: A weight is on the meta device, so it has no values to read.
-    """
-    digest = hashlib.sha256()
-    saved = model.state_dict(keep_vars=True)
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
-    for name, weight in sorted([*model.named_parameters(), *buffers], key=lambda item: item[0]):
-        if id(weight) in without:
-            continue
-        _refuse_meta(weight, f"weight {name!r}", "load the weights before fingerprinting")
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        digest.update(_sampled_bytes(weight.detach()))
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of what decides how a tokenizer encodes a chat: template, vocabulary, specials.
-
-    Args:
-        tokenizer: A Hugging Face tokenizer.
-
-    Returns:
-        64 hexadecimal digits.
-    """
-    facts = {
-        "chat_template": getattr(tokenizer, "chat_template", None),
-        "vocabulary": sorted(tokenizer.get_vocab().items()),
-        "special_tokens": tokenizer.special_tokens_map,
-    }
-    text = json.dumps(facts, sort_keys=True, default=str)  # str: AddedToken objects
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _sampled_bytes(values: Tensor) -> bytes:
-    count = values.numel()
-    if values.element_size() == 1:  # fp8 has no indexing kernel everywhere
-        values = values.view(torch.uint8)
-    picks = torch.arange(min(count, _SAMPLES), dtype=torch.int64)
-    picks = picks * count // max(1, len(picks))
-    if values.ndim:  # indexing by coordinates copies no parameter, whatever its strides
-        where = torch.unravel_index(picks.to(values.device), tuple(values.shape))
-        values = values[where]
-    sample = values.reshape(-1).contiguous().cpu()
-    return bytes(sample.view(torch.uint8).numpy())
-
-
 def ready_to_write(
     tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields contiguous CPU tensors; safetensors refuses two names on one storage."""
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        _refuse_meta(tensor, f"cannot save {path}: tensor {name!r}", "compute it before saving")
+        refuse_meta(tensor, f"cannot save {path}: tensor {name!r}", "compute it before saving")
         ready = tensor.detach().cpu().contiguous()
         if ready.untyped_storage().data_ptr() in seen:
             ready = ready.clone()
@@ -264,7 +228,8 @@ def ready_to_write(
         yield name, ready
 
 
-def _refuse_meta(tensor: Tensor, what: str, advice: str) -> None:
+def refuse_meta(tensor: Tensor, what: str, advice: str) -> None:
+    """Raises ValueError for a tensor without data."""
     if tensor.is_meta:
         raise ValueError(f"{what} is on the meta device and has no values: {advice}")
 

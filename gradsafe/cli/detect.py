@@ -16,6 +16,7 @@ from gradsafe.cli.output import Output, Record, open_output
 from gradsafe.cli.processes import check_agreement, hand_over, load_in_each
 from gradsafe.distributed import Processes
 from gradsafe.jsonl import Row, record_key
+from gradsafe.progress import SharedProgress
 
 if TYPE_CHECKING:
     from gradsafe.detection import Detector
@@ -92,7 +93,8 @@ def _summarise(
 
 def _settings(args: argparse.Namespace, inputs: Inputs, model: Any, tokenizer: Any) -> str:
     """Hashes all that scores and flags depend on, so that no file ever mixes two settings."""
-    from gradsafe.storage import model_fingerprint, read_manifest, tokenizer_fingerprint
+    from gradsafe.fingerprints import model_fingerprint, tokenizer_fingerprint
+    from gradsafe.storage import read_manifest
 
     settings = {
         "model": model_fingerprint(model),
@@ -145,14 +147,7 @@ def _score_all(
         file=sys.stderr,
         disable=_bar_hidden(args),
     ) as bar:
-        shown = 0
-
-        def show(scored: int = 0) -> None:  # the bar is that of all processes
-            nonlocal shown
-            total = processes.total("scored", scored)
-            bar.update(total - shown)
-            shown = total
-
+        show = SharedProgress(bar, processes, "scored")
         for start in processes.deal(pending):
             rows = inputs.rows[start : start + SLICE]
             scores = _scores(args, detector, rows)

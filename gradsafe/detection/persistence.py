@@ -16,14 +16,9 @@ from gradsafe.detection.components import ComponentMap
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.methods import GradCoo, GradNorm, GradSafe
 from gradsafe.detection.references import Reference
+from gradsafe.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.models import Layers
-from gradsafe.storage import (
-    StorageError,
-    load_folder,
-    model_fingerprint,
-    save_folder,
-    tokenizer_fingerprint,
-)
+from gradsafe.storage import StorageError, load_folder, save_folder
 
 if TYPE_CHECKING:
     from gradsafe.detection.detector import Detector

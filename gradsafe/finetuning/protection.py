@@ -20,11 +20,11 @@ from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.finetuning.order import AlignmentOrder
 from gradsafe.finetuning.rows import RowCollator, encode_rows, response_tokens
-from gradsafe.finetuning.support import check_supported
+from gradsafe.finetuning.support import check_alignment, check_supported
 from gradsafe.finetuning.surgery import GradientSurgery
 from gradsafe.finetuning.teachers import refuse_shared, without_adapters
+from gradsafe.fingerprints import model_fingerprint
 from gradsafe.models import context_length, pad_token_id
-from gradsafe.storage import model_fingerprint
 
 AlignmentLoss = Callable[..., Tensor]
 
@@ -44,9 +44,7 @@ class SafeGradMixin(Trainer):
         **options: Of the trainer.
 
     Raises:
-        TypeError: `safegrad` or `alignment_dataset` is of another type.
-        ValueError: No alignment rows, a row without response tokens or too long, a setup that is
-            not supported, or options that do not fit the model.
+        TypeError, ValueError: As of `SafeGradTrainer`.
     """
 
     def __init__(
@@ -269,26 +267,6 @@ class SafeGradMixin(Trainer):
                 "harm in it, and then they protect nothing: choose alignment rows like it",
                 stacklevel=2,
             )
-
-
-def check_alignment(alignment_dataset: Any, safegrad: Any) -> None:
-    """Raises TypeError or ValueError for what cannot be SafeGrad's options or alignment rows."""
-    if not isinstance(safegrad, (SafeGradConfig, type(None))):
-        raise TypeError(
-            "gradsafe.SafeGradTrainer: expected safegrad to be a SafeGradConfig, got "
-            f"{type(safegrad).__name__}"
-        )
-    if alignment_dataset is not None and not hasattr(alignment_dataset, "__len__"):
-        raise TypeError(
-            "gradsafe.SafeGradTrainer: expected alignment_dataset with a length, since its "
-            f"rows are drawn again and again, got {type(alignment_dataset).__name__}; pass "
-            "list(rows)"
-        )
-    if alignment_dataset is None or not len(alignment_dataset):
-        raise ValueError(
-            "gradsafe.SafeGradTrainer: expected alignment_dataset= with at least one row; "
-            "about 100 unsafe prompts with refusals, in the style of the harm that is expected"
-        )
 
 
 def encoding(

@@ -1,12 +1,14 @@
-"""Setups of the trainer in which the surgery would be wrong, refused by name."""
+"""What the trainer cannot work with, refused by name before anything is done."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from gradsafe.finetuning.config import SafeGradConfig
+
 
 def check_supported(trainer: Any) -> None:
-    """Raises ValueError where gradients are not where the surgery looks for them."""
+    """Raises ValueError for setups where gradients are not where the surgery looks for them."""
     args = trainer.args
     optimizer = str(getattr(args.optim, "value", args.optim))
     deepspeed, fsdp = trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled
@@ -52,3 +54,23 @@ def check_supported(trainer: Any) -> None:
     for found, problem in problems:
         if found:
             raise ValueError(f"gradsafe.SafeGradTrainer: {problem}")
+
+
+def check_alignment(alignment_dataset: Any, safegrad: Any) -> None:
+    """Raises TypeError or ValueError for what cannot be SafeGrad's options or alignment rows."""
+    if not isinstance(safegrad, (SafeGradConfig, type(None))):
+        raise TypeError(
+            "gradsafe.SafeGradTrainer: expected safegrad to be a SafeGradConfig, got "
+            f"{type(safegrad).__name__}"
+        )
+    if alignment_dataset is not None and not hasattr(alignment_dataset, "__len__"):
+        raise TypeError(
+            "gradsafe.SafeGradTrainer: expected alignment_dataset with a length, since its "
+            f"rows are drawn again and again, got {type(alignment_dataset).__name__}; pass "
+            "list(rows)"
+        )
+    if alignment_dataset is None or not len(alignment_dataset):
+        raise ValueError(
+            "gradsafe.SafeGradTrainer: expected alignment_dataset= with at least one row; "
+            "about 100 unsafe prompts with refusals, in the style of the harm that is expected"
+        )

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gradsafe.finetuning.chunked_kl import Teacher
 from gradsafe.finetuning.output_head import OutputHead, eval_mode, unwrapped
-from gradsafe.storage import StorageError, load_folder, model_fingerprint, save_folder
+from gradsafe.fingerprints import model_fingerprint
+from gradsafe.storage import StorageError, load_folder, save_folder
 
 KIND = "alignment_reference"
 Batch = Mapping[str, Any]

@@ -8,13 +8,9 @@ from typing import Any
 from torch import nn
 
 from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.finetuning.protection import (
-    AlignmentLoss,
-    SafeGradMixin,
-    check_alignment,
-    encoding,
-)
+from gradsafe.finetuning.protection import AlignmentLoss, SafeGradMixin, encoding
 from gradsafe.finetuning.rows import RowCollator, encode_rows, has_text
+from gradsafe.finetuning.support import check_alignment
 from gradsafe.models import pad_token_id
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,8 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from gradsafe.storage import file_record, flush_to_disk
 
 MANIFEST = "manifest.json"
 # Training takes about a minute: a temporary folder this old belongs to a process that died.
@@ -40,8 +41,8 @@ def cache_root(cache: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    digest: str = file_record(path)["sha256"]
+    return digest
 
 
 def seal(folder: Path, facts: dict[str, object]) -> None:
@@ -55,8 +56,7 @@ def seal(folder: Path, facts: dict[str, object]) -> None:
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({**facts, "files": files}, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        flush_to_disk(path)
 
 
 def damage(folder: Path) -> str | None:

@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from gradsafe.distributed import Processes
+from gradsafe.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.models import pad_token_id
 from gradsafe.models.inspection import input_device
-from gradsafe.storage import StorageError, model_fingerprint, tokenizer_fingerprint
+from gradsafe.storage import StorageError
 from gradsafe.tracing.examples import (
     Encoding,
     Example,

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from gradsafe.distributed import Processes
 from gradsafe.models import Encoded, pad_token_id
+from gradsafe.progress import SharedProgress
 from gradsafe.tracing.examples import Encoding, Example, ExampleEncoder
 from gradsafe.tracing.folder import IndexFolder, Shard, ShardPlan, batch_key
 from gradsafe.tracing.signature import SignaturePass, check_finite
@@ -60,14 +61,11 @@ def fill(
         unit="sample",
         disable=not (progress and processes.first),
     ) as bar:
-        shown = 0
+        shared = SharedProgress(bar, processes, "samples")
 
-        def show(samples: int = 0) -> None:  # the bar is that of all processes
-            nonlocal shown
+        def show(samples: int = 0) -> None:
             processes.check()
-            total = processes.total("samples", samples)
-            bar.update(total - shown)
-            shown = total
+            shared(samples)
 
         def list_finished() -> None:
             show()

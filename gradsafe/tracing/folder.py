@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -16,18 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gradsafe._version import __version__
 from gradsafe.distributed import Processes
 from gradsafe.storage import (
-    FORMAT,
-    FORMAT_VERSION,
     MANIFEST,
     StorageError,
     check_destination,
     file_record,
     flush_to_disk,
+    manifest_text,
     mode_of_the_umask,
-    read_manifest,
+    read_manifest_of,
     swap_in,
     verify_file,
 )
@@ -81,14 +78,7 @@ class IndexFolder:
         Raises:
             StorageError: No index, a malformed one, or one of a newer version.
         """
-        manifest = read_manifest(path)
-        if manifest["kind"] != KIND:
-            raise StorageError(f"{path} is of kind {manifest['kind']!r}, expected {KIND!r}")
-        if manifest["format_version"] > FORMAT_VERSION:
-            raise StorageError(
-                f"{path} has format version {manifest['format_version']}, this gradsafe "
-                f"{__version__} reads up to version {FORMAT_VERSION}: update gradsafe"
-            )
+        manifest = read_manifest_of(path, KIND)
         check_metadata(path, manifest["metadata"])
         return cls(path, manifest["metadata"], dict(manifest["files"]))
 
@@ -118,15 +108,7 @@ class IndexFolder:
 
     def write_manifest(self) -> None:
         """Replace the manifest."""
-        manifest = {
-            "format": FORMAT,
-            "kind": KIND,
-            "format_version": FORMAT_VERSION,
-            "gradsafe_version": __version__,
-            "metadata": self.metadata,
-            "files": dict(sorted(self.files.items())),
-        }
-        text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        text = manifest_text(KIND, self.metadata, dict(sorted(self.files.items())))
         partial = self.path / (MANIFEST + PARTIAL)
         partial.write_text(text, encoding="utf-8")
         flush_to_disk(partial)

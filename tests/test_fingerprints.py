@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gradsafe import storage
-from gradsafe.storage import model_fingerprint, tokenizer_fingerprint
+from gradsafe import fingerprints
+from gradsafe.fingerprints import model_fingerprint, tokenizer_fingerprint
 
 
 class TestModelFingerprint:
@@ -56,7 +56,7 @@ class TestModelFingerprint:
 
     def test_samples_at_most_1024_values_over_the_whole_parameter(self) -> None:
         model = nn.Linear(512, 64, bias=False)
-        assert len(storage._sampled_bytes(model.weight)) == 1024 * 4
+        assert len(fingerprints._sampled_bytes(model.weight)) == 1024 * 4
         before = model_fingerprint(model)
         with torch.no_grad():
             model.weight[-1, -512 // 16 :] += 1
