@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import functools
 import gc
 import os
 import sys
@@ -76,7 +75,8 @@ def sft_run(rank: int, world: int, folder: str) -> None:
     from gradsafe import SafeGradSFTTrainer
 
     options = {
-        "kind": functools.partial(SafeGradSFTTrainer, processing_class=make_tokenizer()),
+        "kind": SafeGradSFTTrainer,
+        "processing_class": make_tokenizer(),
         "train_dataset": Dataset.from_list(USER),
     }
     torch.save(trained(Path(folder) / "run", world, **options), f"{folder}/sft{rank}.pt")

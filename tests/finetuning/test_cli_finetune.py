@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import builders
 import pytest
 import torch
 import yaml
+from command_inputs import write_inputs
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -34,12 +34,7 @@ SETTINGS: dict[str, Any] = {
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with a tiny model and both files."""
     monkeypatch.chdir(tmp_path)
-    tokenizer = builders.make_tokenizer()
-    builders.make_model("llama", vocab_size=len(tokenizer)).save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    for name, answer in (("user", "Yes"), ("refusals", "No way")):
-        rows = [{"prompt": f"task {i}", "response": f"{answer} {i}"} for i in range(6)]
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_inputs(6)
     return tmp_path
 
 

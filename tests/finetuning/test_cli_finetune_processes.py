@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import builders
 import pytest
 import torch
 import yaml
+from command_inputs import write_inputs
 from safetensors.torch import load_file
 
 import gradsafe
@@ -80,12 +79,7 @@ def torchrun(output: str, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    tokenizer = builders.make_tokenizer()
-    builders.make_model("llama", vocab_size=len(tokenizer)).save_pretrained("model")
-    tokenizer.save_pretrained("model")
-    for name, answer in (("user", "Yes"), ("refusals", "No way")):
-        rows = [{"prompt": f"task {i}", "response": f"{answer} {i}"} for i in range(8)]
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_inputs(8)
 
 
 def difference(one: str, other: str) -> float:

@@ -13,7 +13,7 @@ import torch
 from builders import make_model, make_tokenizer
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_run import ALIGNMENT, USER, largest_difference, make_trainer, weights
+from tiny_run import USER, largest_difference, make_trainer, weights
 from tiny_run import make_model as make_tiny
 from trl import SFTConfig, SFTTrainer
 
@@ -25,33 +25,23 @@ REFUSALS = [{"prompt": f"bad {i}", "response": f"no {i}"} for i in range(4)]
 
 
 def make_sft(folder: Path, model: Any, train: list[dict[str, Any]], **options: Any) -> Any:
-    own = {
-        name: options.pop(name)
-        for name in ("alignment_dataset", "safegrad", "peft_config")
-        if name in options
-    }
-    arguments = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 4,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "seed": 0,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        **options,
-    }
-    return SafeGradSFTTrainer(
-        model=model,
-        args=SFTConfig(output_dir=str(folder), **arguments),
-        train_dataset=Dataset.from_list(train),
-        processing_class=make_tokenizer(eos=True),
-        **{"alignment_dataset": ALIGNMENT, **own},
+    return make_trainer(
+        folder,
+        model,
+        **{
+            "kind": SafeGradSFTTrainer,
+            "arguments": SFTConfig,
+            "train_dataset": Dataset.from_list(train),
+            "processing_class": make_tokenizer(eos=True),
+            "bf16": False,
+            "gradient_checkpointing": False,
+            **options,
+        },
     )
+
+
+def unprotected(alignment_dataset: Any, safegrad: Any, **options: Any) -> SFTTrainer:
+    return SFTTrainer(**options)
 
 
 @pytest.mark.parametrize("accumulated", [1, 3])
@@ -75,30 +65,13 @@ def test_it_takes_the_steps_of_the_other_trainer(tmp_path, accumulated):
 
 def test_it_is_protected(tmp_path):
     """With rho 0 and projection the user gradient loses its conflict; without, nothing changes."""
-    off = SafeGradConfig(rho=0.0, projection=False)
     tuned = {}
-    for name, kind, options in (
-        ("plain", SFTTrainer, {}),
-        ("off", SafeGradSFTTrainer, {"alignment_dataset": ALIGNMENT, "safegrad": off}),
-        ("on", SafeGradSFTTrainer, {"alignment_dataset": ALIGNMENT}),
+    for name, options in (
+        ("plain", {"kind": unprotected}),
+        ("off", {"safegrad": SafeGradConfig(rho=0.0, projection=False)}),
+        ("on", {}),
     ):
-        trainer = kind(
-            model=make_tiny(),
-            args=SFTConfig(
-                output_dir=str(tmp_path / name),
-                max_steps=3,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                learning_rate=1e-2,
-                report_to=[],
-                disable_tqdm=True,
-                save_strategy="no",
-            ),
-            train_dataset=Dataset.from_list(USER),
-            processing_class=make_tokenizer(eos=True),
-            **options,
-        )
+        trainer = make_sft(tmp_path / name, make_tiny(), USER, **options)
         trainer.train()
         tuned[name] = weights(trainer.model)
     assert largest_difference(tuned["plain"], tuned["off"]) < 1e-7

@@ -66,7 +66,10 @@ ALIGNMENT = make_rows(12, seed=2)
 
 
 def make_trainer(folder: Path | str, model: Any = None, **options: Any) -> SafeGradTrainer:
-    """A trainer on the tiny rows; options of SafeGradTrainer and TrainingArguments, mixed."""
+    """A trainer on the tiny rows; its options and those of its arguments, mixed.
+
+    `kind` is the class of the trainer and `arguments` that of its arguments.
+    """
     own = {
         name: options.pop(name)
         for name in (
@@ -76,11 +79,14 @@ def make_trainer(folder: Path | str, model: Any = None, **options: Any) -> SafeG
             "safegrad",
             "callbacks",
             "optimizers",
+            "peft_config",
+            "processing_class",
         )
         if name in options
     }
     kind = options.pop("kind", SafeGradTrainer)
-    arguments = {
+    arguments = options.pop("arguments", TrainingArguments)
+    given = {
         "per_device_train_batch_size": 4,
         "max_steps": 4,
         "learning_rate": 1e-2,
@@ -95,7 +101,7 @@ def make_trainer(folder: Path | str, model: Any = None, **options: Any) -> SafeG
     }
     return kind(
         model=make_model() if model is None else model,
-        args=TrainingArguments(output_dir=str(folder), **arguments),
+        args=arguments(output_dir=str(folder), **given),
         **{
             "train_dataset": USER,
             "alignment_dataset": ALIGNMENT,
