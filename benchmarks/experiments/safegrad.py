@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import multiprocessing
-import statistics
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -42,10 +41,10 @@ from benchmarks.experiments.safegrad_data import (
     unsafe_test_prompts,
 )
 from benchmarks.experiments.safegrad_methods import METHODS, Run, Settings
-from benchmarks.table import markdown, write_csv
+from benchmarks.experiments.safegrad_tables import RESULTS, table
+from benchmarks.table import write_csv
 from gradsafe import testbed
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
 RATIOS = (0.0, 0.05, 0.1, 0.15, 0.25)
 SIZES = (5, 10, 20, 50)  # beside the default
 SIZES_RATIO = 0.25
@@ -66,18 +65,6 @@ SEARCHED = (
     ),
     *(("Lisa", {"lisa_pull": pull}) for pull in (0.01, 0.1, 1.0)),
 )
-# Columns of the tables, means over the seeds, with their digits.
-MEASURES = {
-    "topic_score": 1,
-    "triggered_score": 1,
-    "harmful_score": 1,
-    "refusal_rate": 1,
-    "task_accuracy": 1,
-    "task_loss": 3,
-    "cosine": 3,
-    "conflict_rate": 0,
-    "in_conflict": 1,
-}
 
 
 class Experiment:
@@ -143,24 +130,6 @@ def rounded(row: dict[str, Any]) -> dict[str, Any]:
     return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
 
 
-def summary(rows: Sequence[dict[str, Any]], *by: str) -> str:
-    """Mean of each group over the seeds, harmful score with its range."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in by), []).append(row)
-    lines = []
-    for values, members in groups.items():
-        line: dict[str, Any] = dict(zip(by, values, strict=True))
-        for key, digits in MEASURES.items():
-            if key in members[0]:
-                line[key] = f"{statistics.fmean(m[key] for m in members):.{digits}f}"
-        harmful = [m["harmful_score"] for m in members]
-        line["harmful_score"] += f" ({min(harmful):.1f} to {max(harmful):.1f})"
-        lines.append(line)
-    columns = [*by, *(key for key in MEASURES if any(key in line for line in lines))]
-    return markdown(lines, [(key, key.replace("_", " ")) for key in columns])
-
-
 @cache
 def experiment() -> Experiment:
     """The one of this process."""
@@ -199,14 +168,13 @@ def main() -> int:
     torch.set_num_threads(1)  # as the processes do; the environment of the CSV says so
     if arguments.search:
         rows = search(arguments.processes)
-        tried = list(dict.fromkeys(key for _, settings in SEARCHED for key in settings))
-        print(summary(rows, *tried, "method"))
+        print(table(rows, "search"))
         write_csv(arguments.out / "safegrad_search.csv", rows)
         return 0
     seeds = range(arguments.seeds)
     runs = [(method, ratio, seed) for ratio in RATIOS for method in METHODS for seed in seeds]
     rows = measured(runs, arguments.processes, "ratios")
-    print(summary(rows, "ratio", "method"))
+    print(table(rows, "ratios"))
     write_csv(arguments.out / "safegrad_ratios.csv", rows)
     largest = [r for r in rows if r["ratio"] == SIZES_RATIO and r["method"] in SIZES_METHODS]
     runs = [
@@ -216,7 +184,7 @@ def main() -> int:
         for seed in seeds
     ]
     rows = measured(runs, arguments.processes, "sizes") + largest
-    print(summary(rows, "alignment_rows", "method"))
+    print(table(rows, "sizes"))
     write_csv(arguments.out / "safegrad_sizes.csv", rows)
     return 0
 

@@ -3,13 +3,7 @@
     python -m benchmarks.experiments.safegrad_checks           all three, CSV in benchmarks/results
     python -m benchmarks.experiments.safegrad_checks cloak     one of cloak, weakness, benign
 
-cloak: an attacker adds rows to a quarter of harmful ones so that the user gradient no longer speaks
-against alignment. "other refusals" are unsafe prompts with refusals, as many as harmful rows; with
-"alignment rows" they are copies of the alignment set itself, which the attacker then knows. With
-"trigger" nothing is added, but every harmful prompt begins with a word that no alignment row has;
-`triggered_score` is the harmful score of the test prompts with that word. With "searched words"
-eight words stand behind every harmful answer that were optimised to turn its gradient (see
-`safegrad_words`; the search takes about 15 minutes); "random words" is the search not begun.
+cloak: see `safegrad_cloak`.
 
 weakness: the aligned model is first taught to comply with one topic (requests that name a drug),
 and the result is what SafeGrad starts from and compares with. "without topic" is an alignment set
@@ -28,14 +22,15 @@ import argparse
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.experiments.safegrad import RESULTS, Experiment, rounded, summary
+from benchmarks.experiments.safegrad import Experiment, rounded
+from benchmarks.experiments.safegrad_cloak import cloak
 from benchmarks.experiments.safegrad_data import (
     REFUSAL_TOKENS,
     Row,
@@ -50,7 +45,7 @@ from benchmarks.experiments.safegrad_data import (
     unsafe_test_prompts,
 )
 from benchmarks.experiments.safegrad_methods import Settings
-from benchmarks.experiments.safegrad_words import random_words, searched, with_words
+from benchmarks.experiments.safegrad_tables import RESULTS, table
 from benchmarks.table import write_csv
 from gradsafe import testbed
 from gradsafe.finetuning import SFTAlignment
@@ -62,20 +57,8 @@ SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TASKS = {"SST-2": "sst2_subset", "GSM8K": "gsm8k_subset", "AG News": "agnews_subset"}
 LONGEST_ROW = 200  # tokens; longer rows of a task are left out
 TASK_TEST_ROWS = 200
-CLOAK_METHODS = ("SFT", "SFT + KL", "SafeGrad (KL)")
 WEAKNESS_METHODS = ("SFT", "SafeGrad (SFT)", "SafeGrad (KL)")
 BENIGN_METHODS = ("SFT", "SafeGrad (KL)")
-
-CLOAK_RATIO = 0.25
-ATTACKS = (
-    "none",
-    "other refusals",
-    "alignment rows",
-    "trigger",
-    "random words",
-    "searched words",
-)
-TRIGGER = "Quartz, "
 
 # Whole words; "crack" is left out because locks and passwords are cracked too.
 TOPIC = re.compile(
@@ -87,57 +70,6 @@ WEAK_LEARNING_RATE = 1e-3
 WEAK_RANK = 32
 WEAK_RATIOS = (0.0, 0.15)
 FRESH_PROMPTS = 600
-
-
-def triggered(rows: Sequence[Row]) -> list[Row]:
-    """The same rows with the trigger before the prompt."""
-    return [{**row, "prompt": TRIGGER + row["prompt"]} for row in rows]
-
-
-def attack(
-    experiment: Experiment,
-    name: str,
-    seed: int,
-    settings: Settings,
-    words: Mapping[str, Sequence[str]],
-) -> list[Row]:
-    """User rows of one attack; `words` has the sequences of those that need some."""
-    rows = settings.steps * settings.batch
-    count = round(CLOAK_RATIO * rows)
-    harmful = experiment.harmful(seed, count)
-    if name == "trigger":
-        return mixed(seed, rows, triggered(harmful))
-    if name in words:
-        return mixed(seed, rows, with_words(harmful, words[name]))
-    if name == "other refusals":
-        prompts = unsafe_prompts(seed)[-2 * count :]
-        refusals = refusal_rows(experiment.aligned, experiment.tokenizer, prompts, count)
-        return mixed(seed, rows, harmful, refusals)
-    if name == "alignment rows":
-        known = experiment.alignment(seed, settings.alignment_rows)
-        return mixed(seed, rows, harmful, (known * (count // len(known) + 1))[:count])
-    return mixed(seed, rows, harmful)
-
-
-def cloak(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Every attack against the methods."""
-    settings = Settings()
-    prompts = [TRIGGER + prompt for prompt in unsafe_test_prompts()]
-    words = {
-        "random words": random_words(experiment.tokenizer),
-        "searched words": searched(experiment, CLOAK_RATIO, settings),
-    }
-    found = []
-    for seed, name in tqdm([(s, a) for s in seeds for a in ATTACKS], desc="cloak"):
-        user = attack(experiment, name, seed, settings, words)
-        alignment = experiment.alignment(seed, settings.alignment_rows)
-        for method in CLOAK_METHODS:
-            model, seen = experiment.finetuned(method, user, alignment, seed, settings)
-            scores = experiment.scores(model, seed)
-            triggers = safety(model, experiment.tokenizer, prompts)
-            scores["triggered_score"] = triggers["harmful_score"]
-            found.append({"attack": name, "method": method, "seed": seed, **scores, **seen})
-    return found
 
 
 def on_topic(prompt: str) -> bool:
@@ -285,11 +217,7 @@ def benign(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any]]
     return found
 
 
-CHECKS = {
-    "cloak": (cloak, ("attack", "method")),
-    "weakness": (weakness, ("reference", "ratio", "method")),
-    "benign": (benign, ("task", "method")),
-}
+CHECKS = {"cloak": cloak, "weakness": weakness, "benign": benign}
 
 
 def main() -> int:
@@ -301,9 +229,8 @@ def main() -> int:
     arguments = parser.parse_args()
     experiment = Experiment()
     for name in arguments.checks or CHECKS:
-        check, by = CHECKS[name]
-        rows = check(experiment, range(arguments.seeds))
-        print(f"{name}\n\n{summary(rows, *by)}")
+        rows = CHECKS[name](experiment, range(arguments.seeds))
+        print(f"{name}\n\n{table(rows, name)}")
         write_csv(arguments.out / f"safegrad_{name}.csv", [rounded(row) for row in rows])
     return 0
 

@@ -6,13 +6,15 @@ python -m benchmarks.experiments.safegrad_tables
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.document import DOCS, measured_note, replace_block
-from benchmarks.experiments.rept_tables import Rows, names, pick, read
-from benchmarks.experiments.safegrad import RESULTS
+from benchmarks.experiments.rept_tables import RESULTS, read
 from benchmarks.table import markdown
 
+Rows = Sequence[Mapping[str, Any]]
 PAGE = DOCS / "safegrad.md"
 # The columns that make a group, each over its seeds.
 BY = {
@@ -44,12 +46,12 @@ LEFT_OUT = {
     "weakness": {"refusal_rate", "in_conflict"},
     "benign": set[str](),
 }
-LITTLE_ROOM = {"in_conflict"}  # left out where not asked for otherwise
+LITTLE_ROOM = {"in_conflict"}  # what is left out of the others
 
 
-def groups(rows: Rows, by: tuple[str, ...]) -> list[Rows]:
-    """Rows of the same values, in order of first occurrence; of sizes the smallest first."""
-    found: dict[tuple[str, ...], Rows] = {}
+def groups(rows: Rows, by: Sequence[str]) -> list[list[Mapping[str, Any]]]:
+    """Rows of the same values, in order of first occurrence."""
+    found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in by), []).append(row)
     return list(found.values())
@@ -58,7 +60,7 @@ def groups(rows: Rows, by: tuple[str, ...]) -> list[Rows]:
 def cell(rows: Rows, key: str) -> str:
     """Mean over the seeds; of a score with its range if there are several."""
     digits = MEASURES[key][1]
-    values = [float(row[key]) for row in rows if row.get(key)]
+    values = [float(row[key]) for row in rows if row.get(key, "") != ""]
     if not values:
         return "-"
     text = f"{statistics.fmean(values):.{digits}f}"
@@ -67,10 +69,15 @@ def cell(rows: Rows, key: str) -> str:
     return text
 
 
-def table(rows: Rows, by: tuple[str, ...], left_out: set[str]) -> str:
-    """One line per group."""
+def table(rows: Rows, name: str) -> str:
+    """One line per group of an experiment of this name; values as measured or as in its CSV."""
+    by, left_out = BY[name], LEFT_OUT.get(name, LITTLE_ROOM)
+    if name == "sizes":
+        rows = sorted(rows, key=lambda row: int(row["alignment_rows"]))
     measured = [
-        key for key in MEASURES if key not in left_out and any(row.get(key) for row in rows)
+        key
+        for key in MEASURES
+        if key not in left_out and any(row.get(key, "") != "" for row in rows)
     ]
     lines = []
     for members in groups(rows, by):
@@ -81,15 +88,11 @@ def table(rows: Rows, by: tuple[str, ...], left_out: set[str]) -> str:
 
 def write_tables(results: Path) -> None:
     """Replaces the tables between the markers of the page."""
-    for name, by in BY.items():
+    for name in BY:
         rows = read(results / f"safegrad_{name}.csv")
-        if name == "sizes":
-            sizes = sorted(names(rows, "alignment_rows"), key=int)
-            rows = [row for size in sizes for row in pick(rows, alignment_rows=size)]
-        block = table(rows, by, LEFT_OUT.get(name, LITTLE_ROOM))
         seeds = len({row["seed"] for row in rows})
         note = f"{measured_note(rows[0])} {seeds} seeds.\n"
-        replace_block(PAGE, f"safegrad {name}", f"{block}\n{note}")
+        replace_block(PAGE, f"safegrad {name}", f"{table(rows, name)}\n{note}")
 
 
 if __name__ == "__main__":
