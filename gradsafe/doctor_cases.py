@@ -43,6 +43,20 @@ def _wgrad_moments(module: ModuleType, device: str) -> list[Tensor]:
     return found
 
 
+def _grouped_wgrad_moments(module: ModuleType, device: str) -> list[Tensor]:
+    found = []
+    for dtype in _DTYPES:
+        x, dy = _noise((14, 65), 0, dtype, device), _noise((14, 37), 1, dtype, device)
+        refs = [_noise((4, 37, 65), seed, dtype, device) for seed in (8, 9)]
+        for ref in refs:  # an expert without a segment must not be read
+            ref[1] = float("nan")
+        segments = [9, 1, 0, 4], [2, 3, 0, 2]
+        rows, columns = module.grouped_wgrad_moments(x, dy, refs, *segments, axis="both")
+        whole = module.grouped_wgrad_moments(x, dy, refs, *segments)
+        found += [*_sums(rows), *_sums(columns), *_sums(whole)]
+    return found
+
+
 def _cosine_topk(module: ModuleType, device: str) -> list[Tensor]:
     found = []
     for dtype in _DTYPES:
@@ -132,6 +146,7 @@ def _noise(shape: tuple[int, ...], seed: int, dtype: torch.dtype, device: str) -
 CASES: dict[str, Case] = {
     "moments": _moments,
     "cosine_topk": _cosine_topk,
+    "grouped_wgrad_moments": _grouped_wgrad_moments,
     "kl_divergence": _kl_divergence,
     "kl_divergence_": _kl_divergence_,
     "surgery_": _surgery,

@@ -60,9 +60,26 @@ def wgrad_moments(
     if dtype is not None:
         x, dy = x.to(dtype), dy.to(dtype)
     grads = [dy[b, :size].t() @ x[b, :size] for b, size in enumerate(sizes)]
-    result = moments(grads, [list(refs) for _ in grads], axis, unsigned, dtype)
-    parts = [_stacked(part) for part in (result if isinstance(result, tuple) else (result,))]
-    return (parts[0], parts[1]) if axis == "both" else parts[0]
+    return _stacked(moments(grads, [list(refs) for _ in grads], axis, unsigned, dtype))
+
+
+def grouped_wgrad_moments(
+    x: Tensor,
+    dy: Tensor,
+    refs: Sequence[Tensor],
+    lengths: Sequence[int],
+    experts: Sequence[int],
+    axis: Axis = "tensor",
+    unsigned: bool = True,
+    dtype: torch.dtype | None = torch.float64,
+) -> Moments | tuple[Moments, Moments]:
+    """What `gradsafe.ops.grouped_wgrad_moments` computes: the gradient of every segment first."""
+    if dtype is not None:
+        x, dy = x.to(dtype), dy.to(dtype)
+    segments = zip(x.split(list(lengths)), dy.split(list(lengths)), strict=True)
+    grads = [segment_dy.t() @ segment_x for segment_x, segment_dy in segments]
+    own = [[ref[expert] for ref in refs] for expert in experts]
+    return _stacked(moments(grads, own, axis, unsigned, dtype))
 
 
 def cosine_topk(
@@ -115,8 +132,13 @@ def kl_divergence_(
     return value
 
 
-def _stacked(part: Moments) -> Moments:
-    fields = (part.count, part.sum, part.sum_sq, part.dots)
+def _stacked(result: Moments | tuple[Moments, Moments]) -> Moments | tuple[Moments, Moments]:
+    if isinstance(result, tuple):
+        rows, columns = (_stacked(part) for part in result)
+        assert isinstance(rows, Moments)
+        assert isinstance(columns, Moments)
+        return rows, columns
+    fields = (result.count, result.sum, result.sum_sq, result.dots)
     return Moments(*(torch.stack(list(field)) for field in fields))
 
 

@@ -1,9 +1,9 @@
 // Weight gradients in panels: each panel is computed, scored and forgotten.
 //
-// A tile is kTileRows x kTileCols of the gradient, for all samples. Within it, blocks of kBlockRows
-// rows are taken one after the other; the references of a block stay in L2 while every sample's
-// block of G is computed into one panel there and read by the kernel of `moments`. Partial sums have
-// the layout of `moments`, per sample, and so its second stage finishes them.
+// A tile is kTileRows x kTileCols of the gradient, for all samples of a group. Within it, blocks of
+// kBlockRows rows are taken one after the other; the references of a block stay in L2 while every
+// sample's block of G is computed into one panel there and read by the kernel of `moments`. Partial
+// sums have the layout of `moments`, per sample, and so its second stage finishes them.
 #include "gradsafe/wgrad_moments.h"
 
 #include <algorithm>
@@ -128,7 +128,7 @@ MomentsTiling tile_wgrad_moments_cpu(const WgradProblem& p) {
 }
 
 int64_t wgrad_moments_cpu_workspace(const WgradProblem& p) {
-  return p.samples * moments_cpu_workspace(scoring_problem(p), tile_wgrad_moments_cpu(p));
+  return moments_cpu_workspace(scoring_problem(p), tile_wgrad_moments_cpu(p));
 }
 
 int64_t wgrad_moments_cpu_scratch(int64_t tokens) {
@@ -143,15 +143,16 @@ ActiveTokens find_active_tokens(const WgradProblem& p, int64_t sample, int32_t* 
   return {tokens, count, pairs_are_exact(p, tokens, count)};
 }
 
-void wgrad_moments_cpu_tile(const WgradProblem& p, const ActiveTokens* active, int64_t tile,
-                            double* workspace, float* scratch, int64_t scratch_tokens) {
+void wgrad_moments_cpu_tile(const WgradProblem& p, const SampleGroup& group,
+                            const ActiveTokens* active, int64_t tile, double* workspace,
+                            float* scratch, int64_t scratch_tokens) {
   const MomentsProblem scoring = scoring_problem(p);
   const MomentsTiling tiling = tile_wgrad_moments_cpu(p);
   const int64_t per_sample = moments_cpu_workspace(scoring, tiling);
   const Scratch s = divide(scratch, scratch_tokens);
   const TileRange range = locate_tile(tiling, tile);
-  for (int64_t b = 0; b < p.samples; ++b) {
-    clear_outputs(tile_outputs(scoring, tiling, range, workspace + b * per_sample),
+  for (int64_t i = 0; i < group.count; ++i) {
+    clear_outputs(tile_outputs(scoring, tiling, range, workspace + i * per_sample),
                   accumulated(p.num_refs));
   }
   const int64_t cols = range.col_end - range.col_begin;
@@ -164,14 +165,16 @@ void wgrad_moments_cpu_tile(const WgradProblem& p, const ActiveTokens* active, i
     task.cols = cols;
     task.grad_stride = kTileCols;
     for (int k = 0; k < p.num_refs; ++k) {
-      const int64_t first = row * p.ref_strides[k] + range.col_begin;
+      const int64_t first =
+          group.expert * p.expert_strides[k] + row * p.ref_strides[k] + range.col_begin;
       task.refs[k] = static_cast<const char*>(p.refs[k]) + first * size_of(p.ref_dtype);
       task.ref_strides[k] = p.ref_strides[k];
     }
-    for (int64_t b = 0; b < p.samples; ++b) {
-      if (active[b].count == 0) continue;  // G is zero, and so are its sums
-      compute_panel(p, active[b], row, rows, range.col_begin, cols, s);
-      MomentsTileArgs args = tile_outputs(scoring, tiling, range, workspace + b * per_sample);
+    for (int64_t i = 0; i < group.count; ++i) {
+      const ActiveTokens& tokens = active[group.samples[i]];
+      if (tokens.count == 0) continue;  // G is zero, and so are its sums
+      compute_panel(p, tokens, row, rows, range.col_begin, cols, s);
+      MomentsTileArgs args = tile_outputs(scoring, tiling, range, workspace + i * per_sample);
       args.problem = &scoring;
       args.task = &task;
       if (args.row_out) args.row_out += (row - range.row_begin) * accumulated(p.num_refs);
@@ -183,15 +186,11 @@ void wgrad_moments_cpu_tile(const WgradProblem& p, const ActiveTokens* active, i
   }
 }
 
-void wgrad_moments_cpu_finish(const WgradProblem& p, int64_t sample, const double* workspace,
-                              double* out) {
-  const MomentsProblem scoring = scoring_problem(p);
-  const MomentsTiling tiling = tile_wgrad_moments_cpu(p);
+void wgrad_moments_cpu_finish(const WgradProblem& p, const double* workspace, double* out) {
   MomentsTask task{};
   task.rows = p.out_features;
   task.cols = p.in_features;
-  moments_cpu_finish(scoring, task, tiling,
-                     workspace + sample * moments_cpu_workspace(scoring, tiling), out);
+  moments_cpu_finish(scoring_problem(p), task, tile_wgrad_moments_cpu(p), workspace, out);
 }
 
 }  // namespace gradsafe

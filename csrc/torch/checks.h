@@ -20,13 +20,19 @@ using torch::stable::Tensor;
 
 #define GRADSAFE_CHECK(condition, ...) STD_TORCH_CHECK(condition, "gradsafe.", __VA_ARGS__)
 
-inline std::string shape_text(const Tensor& tensor) {
+inline std::string list_text(const std::vector<int64_t>& list) {
   std::string text = "[";
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    text += (d ? ", " : "") + std::to_string(tensor.size(d));
-  }
+  for (size_t i = 0; i < list.size(); ++i) text += (i ? ", " : "") + std::to_string(list[i]);
   return text + "]";
 }
+
+inline std::vector<int64_t> shape_of(const Tensor& tensor) {
+  std::vector<int64_t> shape;
+  for (int64_t d = 0; d < tensor.dim(); ++d) shape.push_back(tensor.size(d));
+  return shape;
+}
+
+inline std::string shape_text(const Tensor& tensor) { return list_text(shape_of(tensor)); }
 
 inline std::string item(const char* name, int64_t index) {
   return std::string(name) + "[" + std::to_string(index) + "]";
@@ -49,12 +55,12 @@ inline DType ref_dtype_of(const Tensor& tensor, const char* op, const std::strin
   return dtype_of(tensor, op, name);
 }
 
-// Stride between the rows of a matrix whose rows are unbroken.
+// Stride between the rows of a matrix, or of each matrix of a stack, whose rows are unbroken.
 inline int64_t row_stride(const Tensor& matrix, const char* op, const std::string& name) {
-  const int64_t rows = matrix.size(0), cols = matrix.size(1);
-  GRADSAFE_CHECK(cols <= 1 || matrix.stride(1) == 1, op, ": expected ", name,
+  const int64_t last = matrix.dim() - 1, rows = matrix.size(last - 1), cols = matrix.size(last);
+  GRADSAFE_CHECK(cols <= 1 || matrix.stride(last) == 1, op, ": expected ", name,
                  " with unit stride along its last dimension; call .contiguous() first");
-  return rows <= 1 ? cols : matrix.stride(0);
+  return rows <= 1 ? cols : matrix.stride(last - 1);
 }
 
 inline void check_same_device(const Tensor& tensor, const Tensor& first, const char* op,

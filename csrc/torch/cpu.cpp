@@ -4,6 +4,7 @@
 #include <numeric>
 #include <tuple>
 
+#include "../common/expert_groups.h"
 #include "cosine_topk.h"
 #include "kl_divergence.h"
 #include "moments.h"
@@ -62,17 +63,14 @@ Tensor moments(std::vector<Tensor> grads, std::vector<Tensor> refs, int64_t num_
   return out;
 }
 
-Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths, int64_t axis,
-                     bool unsigned_dots) {
-  const WgradArguments a = parse_wgrad_moments(
-      x, dy, refs, std::vector<int64_t>(lengths.begin(), lengths.end()), axis, unsigned_dots);
+// Partial sums are kept for as many groups at a time as fit this many float64 elements.
+constexpr int64_t kWgradWorkspace = int64_t{1} << 23;
+
+Tensor run_wgrad_moments(const WgradArguments& a, const Tensor& x) {
   const WgradProblem& p = a.problem;
   Tensor out = torch::stable::new_empty(x, {p.samples, a.per_sample}, ScalarType::Double);
-  Tensor workspace =
-      torch::stable::new_empty(x, {wgrad_moments_cpu_workspace(p)}, ScalarType::Double);
-  Tensor rows = torch::stable::new_empty(x, {p.samples * x.size(1)}, ScalarType::Int);
+  Tensor rows = torch::stable::new_empty(x, {a.rows}, ScalarType::Int);
   double* results = static_cast<double*>(out.mutable_data_ptr());
-  double* partials = static_cast<double*>(workspace.mutable_data_ptr());
   int32_t* tokens = static_cast<int32_t*>(rows.mutable_data_ptr());
 
   std::vector<ActiveTokens> active(p.samples);
@@ -86,23 +84,54 @@ Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList leng
   int64_t longest = 0;
   for (const ActiveTokens& sample : active) longest = std::max(longest, sample.count);
 
+  const ExpertGroups groups(p);
+  const int64_t per_sample = wgrad_moments_cpu_workspace(p);
   const int64_t tiles = tile_wgrad_moments_cpu(p).tiles();
   const int64_t entries = p.in_features * p.out_features;
   // An entry costs about a sixteenth of an operation per token, and a few for its score.
   const int64_t computed = entries * (all_tokens / 16 + p.samples);
-  torch::stable::parallel_for(0, tiles, grain_for(tiles, computed), [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[wgrad_moments_cpu_scratch(longest)]);
-    for (int64_t tile = begin; tile < end; ++tile) {
-      wgrad_moments_cpu_tile(p, active.data(), tile, partials, scratch.get(), longest);
-    }
-  });
-  const int64_t summed = wgrad_moments_cpu_workspace(p);
-  torch::stable::parallel_for(0, p.samples, grain_for(p.samples, summed), [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      wgrad_moments_cpu_finish(p, b, partials, results + b * a.per_sample);
-    }
-  });
+  for (int64_t first = 0, last = 0; first < groups.size(); first = last) {
+    int64_t samples = 0;
+    do {
+      samples += groups[last++].count;
+    } while (last < groups.size() &&
+             (samples + groups[last].count) * per_sample <= kWgradWorkspace);
+    Tensor workspace = torch::stable::new_empty(x, {samples * per_sample}, ScalarType::Double);
+    double* partials = static_cast<double*>(workspace.mutable_data_ptr());
+    const int64_t* begin_samples = groups[first].samples;
+    const auto part = [&](const int64_t* sample) {
+      return partials + (sample - begin_samples) * per_sample;
+    };
+    deal_out((last - first) * tiles, computed, [&](auto next) {
+      const std::unique_ptr<float[]> scratch(new float[wgrad_moments_cpu_scratch(longest)]);
+      for (int64_t item; next(item);) {
+        const SampleGroup& group = groups[first + item / tiles];
+        wgrad_moments_cpu_tile(p, group, active.data(), item % tiles, part(group.samples),
+                               scratch.get(), longest);
+      }
+    });
+    const int64_t grain = grain_for(samples, samples * per_sample);
+    torch::stable::parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        wgrad_moments_cpu_finish(p, partials + i * per_sample,
+                                 results + begin_samples[i] * a.per_sample);
+      }
+    });
+  }
   return out;
+}
+
+Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths, int64_t axis,
+                     bool unsigned_dots) {
+  return run_wgrad_moments(parse_wgrad_moments(x, dy, refs, to_vector(lengths), axis, unsigned_dots),
+                           x);
+}
+
+Tensor grouped_wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths,
+                             IntList experts, int64_t axis, bool unsigned_dots) {
+  return run_wgrad_moments(parse_grouped_wgrad_moments(x, dy, refs, to_vector(lengths),
+                                                       to_vector(experts), axis, unsigned_dots),
+                           x);
 }
 
 // Rows are dealt out in one segment per thread. Which segment saw a row does not enter the result:
@@ -198,6 +227,7 @@ Tensor kl_divergence_(Tensor student, Tensor teacher, Tensor weight) {
 STABLE_TORCH_LIBRARY_IMPL(gradsafe, CPU, m) {
   m.impl("moments", TORCH_BOX(&moments));
   m.impl("wgrad_moments", TORCH_BOX(&wgrad_moments));
+  m.impl("grouped_wgrad_moments", TORCH_BOX(&grouped_wgrad_moments));
   m.impl("cosine_topk", TORCH_BOX(&cosine_topk));
   m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
   m.impl("kl_divergence_", TORCH_BOX(&kl_divergence_));

@@ -12,6 +12,11 @@ STABLE_TORCH_LIBRARY(gradsafe, m) {
   m.def(
       "wgrad_moments(Tensor x, Tensor dy, Tensor[] refs, int[] lengths, int axis, bool unsigned) "
       "-> Tensor");
+  // x [N, I], dy [N, O], refs [E, O, I]; segments of lengths[s] rows, of expert experts[s]. Returns
+  // [S, ...], like wgrad_moments.
+  m.def(
+      "grouped_wgrad_moments(Tensor x, Tensor dy, Tensor[] refs, int[] lengths, int[] experts, "
+      "int axis, bool unsigned) -> Tensor");
   // queries [Q, D], rows [N, D] -> scores [Q, k] float32, indices [Q, k] int64, counted from start.
   m.def("cosine_topk(Tensor queries, Tensor rows, int k, int start) -> (Tensor, Tensor)");
   // groups: the conflict test of each tensor, or [] for a single one. Sums: float64

@@ -1,6 +1,10 @@
 // How work is dealt out to the threads of torch's own pool.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 namespace gradsafe {
@@ -11,6 +15,20 @@ constexpr int64_t kWorkPerThread = 65536;
 // Items per chunk of parallel_for when `items` share `work` element operations.
 inline int64_t grain_for(int64_t items, int64_t work) {
   return items == 0 ? 1 : kWorkPerThread / (work / items + 1) + 1;
+}
+
+// Deals out items of unequal work: body(next) runs once on each thread, and next(item) hands it one
+// item after the other until none is left. Only for results that do not depend on who computes what.
+template <class Body>
+void deal_out(int64_t items, int64_t work, const Body& body) {
+  const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t workers = std::min({items, threads, work / kWorkPerThread + 1});
+  std::atomic<int64_t> taken{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      body([&](int64_t& item) { return (item = taken.fetch_add(1)) < items; });
+    }
+  });
 }
 
 }  // namespace gradsafe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradsafe.ops.cosine_topk import TopK, cosine_topk, merge_topk
+from gradsafe.ops.grouped_wgrad_moments import grouped_wgrad_moments
 from gradsafe.ops.kl_divergence import kl_divergence, kl_divergence_
 from gradsafe.ops.moments import AXES, Axis, Moments, moments
 from gradsafe.ops.surgery import surgery_, surgery_merge_, surgery_sums
@@ -15,6 +16,7 @@ __all__ = [
     "Moments",
     "TopK",
     "cosine_topk",
+    "grouped_wgrad_moments",
     "kl_divergence",
     "kl_divergence_",
     "merge_topk",

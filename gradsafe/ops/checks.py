@@ -40,10 +40,17 @@ def check_matrix(
         raise ValueError(
             f"gradsafe.{op}: expected {name} of shape {shape}, got {list(tensor.shape)}"
         )
+    check_rows(op, name, tensor, dtypes)
+
+
+def check_rows(
+    op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
+) -> None:
+    """A dense matrix, or stack of matrices, of one of the dtypes with rows unbroken in memory."""
     if tensor.layout is not torch.strided:
         raise TypeError(f"gradsafe.{op}: expected {name} to be dense, got {tensor.layout}")
     check_dtype(op, name, tensor, dtypes)
-    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"gradsafe.{op}: expected {name} with unit stride along its last dimension, got "
             f"strides {list(tensor.stride())}; call .contiguous() first"

@@ -13,7 +13,7 @@ from gradsafe.ops.checks import (
     check_device,
     check_dtype,
     check_like,
-    check_matrix,
+    check_rows,
     check_supported_device,
     check_tensor_list,
 )
@@ -61,7 +61,8 @@ def wgrad_moments(
     """
     if axis not in AXES:
         raise ValueError(f"gradsafe.{OP}: expected axis in {list(AXES)}, got {axis!r}")
-    sizes = _check(x, dy, refs, lengths)
+    check_wgrad(OP, x, dy, refs, ("B", "T"))
+    sizes = _check_lengths(x, lengths)
     code = AXES.index(axis)
     out = torch.ops.gradsafe.wgrad_moments(x, dy, list(refs), sizes, code, unsigned)
     return unpack(out, dy.shape[2], x.shape[2], len(refs), axis)
@@ -85,55 +86,68 @@ def unpack(
     return (parts[0], parts[1]) if axis == "both" else parts[0]
 
 
-def _check(
-    x: Tensor, dy: Tensor, refs: Sequence[Tensor], lengths: Sequence[int] | None
-) -> list[int]:
-    check_tensor_list(OP, "refs", refs)
+def check_wgrad(
+    op: str,
+    x: Tensor,
+    dy: Tensor,
+    refs: Sequence[Tensor],
+    dims: tuple[str, ...],
+    stacked: bool = False,
+) -> None:
+    """The tensors: x `[*dims, I]`, dy `[*dims, O]`, refs `[O, I]`, or stacked `[E, O, I]`."""
+    check_tensor_list(op, "refs", refs)
     for name, tensor, features in (("x", x, "I"), ("dy", dy, "O")):
         if not isinstance(tensor, Tensor):
             raise TypeError(
-                f"gradsafe.{OP}: expected {name} to be a tensor, got {type(tensor).__name__}"
+                f"gradsafe.{op}: expected {name} to be a tensor, got {type(tensor).__name__}"
             )
-        if tensor.dim() != 3:
+        if tensor.dim() != len(dims) + 1:
             raise ValueError(
-                f"gradsafe.{OP}: expected {name} of shape [B, T, {features}], got "
+                f"gradsafe.{op}: expected {name} of shape [{', '.join((*dims, features))}], got "
                 f"{list(tensor.shape)}"
             )
-        check_dtype(OP, name, tensor)
+        check_dtype(op, name, tensor)
         if not _is_one_matrix(tensor):
             raise ValueError(
-                f"gradsafe.{OP}: expected {name} to be rows of one matrix, got strides "
+                f"gradsafe.{op}: expected {name} to be rows of one matrix, got strides "
                 f"{list(tensor.stride())}; call .contiguous() first"
             )
-    if x.shape[:2] != dy.shape[:2]:
+    if x.shape[:-1] != dy.shape[:-1]:
         raise ValueError(
-            f"gradsafe.{OP}: expected dy of shape [B, T, O] with [B, T] = {list(x.shape[:2])} "
-            f"like x, got {list(dy.shape)}"
+            f"gradsafe.{op}: expected dy of shape [{', '.join(dims)}, O] with "
+            f"[{', '.join(dims)}] = {list(x.shape[:-1])} like x, got {list(dy.shape)}"
         )
-    check_like(OP, "dy", dy, "x", x)
-    check_supported_device(OP, x)
+    check_like(op, "dy", dy, "x", x)
+    check_supported_device(op, x)
     if len(refs) > MAX_REFS:
-        raise ValueError(f"gradsafe.{OP}: expected 0 to {MAX_REFS} references, got {len(refs)}")
+        raise ValueError(f"gradsafe.{op}: expected 0 to {MAX_REFS} references, got {len(refs)}")
+    names, shape = "[O, I]", [dy.shape[-1], x.shape[-1]]
+    if stacked and refs:  # E is that of the first reference
+        names, shape = "[E, O, I]", [*refs[0].shape[:1], *shape]
     for k, ref in enumerate(refs):
-        if list(ref.shape) != [dy.shape[2], x.shape[2]]:
+        if list(ref.shape) != shape:
             raise ValueError(
-                f"gradsafe.{OP}: expected refs[{k}] of shape [O, I] = "
-                f"{[dy.shape[2], x.shape[2]]}, got {list(ref.shape)}"
+                f"gradsafe.{op}: expected refs[{k}] of shape {names} = {shape}, got "
+                f"{list(ref.shape)}"
             )
-        check_matrix(OP, f"refs[{k}]", ref, REF_DTYPES)
-        check_like(OP, f"refs[{k}]", ref, "refs[0]", refs[0])
-        check_device(OP, f"refs[{k}]", ref, "x", x)
-    return _check_lengths(x, lengths)
+        check_rows(op, f"refs[{k}]", ref, REF_DTYPES)
+        check_like(op, f"refs[{k}]", ref, "refs[0]", refs[0])
+        check_device(op, f"refs[{k}]", ref, "x", x)
+
+
+def check_host_list(op: str, name: str, values: Sequence[int]) -> None:
+    """A list of ints, not a tensor: the backend needs the values on the host."""
+    if isinstance(values, Tensor):
+        raise TypeError(
+            f"gradsafe.{op}: expected {name} to be a list of ints, got a tensor; they are needed "
+            f"on the host, pass {name}.tolist()"
+        )
 
 
 def _check_lengths(x: Tensor, lengths: Sequence[int] | None) -> list[int]:
     if lengths is None:
         return []
-    if isinstance(lengths, Tensor):
-        raise TypeError(
-            f"gradsafe.{OP}: expected lengths to be a list of ints, got a tensor; they are needed "
-            "on the host, pass lengths.tolist()"
-        )
+    check_host_list(OP, "lengths", lengths)
     if len(lengths) != x.shape[0]:
         raise ValueError(
             f"gradsafe.{OP}: expected one length for each of {x.shape[0]} samples, got "
@@ -149,13 +163,14 @@ def _check_lengths(x: Tensor, lengths: Sequence[int] | None) -> list[int]:
 
 def _is_one_matrix(tensor: Tensor) -> bool:
     """Whether [B, T, features] can be read as [B * T, features] with one row stride."""
-    samples, tokens, features = tensor.shape
-    by_sample, by_token, by_feature = tensor.stride()
     if tensor.numel() == 0:
         return True
-    if features > 1 and by_feature != 1:
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return False
-    return samples <= 1 or tokens <= 1 or by_sample == tokens * by_token
+    if tensor.dim() == 2:
+        return True
+    samples, tokens, _ = tensor.shape
+    return samples <= 1 or tokens <= 1 or tensor.stride(0) == tokens * tensor.stride(1)
 
 
 @torch.library.register_fake("gradsafe::wgrad_moments")

@@ -1,4 +1,7 @@
 // Moments of weight gradients that are never stored: G_b = dy_b^T x_b for every sample b of a batch.
+//
+// The samples of `grouped_wgrad_moments` are its segments: each belongs to one expert, whose matrices
+// of the references it is scored against.
 #pragma once
 
 #include "gradsafe/moments.h"
@@ -19,8 +22,17 @@ struct WgradProblem {
   int64_t x_stride, dy_stride;
   const int64_t* starts;   // host array [B]: first row of each sample in x and dy
   const int64_t* lengths;  // host array [B]: rows (tokens) of each sample, may be 0
-  const void* refs[kMaxRefs];      // [O, I] each
-  int64_t ref_strides[kMaxRefs];
+  const int64_t* experts;  // host array [B]: whose references a sample is scored against; or null
+  const void* refs[kMaxRefs];        // [O, I] each; with experts [E, O, I]
+  int64_t ref_strides[kMaxRefs];     // between rows
+  int64_t expert_strides[kMaxRefs];  // between experts; not read without
+};
+
+// Samples that share their references: the matrices of `expert`, 0 without experts.
+struct SampleGroup {
+  int64_t expert;
+  const int64_t* samples;  // ascending
+  int64_t count;
 };
 
 // ---- CPU -------------------------------------------------------------------------------------
@@ -32,16 +44,18 @@ struct ActiveTokens {
 };
 
 MomentsTiling tile_wgrad_moments_cpu(const WgradProblem& problem);
-int64_t wgrad_moments_cpu_workspace(const WgradProblem& problem);  // float64 elements
+int64_t wgrad_moments_cpu_workspace(const WgradProblem& problem);  // float64 elements per sample
 int64_t wgrad_moments_cpu_scratch(int64_t tokens);  // float32 elements per thread
 // Writes the active rows of `sample` to `tokens` (room for its length), and returns what it found.
 ActiveTokens find_active_tokens(const WgradProblem& problem, int64_t sample, int32_t* tokens);
-// One tile of every sample on the calling thread. `active` has one entry per sample; `scratch` has
-// room for `scratch_tokens` tokens, the longest sample's.
-void wgrad_moments_cpu_tile(const WgradProblem& problem, const ActiveTokens* active, int64_t tile,
-                            double* workspace, float* scratch, int64_t scratch_tokens);
-void wgrad_moments_cpu_finish(const WgradProblem& problem, int64_t sample, const double* workspace,
-                              double* out);
+// One tile of every sample of a group on the calling thread. `active` has one entry per sample of the
+// problem, `workspace` one part per sample of the group, in its order; `scratch` has room for
+// `scratch_tokens` tokens, the longest sample's.
+void wgrad_moments_cpu_tile(const WgradProblem& problem, const SampleGroup& group,
+                            const ActiveTokens* active, int64_t tile, double* workspace,
+                            float* scratch, int64_t scratch_tokens);
+// `workspace` is one sample's part.
+void wgrad_moments_cpu_finish(const WgradProblem& problem, const double* workspace, double* out);
 
 // ---- CUDA ------------------------------------------------------------------------------------
 // `out` holds, per sample, what MomentsTask results hold: [reported][slices] for rows, then columns.
