@@ -9,10 +9,18 @@
 
 namespace gradsafe {
 
+// A gradient as the product of its factors, packed float32: entry (i, j) is the sum over tokens t of
+// dy[t * dy_stride + i] * x[t * x_stride + j]. x has whole vectors of 16 columns, zeros behind its end.
+struct GradFactors {
+  const float *dy, *x;
+  int64_t tokens, dy_stride, x_stride;
+};
+
 // What a tile of `moments` reads and where its partial sums go. Unused outputs are null.
 struct MomentsTileArgs {
   const MomentsProblem* problem;
   const MomentsTask* task;
+  const GradFactors* factors;  // in place of task->grad, for factors_tile
   int64_t row_begin, row_end, col_begin, col_end;
   double* tensor_out;  // [accumulated]
   double* row_out;     // [row_end - row_begin][accumulated]
@@ -104,6 +112,7 @@ struct KlScales {
 
 struct CpuKernels {
   void (*moments_tile)(const MomentsTileArgs& args);
+  void (*factors_tile)(const MomentsTileArgs& args);
   PanelKernels singles;
   PanelKernels pairs;  // null at levels without them; see has_bf16_pairs (isa.h)
   // True if row `row` takes no part in a weight gradient: dy is all zero there and x is finite (a

@@ -22,6 +22,7 @@ constexpr PanelKernels kPairs{};
 const CpuKernels& GRADSAFE_KERNELS() {
   static constexpr CpuKernels table{
       &moments_tile,
+      &factors_tile,
       {&pack, &wgrad_panel},
       kPairs,
       &is_idle_token,

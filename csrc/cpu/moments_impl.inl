@@ -21,54 +21,98 @@ inline void accumulate(Sums<K>& sums, Vec g, const Vec* refs, uint32_t mask) {
   for (int k = 0; k < K; ++k) sums.v[2 + k] = fma(magnitude, refs[k], sums.v[2 + k]);
 }
 
+// Where the entries of P neighbouring rows come from: `read` sets g[p] to those at column c of the
+// segment, all sixteen or the first n.
+
+// A gradient in memory. A tile's row is too short for the hardware prefetcher to get going, so the
+// next P rows are asked for here.
+template <class T>
+struct Stored {
+  static constexpr int kRows = 2;
+  template <int P>
+  struct Rows {
+    const T* at[P];
+    int64_t ahead;
+
+    Rows(const MomentsTileArgs& a, int64_t row, int64_t col) : ahead(P * a.task->grad_stride) {
+      for (int p = 0; p < P; ++p) {
+        at[p] = static_cast<const T*>(a.task->grad) + (row + p) * a.task->grad_stride + col;
+      }
+    }
+    template <bool kPart>
+    void read(Vec* g, int64_t c, int n) const {
+      for (int p = 0; p < P; ++p) {
+        g[p] = kPart ? load_first(at[p] + c, n) : load(at[p] + c);
+        prefetch(at[p] + ahead + c);
+      }
+    }
+  };
+};
+
+// A product of few tokens, formed on the way: the same chain of fused multiply-adds as in a panel.
+struct Formed {
+  static constexpr int kRows = 4;
+  template <int P>
+  struct Rows {
+    const float *dy, *x;
+    int64_t tokens, dy_stride, x_stride;
+
+    Rows(const MomentsTileArgs& a, int64_t row, int64_t col)
+        : dy(a.factors->dy + row), x(a.factors->x + col), tokens(a.factors->tokens),
+          dy_stride(a.factors->dy_stride), x_stride(a.factors->x_stride) {}
+    template <bool kPart>
+    void read(Vec* g, int64_t c, int n) const {
+      for (int p = 0; p < P; ++p) g[p] = zero();
+      const float *rows = dy, *columns = x + c;
+      for (int64_t t = 0; t < tokens; ++t, rows += dy_stride, columns += x_stride) {
+        const Vec column = load(columns);
+        for (int p = 0; p < P; ++p) g[p] = fma(broadcast(rows[p]), column, g[p]);
+      }
+      // x is zero behind the edge, but dy may be infinite.
+      for (int p = 0; kPart && p < P; ++p) g[p] = pad(g[p], n, 0.0f);
+    }
+  };
+};
+
 template <class G, class R, int K, bool kSums, bool kColumns>
 struct Tile {
   static constexpr int Q = 2 + K;
 
-  // Pointers to the current column of P neighbouring rows, and the distance to the next P: a tile's
-  // row is too short for the hardware prefetcher to get going, so the next rows are asked for here.
+  // The references of P neighbouring rows, and the distance to the next P.
   template <int P>
-  struct Cursor {
-    const G* grad[P];
-    const R* refs[P][K > 0 ? K : 1];
-    int64_t grad_ahead;
-    int64_t ref_ahead[K > 0 ? K : 1];
-  };
+  struct Refs {
+    const R* at[P][K > 0 ? K : 1];
+    int64_t ahead[K > 0 ? K : 1];
 
-  template <int P>
-  static Cursor<P> cursor(const MomentsTask& task, int64_t row, int64_t col) {
-    Cursor<P> at;
-    at.grad_ahead = P * task.grad_stride;
-    for (int k = 0; k < K; ++k) at.ref_ahead[k] = P * task.ref_strides[k];
-    for (int p = 0; p < P; ++p) {
-      at.grad[p] = static_cast<const G*>(task.grad) + (row + p) * task.grad_stride + col;
+    Refs(const MomentsTask& task, int64_t row, int64_t col) {
       for (int k = 0; k < K; ++k) {
-        at.refs[p][k] =
-            static_cast<const R*>(task.refs[k]) + (row + p) * task.ref_strides[k] + col;
+        ahead[k] = P * task.ref_strides[k];
+        for (int p = 0; p < P; ++p) {
+          at[p][k] = static_cast<const R*>(task.refs[k]) + (row + p) * task.ref_strides[k] + col;
+        }
       }
     }
-    return at;
-  }
+  };
 
   // Sixteen columns (or the first n) of P rows. P rows share each column accumulator's load and
   // store, which are half of the work when columns are wanted.
   template <int P, bool kPart>
-  static inline void step(const Cursor<P>& at, int64_t c, int n, uint32_t mask, Sums<K>* rows,
-                          float* columns) {
+  static inline void step(const typename G::template Rows<P>& grad, const Refs<P>& at, int64_t c,
+                          int n, uint32_t mask, Sums<K>* rows, float* columns) {
+    Vec g[P];
+    grad.template read<kPart>(g, c, n);
     Sums<K> column;
     if (kColumns) {
       for (int q = 0; q < Q; ++q) column.v[q] = load(columns + q * kSegment + c);
     }
     for (int p = 0; p < P; ++p) {
-      const Vec g = kPart ? load_first(at.grad[p] + c, n) : load(at.grad[p] + c);
       Vec refs[K > 0 ? K : 1];
       for (int k = 0; k < K; ++k) {
-        refs[k] = kPart ? load_first(at.refs[p][k] + c, n) : load(at.refs[p][k] + c);
+        refs[k] = kPart ? load_first(at.at[p][k] + c, n) : load(at.at[p][k] + c);
+        prefetch(at.at[p][k] + at.ahead[k] + c);
       }
-      prefetch(at.grad[p] + at.grad_ahead + c);
-      for (int k = 0; k < K; ++k) prefetch(at.refs[p][k] + at.ref_ahead[k] + c);
-      if (kSums) accumulate<K>(rows[p], g, refs, mask);
-      if (kColumns) accumulate<K>(column, g, refs, mask);
+      if (kSums) accumulate<K>(rows[p], g[p], refs, mask);
+      if (kColumns) accumulate<K>(column, g[p], refs, mask);
     }
     if (kColumns) {
       for (int q = 0; q < Q; ++q) store(columns + q * kSegment + c, column.v[q]);
@@ -78,14 +122,17 @@ struct Tile {
   template <int P>
   static void segment(const MomentsTileArgs& a, int64_t row, int64_t col, int64_t width,
                       uint32_t mask, float* columns) {
-    const Cursor<P> at = cursor<P>(*a.task, row, col);
+    const typename G::template Rows<P> grad(a, row, col);
+    const Refs<P> at(*a.task, row, col);
     Sums<K> rows[P];
     for (int p = 0; p < P; ++p) {
       for (int q = 0; q < Q; ++q) rows[p].v[q] = zero();
     }
     int64_t c = 0;
-    for (; c + kLanes <= width; c += kLanes) step<P, false>(at, c, kLanes, mask, rows, columns);
-    if (c < width) step<P, true>(at, c, static_cast<int>(width - c), mask, rows, columns);
+    for (; c + kLanes <= width; c += kLanes) {
+      step<P, false>(grad, at, c, kLanes, mask, rows, columns);
+    }
+    if (c < width) step<P, true>(grad, at, c, static_cast<int>(width - c), mask, rows, columns);
     if (!kSums) return;
     for (int p = 0; p < P; ++p) {
       double* out = a.row_out ? a.row_out + (row + p - a.row_begin) * Q : a.tensor_out;
@@ -121,8 +168,8 @@ struct Tile {
     for (int64_t block = a.row_begin; block < a.row_end; block += kFlushRows) {
       const int64_t stop = block + kFlushRows < a.row_end ? block + kFlushRows : a.row_end;
       int64_t row = block;
-      for (; row + 2 <= stop; row += 2) segments<2>(a, row, mask, columns);
-      if (row < stop) segments<1>(a, row, mask, columns);
+      for (; row + G::kRows <= stop; row += G::kRows) segments<G::kRows>(a, row, mask, columns);
+      for (; row < stop; ++row) segments<1>(a, row, mask, columns);
       if (kColumns) flush(a, columns, width);
     }
   }
@@ -169,9 +216,11 @@ void moments_by_ref_dtype(const MomentsTileArgs& a) {
 
 void moments_tile(const MomentsTileArgs& a) {
   switch (a.problem->grad_dtype) {
-    case DType::f32: return moments_by_ref_dtype<float>(a);
-    case DType::bf16: return moments_by_ref_dtype<bf16>(a);
-    case DType::f16: return moments_by_ref_dtype<f16>(a);
+    case DType::f32: return moments_by_ref_dtype<Stored<float>>(a);
+    case DType::bf16: return moments_by_ref_dtype<Stored<bf16>>(a);
+    case DType::f16: return moments_by_ref_dtype<Stored<f16>>(a);
     case DType::f8: return;  // a reference type only: the operators refuse it
   }
 }
+
+void factors_tile(const MomentsTileArgs& a) { moments_by_ref_dtype<Formed>(a); }

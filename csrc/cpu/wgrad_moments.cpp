@@ -4,6 +4,9 @@
 // kBlockRows rows are taken one after the other; the references of a block stay in L2 while every
 // sample's block of G is computed into one panel there and read by the kernel of `moments`. Partial
 // sums have the layout of `moments`, per sample, and so its second stage finishes them.
+//
+// A sample of few tokens needs no panel: its entries are formed in the registers of the scoring
+// kernel, with the same bits.
 #include "gradsafe/wgrad_moments.h"
 
 #include <algorithm>
@@ -19,6 +22,8 @@ namespace {
 constexpr int64_t kTileRows = 384;
 constexpr int64_t kTileCols = 512;
 constexpr int64_t kBlockRows = 96;
+// Up to here the loads of factors cost less than a panel's way through L2.
+constexpr int64_t kFewTokens = 12;
 static_assert(kTileRows % kPanelRows == 0 && kBlockRows % kPanelRows == 0, "whole row tiles");
 static_assert(kTileCols % kChunkCols == 0 && kTileCols <= kCpuTileCols, "whole chunks");
 
@@ -44,7 +49,7 @@ struct Scratch {
   float* panel;  // [kBlockRows][kTileCols]
   float* dy;     // [row tiles][tokens][kPanelRows]
   float* rows;   // [tokens][kBlockRows], before it is cut into row tiles
-  float* x;      // [tokens][kChunkCols]
+  float* x;      // [tokens][kChunkCols], of few tokens [tokens][kTileCols]
 };
 
 Scratch divide(float* memory, int64_t tokens) {
@@ -100,6 +105,17 @@ void compute_panel(const WgradProblem& p, const ActiveTokens& active, int64_t fi
   }
 }
 
+// The factors of the same block, for a sample of few tokens.
+GradFactors pack_factors(const WgradProblem& p, const ActiveTokens& active, int64_t first_row,
+                         int64_t rows, int64_t first_col, int64_t cols, const Scratch& s) {
+  PackArgs pack{p.dy,      p.dtype, p.dy_stride, active.tokens, active.count,
+                first_row, rows,    kBlockRows,  s.rows};
+  kernels().singles.pack(pack);
+  pack = {p.x, p.dtype, p.x_stride, active.tokens, active.count, first_col, cols, kTileCols, s.x};
+  kernels().singles.pack(pack);
+  return {s.rows, s.x, active.count, kBlockRows, kTileCols};
+}
+
 // Kernels of pairs flush subnormal numbers, which is exact where none can occur. Elements whose
 // exponent fields are at least ex and ey are multiples of 2^(ex - 134) and 2^(ey - 134), so that
 // products and all their sums, rounded or not, are multiples of 2^(ex + ey - 268): zero, or at least
@@ -132,7 +148,7 @@ int64_t wgrad_moments_cpu_workspace(const WgradProblem& p) {
 }
 
 int64_t wgrad_moments_cpu_scratch(int64_t tokens) {
-  return kBlockRows * kTileCols + tokens * (2 * kBlockRows + kChunkCols);
+  return kBlockRows * kTileCols + tokens * (2 * kBlockRows + kChunkCols) + kFewTokens * kTileCols;
 }
 
 ActiveTokens find_active_tokens(const WgradProblem& p, int64_t sample, int32_t* tokens) {
@@ -173,7 +189,6 @@ void wgrad_moments_cpu_tile(const WgradProblem& p, const SampleGroup& group,
     for (int64_t i = 0; i < group.count; ++i) {
       const ActiveTokens& tokens = active[group.samples[i]];
       if (tokens.count == 0) continue;  // G is zero, and so are its sums
-      compute_panel(p, tokens, row, rows, range.col_begin, cols, s);
       MomentsTileArgs args = tile_outputs(scoring, tiling, range, workspace + i * per_sample);
       args.problem = &scoring;
       args.task = &task;
@@ -181,7 +196,15 @@ void wgrad_moments_cpu_tile(const WgradProblem& p, const SampleGroup& group,
       args.row_begin = args.col_begin = 0;
       args.row_end = rows;
       args.col_end = cols;
-      kernels().moments_tile(args);
+      if (tokens.count <= kFewTokens) {
+        const GradFactors factors =
+            pack_factors(p, tokens, row, rows, range.col_begin, cols, s);
+        args.factors = &factors;
+        kernels().factors_tile(args);
+      } else {
+        compute_panel(p, tokens, row, rows, range.col_begin, cols, s);
+        kernels().moments_tile(args);
+      }
     }
   }
 }

@@ -87,6 +87,22 @@ def test_a_segment_equals_wgrad_moments_alone_bit_by_bit(isa, dtype, axis):
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("axis", AXES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_tokens_and_panels_give_the_same_bits(isa, dtype, axis):
+    """Zero rows of x add nothing, but make a segment too long for the way of few tokens."""
+    lengths = [1, 2, 5, 12]
+    x, dy, refs = make(20, (101, 530), 2, dtype)
+    few = fields(grouped_wgrad_moments(x, dy, refs, lengths, [0, 1, 2, 3], axis))
+    longer_x = [torch.cat([s, torch.zeros(20, 530, dtype=dtype)]) for s in x.split(lengths)]
+    longer_dy = [torch.cat([s, torch.ones(20, 101, dtype=dtype)]) for s in dy.split(lengths)]
+    more = [length + 20 for length in lengths]
+    panels = grouped_wgrad_moments(
+        torch.cat(longer_x), torch.cat(longer_dy), refs, more, [0, 1, 2, 3], axis
+    )
+    assert all(torch.equal(a, b) for a, b in zip(few, fields(panels), strict=True))
+
+
 SIZES = st.sampled_from([0, 1, 2, 5, 6, 7, 15, 16, 17, 63, 64, 65, 97, 193, 385, 513])
 
 
