@@ -26,6 +26,7 @@ class ExpertGroups {
   }
   ExpertGroups(const ExpertGroups&) = delete;  // groups point into the order
 
+  const int64_t* order() const { return order_.data(); }  // group after group
   int64_t size() const { return static_cast<int64_t>(groups_.size()); }
   const SampleGroup& operator[](int64_t group) const {
     return groups_[static_cast<size_t>(group)];

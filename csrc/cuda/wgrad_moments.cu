@@ -1,8 +1,9 @@
 // wgrad_moments: moments of G_b = dy_b^T x_b for every sample b, without storing any G_b.
 //
-// A block owns one tile of [O, I]. It loads the references' tile into shared memory once and walks
-// over the samples: tokens stream through a three-stage pipeline that runs on across the borders
-// between samples, the tile of G_b grows in registers, and its sums leave as float32 partials.
+// A block owns one tile of [O, I] of one expert (the only one, without experts). It loads the
+// references' tile into shared memory once and walks over the expert's samples: tokens stream through
+// a three-stage pipeline that runs on across the borders between samples, the tile of G_b grows in
+// registers, and its sums leave as float32 partials.
 // Finish kernels add the partials in index order in float64. Which block computes a sample, and
 // how many there are, does not enter any result. Metadata travels in kernel arguments: nothing is
 // copied to the device, and the call is safe under CUDA-graph capture.
@@ -23,9 +24,9 @@
 // would be operand tiles shared by a cluster, and wgmma.
 #include <algorithm>
 
-#include "../common/tiling.h"
 #include "common/finish_wgrad.cuh"
 #include "common/reduce.cuh"
+#include "common/sample_parts.cuh"
 #include "common/tile_product.cuh"
 #include "common/tile_refs.cuh"
 #include "gradsafe/wgrad_moments.h"
@@ -38,16 +39,16 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kBlocksPerSm = 2;
 constexpr int kStages = 3;
 constexpr int kBandRows = 16;  // row tiles that neighbouring blocks share columns of x over
-constexpr int64_t kEnoughBlocks = 512;  // below this, the samples are dealt out to more blocks
+constexpr int64_t kEnoughBlocks = 512;  // below this, an expert's samples are dealt out to more
 
-// The kernel arguments may take 32,764 bytes; a longer batch takes several launches. A sample has
-// fewer than 2^31 tokens.
-constexpr int kMaxSamples = 1024;
-struct Batch {
+// The kernel arguments may take 32,764 bytes; a longer batch takes several launches. A block takes
+// one tile of one part of the samples.
+struct Batch : SampleParts {
   const void *x, *dy;
   int64_t x_stride, dy_stride;
   const void* refs[kMaxRefs];
   int64_t ref_strides[kMaxRefs];
+  int64_t expert_bytes[kMaxRefs];  // between the matrices of two experts
   int64_t outs, ins;  // O and I
   int64_t row_tiles, col_tiles;
   float* row_partials;  // also those of Axis::tensor
@@ -56,11 +57,7 @@ struct Batch {
   Axis axis;
   uint32_t mask;  // ANDed to the bits of g in the dot products: drops the sign, or nothing
   int32_t num_refs;
-  int32_t samples;  // of this launch
-  int32_t groups;   // a block takes one tile and every groups-th sample: fair for sorted lengths
   bool x_aligned, dy_aligned, refs_direct;
-  int32_t lengths[kMaxSamples];
-  int64_t starts[kMaxSamples];
 };
 static_assert(sizeof(Batch) <= 32764, "the batch must fit the kernel arguments");
 
@@ -118,11 +115,12 @@ struct WgradTile {
     cols = clamp_count(b.ins, col0, kIn);
   }
 
-  __device__ void load_refs(char* to) const {
+  __device__ void load_refs(char* to, int64_t expert) const {
     if constexpr (K > 0) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        const TileColumns<S> from{static_cast<const S*>(batch.refs[k]), batch.ref_strides[k], col0,
+        const char* data = static_cast<const char*>(batch.refs[k]) + expert * batch.expert_bytes[k];
+        const TileColumns<S> from{reinterpret_cast<const S*>(data), batch.ref_strides[k], col0,
                                   cols, batch.refs_direct};
         Refs::load(to + k * Refs::kBytes, from, batch.ref_dtype, row0,
                    k < batch.num_refs ? rows : 0);
@@ -284,7 +282,7 @@ struct Cursor {
     token += step;
     if (token < batch.lengths[sample]) return;
     token = 0;
-    sample += batch.groups;
+    ++sample;
   }
 };
 
@@ -297,16 +295,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   GRADSAFE_DYNAMIC_SHARED(char, shared);
   char* const stages = shared + Tile::kRefBytes;
   const int64_t tiles = batch.row_tiles * batch.col_tiles;
-  const int group = static_cast<int>(blockIdx.x / tiles);
+  const int part = static_cast<int>(blockIdx.x / tiles);
+  const int first = batch.firsts[part], last = batch.firsts[part + 1];
   Tile tile(batch, shared, blockIdx.x % tiles);
   const Product product(
       {static_cast<const T*>(batch.dy), batch.dy_stride, tile.row0, tile.rows, batch.dy_aligned},
       {static_cast<const T*>(batch.x), batch.x_stride, tile.col0, tile.cols, batch.x_aligned});
 
-  Cursor ahead{group};
+  Cursor ahead{first};
   int fill = 0;  // stage that is loaded next
   const auto load_next = [&] {
-    if (ahead.sample < batch.samples) {
+    if (ahead.sample < last) {
       const int left = batch.lengths[ahead.sample] - ahead.token;
       product.load(stages + fill * Product::kStageBytes,
                    batch.starts[ahead.sample] + ahead.token, min(left, kStep));
@@ -315,13 +314,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     cp_async_commit();  // empty at the end
     fill = fill == kStages - 1 ? 0 : fill + 1;
   };
-  tile.load_refs(shared);  // in the first stage's group
+  tile.load_refs(shared, batch.experts[part]);  // in the first stage's group
 #pragma unroll 1
   for (int i = 0; i < kStages - 1; ++i) load_next();
 
   int use = 0;  // stage that is multiplied next
 #pragma unroll 1
-  for (int sample = group; sample < batch.samples; sample += batch.groups) {
+  for (int sample = first; sample < last; ++sample) {
     tile.clear();
     const int length = batch.lengths[sample];
     char* stage;
@@ -375,7 +374,7 @@ bool is_aligned(const void* data, int64_t stride, int64_t element) {
 
 template <class T, class S, int K, bool kSlices>
 Status run_tiles(const Batch& batch, void* stream) {
-  const int64_t blocks = batch.row_tiles * batch.col_tiles * batch.groups;
+  const int64_t blocks = batch.row_tiles * batch.col_tiles * batch.parts;
   return launch(&wgrad_moments_tile<T, S, K, kSlices>, dim3(static_cast<unsigned>(blocks)),
                 dim3(kThreads), WgradTile<T, S, K, kSlices>::kSharedBytes, stream, batch);
 }
@@ -410,16 +409,17 @@ Status run(const WgradProblem& p, const Batch& batch, void* stream) {
   }
 }
 
-Status finish(const WgradProblem& p, const Plan& plan, const Batch& batch, double* out,
-              void* stream) {
+Status finish(const WgradProblem& p, const Plan& plan, const Batch& batch, const ResultRows& rows,
+              double* out, void* stream) {
   const double outs = static_cast<double>(p.out_features), ins = static_cast<double>(p.in_features);
   const unsigned samples = static_cast<unsigned>(batch.samples);
   if (p.axis == Axis::tensor) {
     const int64_t slots = plan.row_tiles * plan.col_tiles * kWarps;
     return launch(&finish_wgrad_tensor, dim3(samples, static_cast<unsigned>(plan.quantities)),
-                  dim3(kFinishThreads), 0, stream, batch.row_partials, slots, outs * ins, out);
+                  dim3(kFinishThreads), 0, stream, batch.row_partials, slots, outs * ins, out, rows);
   }
   SliceResults r{};
+  r.rows = rows;
   r.quantities = plan.quantities;
   r.out_per_sample = moments_out_size(p.axis, p.num_refs, p.out_features, p.in_features);
   const auto run_one = [&](const float* partials, double* to, int64_t tiles, int64_t slices,
@@ -474,23 +474,19 @@ Status wgrad_moments_cuda(const WgradCudaCall& call) {
     const int source = k < p.num_refs ? k : 0;  // an idle one is never read
     batch.refs[k] = p.refs[source];
     batch.ref_strides[k] = p.ref_strides[source];
-    batch.refs_direct = batch.refs_direct &&
+    batch.expert_bytes[k] = p.experts ? p.expert_strides[source] * size_of(p.ref_dtype) : 0;
+    batch.refs_direct = batch.refs_direct && batch.expert_bytes[k] % kChunkBytes == 0 &&
                         is_aligned(batch.refs[k], batch.ref_strides[k], size_of(p.ref_dtype));
   }
-  const int64_t tiles = plan.row_tiles * plan.col_tiles;
-  const int64_t out_size = moments_out_size(p.axis, p.num_refs, p.out_features, p.in_features);
+  const ExpertGroups groups(p);
+  ResultRows rows{};
   for (int64_t begin = 0; begin < p.samples; begin += kMaxSamples) {
     const int64_t count = std::min<int64_t>(p.samples - begin, kMaxSamples);
-    batch.samples = static_cast<int32_t>(count);
-    for (int64_t i = 0; i < count; ++i) {
-      batch.starts[i] = p.starts[begin + i];
-      batch.lengths[i] = static_cast<int32_t>(p.lengths[begin + i]);
-    }
-    const int64_t groups = tiles > 0 ? ceil_div(kEnoughBlocks, tiles) : 1;
-    batch.groups = static_cast<int32_t>(std::min(groups, count));
+    take_samples(p, groups.order() + begin, count, plan.row_tiles * plan.col_tiles, kEnoughBlocks,
+                 batch, rows);
     Status status = run(p, batch, call.stream);
     if (!status.ok()) return status;
-    status = finish(p, plan, batch, call.out + begin * out_size, call.stream);
+    status = finish(p, plan, batch, rows, call.out, call.stream);
     if (!status.ok()) return status;
   }
   return {};

@@ -34,10 +34,7 @@ Tensor moments(std::vector<Tensor> grads, std::vector<Tensor> refs, int64_t num_
   return out;
 }
 
-Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths, int64_t axis,
-                     bool unsigned_dots) {
-  const WgradArguments a = parse_wgrad_moments(
-      x, dy, refs, std::vector<int64_t>(lengths.begin(), lengths.end()), axis, unsigned_dots);
+Tensor run_wgrad_moments(const WgradArguments& a, const Tensor& x, const char* op) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t bytes = wgrad_moments_cuda_workspace(a.problem);
   Tensor out = torch::stable::new_empty(x, {a.problem.samples, a.per_sample}, ScalarType::Double);
@@ -48,8 +45,21 @@ Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList leng
   launch.out = static_cast<double*>(out.mutable_data_ptr());
   launch.workspace = workspace.mutable_data_ptr();
   launch.stream = current_stream(x.get_device_index());
-  check_status(wgrad_moments_cuda(launch), "wgrad_moments");
+  check_status(wgrad_moments_cuda(launch), op);
   return out;
+}
+
+Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths, int64_t axis,
+                     bool unsigned_dots) {
+  return run_wgrad_moments(parse_wgrad_moments(x, dy, refs, to_vector(lengths), axis, unsigned_dots),
+                           x, "wgrad_moments");
+}
+
+Tensor grouped_wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths,
+                             IntList experts, int64_t axis, bool unsigned_dots) {
+  return run_wgrad_moments(parse_grouped_wgrad_moments(x, dy, refs, to_vector(lengths),
+                                                       to_vector(experts), axis, unsigned_dots),
+                           x, "grouped_wgrad_moments");
 }
 
 std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor rows, int64_t k, int64_t start) {
@@ -90,6 +100,7 @@ Tensor kl_divergence_(Tensor student, Tensor teacher, Tensor weight) {
 STABLE_TORCH_LIBRARY_IMPL(gradsafe, CUDA, m) {
   m.impl("moments", TORCH_BOX(&moments));
   m.impl("wgrad_moments", TORCH_BOX(&wgrad_moments));
+  m.impl("grouped_wgrad_moments", TORCH_BOX(&grouped_wgrad_moments));
   m.impl("cosine_topk", TORCH_BOX(&cosine_topk));
   m.impl("kl_divergence", TORCH_BOX(&kl_divergence));
   m.impl("kl_divergence_", TORCH_BOX(&kl_divergence_));

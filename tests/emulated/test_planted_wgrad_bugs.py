@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("needs_a_compiler")
 WGRAD = "cuda/wgrad_moments.cu"
 PRODUCT, REFS = "cuda/common/tile_product.cuh", "cuda/common/tile_refs.cuh"
 LOADS, REDUCE = "cuda/common/tile_loads.cuh", "cuda/common/reduce.cuh"
+PARTS, FINISH = "cuda/common/sample_parts.cuh", "cuda/common/finish_wgrad.cuh"
 
 # No bugs, and part of every copy: only bfloat16 with two references of its own type is compiled,
 # and small shapes already take several launches, samples per block and bands of tiles.
@@ -24,7 +25,7 @@ SMALL = [
         "    default: return choose_ref_dtype<f16>(p, batch, stream);\n",
         "    default: return choose_axis<bf16, bf16, 2>(batch, stream);\n",
     ),
-    (WGRAD, "constexpr int kMaxSamples = 1024;", "constexpr int kMaxSamples = 5;"),
+    (PARTS, "constexpr int kMaxSamples = 1024;", "constexpr int kMaxSamples = 5;"),
     (WGRAD, "constexpr int64_t kEnoughBlocks = 512;", "constexpr int64_t kEnoughBlocks = 2;"),
     (WGRAD, "constexpr int kBandRows = 16;", "constexpr int kBandRows = 2;"),
 ]
@@ -99,7 +100,7 @@ BUGS = {
     ),
     "sums behind the edge kept": Bug(WGRAD, "    clear_behind_the_edge();\n", "", ORACLE),
     "sums carried over to the next sample": Bug(
-        WGRAD, "    tile.clear();\n", "    if (sample == group) tile.clear();\n", ORACLE
+        WGRAD, "    tile.clear();\n", "    if (sample == first) tile.clear();\n", ORACLE
     ),
     "the same tile of the references for every row of tiles": Bug(
         WGRAD, "Refs::load(to + k * Refs::kBytes, from, batch.ref_dtype, row0,",
@@ -114,19 +115,37 @@ BUGS = {
     ),
     "an empty sample that is skipped by the loads only": Bug(
         WGRAD,
-        "    sample += batch.groups;\n  }",
-        "    do sample += batch.groups;\n"
+        "    ++sample;\n  }",
+        "    do ++sample;\n"
         "    while (sample < batch.samples && !batch.lengths[sample]);\n  }",
         rf"({ORACLE}|in flight|uninitialised|race)",
     ),
     "a sample computed by no block": Bug(
         WGRAD,
-        "sample < batch.samples; sample += batch.groups) {",
-        "sample < batch.samples; sample += batch.groups + 1) {",
+        "sample < last; ++sample) {",
+        "sample < last; sample += 2) {",
         r"(uninitialised: reads .*the workspace|in flight|race)",
     ),
     "a launch that forgets which results it fills": Bug(
-        WGRAD, "call.out + begin * out_size", "call.out", rf"({ORACLE}|uninitialised)"
+        PARTS,
+        "rows.of[next] = static_cast<int32_t>(samples[i]);",
+        "rows.of[next] = next;",
+        rf"({ORACLE}|uninitialised)",
+    ),
+    "a part that goes on into the samples of the next": Bug(
+        WGRAD, "last = batch.firsts[part + 1];", "last = batch.samples;", r"race: writes"
+    ),
+    "the first expert's references for every expert": Bug(
+        WGRAD, " + expert * batch.expert_bytes[k];", ";", ORACLE
+    ),
+    "experts of the list for parts in their order": Bug(
+        PARTS,
+        "to.experts[to.parts] = static_cast<int32_t>(expert(first));",
+        "to.experts[to.parts] = static_cast<int32_t>(p.experts ? p.experts[to.parts] : 0);",
+        ORACLE,
+    ),
+    "samples of a launch that are not sorted by expert": Bug(
+        WGRAD, "groups.order() + begin", "groups[0].samples", rf"({ORACLE}|uninitialised)"
     ),
     "a band of tiles that is thought to be full": Bug(
         WGRAD,
@@ -147,6 +166,7 @@ def check(run: Runner) -> None:
     lengths = (33, 0, 1, 40, 16, 7, 70)
     problems = [make((300, 40), lengths, 2, axis) for axis in ("tensor", "both")]
     problems.append(make((37, 136), lengths, 2, "both"))  # rows of dy off 16-byte borders
+    problems.append(make((37, 136), lengths, 2, "tensor", experts=(3, 0, 3, 1, 1, 3, 0)))
     infinite = make((24, 40), (3, 5), 2, "both")
     infinite.dy[1, 2] = infinite.x[6, 3] = float("inf")
     problems.append(infinite)

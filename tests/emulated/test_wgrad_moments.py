@@ -12,7 +12,7 @@ from gradsafe.ops import AXES
 
 from .wgrad_moments_cases import DTYPES, REF_DTYPES, Problem, assert_equals_oracle, make, solve
 
-BATCH = 1024  # kMaxSamples of csrc/cuda/wgrad_moments.cu: samples of one launch
+BATCH = 1024  # kMaxSamples of csrc/cuda/common/sample_parts.cuh: samples of one launch
 LENGTHS = (33, 0, 1, 16, 7)
 
 

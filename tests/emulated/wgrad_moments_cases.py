@@ -20,15 +20,19 @@ CHAIN = 48  # float32 additions that one entry goes through, at most; float64 af
 
 @dataclass
 class Problem:
-    """x and dy are packed: sample b owns `lengths[b]` rows from row `starts[b]` on."""
+    """x and dy are packed: sample b owns `lengths[b]` rows from row `starts[b]` on.
+
+    With experts, sample b is scored against matrix `experts[b]` of each reference.
+    """
 
     x: Tensor  # [rows, I]
     dy: Tensor  # [rows, O]
     starts: list[int]
     lengths: list[int]
-    refs: list[Tensor]  # [O, I] each
+    refs: list[Tensor]  # [O, I] each; with experts [E, O, I]
     axis: str = "tensor"
     unsigned: bool = True
+    experts: list[int] | None = None
 
     def case(self) -> Case:
         ref_dtype = self.refs[0].dtype if self.refs else self.x.dtype
@@ -36,9 +40,11 @@ class Problem:
         case.integers += [AXES.index(self.axis), len(self.refs), int(self.unsigned)]
         case.integers += [len(self.starts), self.dy.shape[1], self.x.shape[1]]
         for matrix in (self.x, self.dy, *self.refs):
-            case.integers.append(matrix.stride(0))
+            case.integers.append(matrix.stride(-2))
             case.buffers.append(buffer_of(matrix))
-        case.integers += [*self.starts, *self.lengths]
+        case.integers += [*self.starts, *self.lengths, self.experts is not None]
+        if self.experts is not None:
+            case.integers += [*(ref.stride(0) for ref in self.refs), *self.experts]
         return case
 
     def expected(self, b: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -57,7 +63,7 @@ class Problem:
         terms = [torch.ones_like(g), g, g * g]
         errors = [torch.zeros_like(g), off, 2 * g.abs() * off + off**2]
         for ref in self.refs:
-            r = ref.double()
+            r = (ref if self.experts is None else ref[self.experts[b]]).double()
             terms.append((g.abs() if self.unsigned else g) * r)
             errors.append(off * r.abs())
         reduced = {"tensor": [(0, 1)], "row": [1], "column": [0], "both": [1, 0]}[self.axis]
@@ -95,14 +101,17 @@ def make(
     unsigned: bool = True,
     dtype: torch.dtype = torch.bfloat16,
     ref_dtype: torch.dtype | None = None,
+    experts: Sequence[int] | None = None,
 ) -> Problem:
-    """Packed samples for weights of `shape` = [O, I]."""
+    """Packed samples for weights `shape` = [O, I], or [E, O, I] with one expert more than used."""
     outs, ins = shape
     rows = sum(lengths)
     starts = [sum(lengths[:b]) for b in range(len(lengths))]
     x, dy = torch.randn(rows, ins).to(dtype), torch.randn(rows, outs).to(dtype)
-    refs = [torch.randn(outs, ins).to(ref_dtype or dtype) for _ in range(k)]
-    return Problem(x, dy, starts, list(lengths), refs, axis, unsigned)
+    stack = shape if experts is None else (max(experts, default=0) + 2, *shape)
+    refs = [torch.randn(stack).to(ref_dtype or dtype) for _ in range(k)]
+    own = None if experts is None else list(experts)
+    return Problem(x, dy, starts, list(lengths), refs, axis, unsigned, own)
 
 
 def solve(emulate: Runner, problems: Sequence[Problem]) -> list[list[list[Tensor]]]:

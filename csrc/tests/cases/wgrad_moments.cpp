@@ -1,5 +1,6 @@
 // Entry "wgrad_moments". Integers: dtype of x and dy, dtype of the references, axis, K, unsigned,
-// samples, O, I; row strides of x, of dy and of each reference; starts; lengths. Buffers: x, dy,
+// samples, O, I; row strides of x, of dy and of each reference; starts; lengths; whether there are
+// experts, and if so, the stride between those of each reference, and each sample's. Buffers: x, dy,
 // references. Output: float64 results, sample after sample.
 #include "gradsafe/wgrad_moments.h"
 
@@ -22,9 +23,15 @@ gradsafe::Status run_wgrad_moments(Case& c) {
   p.x_stride = c.integer();
   p.dy_stride = c.integer();
   for (int k = 0; k < p.num_refs; ++k) p.ref_strides[k] = c.integer();
-  std::vector<int64_t> starts(static_cast<std::size_t>(p.samples)), lengths(starts.size());
+  std::vector<int64_t> starts(static_cast<std::size_t>(p.samples)), lengths(starts.size()),
+      experts(starts.size());
   for (int64_t& start : starts) start = c.integer();
   for (int64_t& length : lengths) length = c.integer();
+  if (c.integer() != 0) {
+    for (int k = 0; k < p.num_refs; ++k) p.expert_strides[k] = c.integer();
+    for (int64_t& expert : experts) expert = c.integer();
+    p.experts = experts.data();
+  }
   p.starts = starts.data();
   p.lengths = lengths.data();
   p.x = c.input();
