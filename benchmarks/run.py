@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from benchmarks import (
     cases_cosine_topk,
+    cases_grouped_wgrad_moments,
     cases_kl_divergence,
     cases_moments,
     cases_surgery,
@@ -63,6 +64,14 @@ COLUMNS = {
         ("x_gemm", "time / bare GEMM"),
         ("x_eager", "vs GEMM + eager"),
         ("x_compile", "vs compile"),
+    ],
+    "grouped_wgrad_moments": [
+        ("case", "case"),
+        ("segments", "segments"),
+        ("p50_us", "µs"),
+        ("GFLOP/s", "GFLOP/s"),
+        ("x_gemm", "time / bare grouped GEMM"),
+        ("x_loop", "vs loop over experts"),
     ],
     "cosine_topk": [
         ("case", "case"),
@@ -118,6 +127,23 @@ def measure_wgrad_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
         rows.append(row(case.name, case.bytes_read, times))
         rows[-1]["GFLOP/s"] = round(case.flops / times["gradsafe"].p50 / 1e3, 1)
         torch._dynamo.reset()
+    return rows
+
+
+def measure_grouped_wgrad_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
+    """All cases of `grouped_wgrad_moments`, with the rate of multiply-adds."""
+    rows = []
+    cases = cases_grouped_wgrad_moments
+    for case in tqdm(
+        cases.GPU_CASES if device == "cuda" else cases.CPU_CASES, desc="grouped_wgrad_moments"
+    ):
+        if dry_run:
+            case = dataclasses.replace(case, shape=(16, 24), kept=2)
+        calls, roofs = cases.build(case, device)
+        times = compare({**calls, **roofs}, device, rounds=3 if device == "cpu" else 9, warm_up=1)
+        rows.append(row(case.name, case.bytes_read, times))
+        rows[-1]["segments"] = len(case.segments()[0])
+        rows[-1]["GFLOP/s"] = round(case.flops / times["gradsafe"].p50 / 1e3, 1)
     return rows
 
 
@@ -188,6 +214,7 @@ OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
     "surgery": measure_surgery,
     "surgery_adamw": measure_surgery_adamw,
     "wgrad_moments": measure_wgrad_moments,
+    "grouped_wgrad_moments": measure_grouped_wgrad_moments,
     "cosine_topk": measure_cosine_topk,
     "kl_divergence": measure_kl_divergence,
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gradsafe import reference
-from gradsafe.ops import Moments, moments, wgrad_moments
+from gradsafe.ops import Moments, grouped_wgrad_moments, moments, wgrad_moments
 
 Result = Moments | tuple[Moments, Moments]
 
@@ -54,6 +54,31 @@ def _make_wgrad(device: str, ref_dtype: torch.dtype = torch.bfloat16) -> tuple[A
     return x.to(device), dy.to(device), [r.to(device) for r in refs]
 
 
+# Tokens of (sample, expert), sorted by sample; nothing reaches expert 3.
+SEGMENTS = [5, 1, 0, 40, 7, 2, 33, 4], [0, 2, 4, 1, 4, 0, 1, 4]
+
+
+def _make_grouped(
+    device: str, shape: tuple[int, int], ref_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Any, ...]:
+    rows = sum(SEGMENTS[0])
+    x, dy = torch.randn(rows, shape[1]).bfloat16(), torch.randn(rows, shape[0]).bfloat16()
+    refs = [torch.randn(5, *shape).to(ref_dtype) for _ in range(2)]
+    return x.to(device), dy.to(device), [r.to(device) for r in refs]
+
+
+def _grouped(shape: tuple[int, int]) -> Operator:
+    return Operator(
+        "grouped_wgrad_moments",
+        functools.partial(_make_grouped, shape=shape),
+        lambda x, dy, r, axis: grouped_wgrad_moments(x, dy, r, *SEGMENTS, axis),
+        lambda x, dy, r, axis: reference.grouped_wgrad_moments(x, dy, r, *SEGMENTS, axis),
+        lambda x, dy, r, axis: reference.grouped_wgrad_moments(
+            x.abs(), dy.abs(), [t.float().abs() for t in r], *SEGMENTS, axis
+        ),
+    )
+
+
 OPERATORS = [
     Operator(
         "moments",
@@ -73,6 +98,8 @@ OPERATORS = [
             x.abs(), dy.abs(), [t.float().abs() for t in r], axis, lengths=[50, 17, 1]
         ),
     ),
+    _grouped((256, 384)),  # rows and matrices on 16-byte borders
+    _grouped((261, 391)),  # none of them
 ]
 OPERATORS += [
     replace(operator, make=functools.partial(operator.make, ref_dtype=torch.float8_e4m3fn))
