@@ -28,8 +28,9 @@ class Moments:
     """Sums over the slices of each gradient; field[n] belongs to gradient n.
 
     `moments` gives lists of tensors, one per gradient of its list; `wgrad_moments` gives tensors
-    with a leading B, one row per sample. All tensors are float64. The slice shape is `[]` for axis
-    "tensor", `[O]` for "row" and `[I]` for "column".
+    with a leading B, one row per sample, `grouped_wgrad_moments` with a leading S, one per segment.
+    All tensors are float64. The slice shape is `[]` for axis "tensor", `[O]` for "row" and `[I]`
+    for "column".
 
     Attributes:
         count: entries per slice, of the slice shape.
