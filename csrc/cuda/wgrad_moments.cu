@@ -30,6 +30,7 @@
 #include "common/tile_product.cuh"
 #include "common/tile_refs.cuh"
 #include "gradsafe/wgrad_moments.h"
+#include "wgrad_moments_sm90.h"
 
 namespace gradsafe {
 namespace {
@@ -37,7 +38,7 @@ namespace {
 constexpr int kThreads = kTileThreads;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kBlocksPerSm = 2;
-constexpr int kStages = 3;
+constexpr int kMostStages = 3;  // two, where a block may take less shared memory
 constexpr int kBandRows = 16;  // row tiles that neighbouring blocks share columns of x over
 constexpr int64_t kEnoughBlocks = 512;  // below this, an expert's samples are dealt out to more
 
@@ -57,6 +58,7 @@ struct Batch : SampleParts {
   Axis axis;
   uint32_t mask;  // ANDed to the bits of g in the dot products: drops the sign, or nothing
   int32_t num_refs;
+  int32_t stages;
   bool x_aligned, dy_aligned, refs_direct;
 };
 static_assert(sizeof(Batch) <= 32764, "the batch must fit the kernel arguments");
@@ -90,8 +92,9 @@ struct WgradTile {
   using RefValues = typename Refs::Values;
   static constexpr int kM = Product::kM, kN = Product::kN;
   static constexpr int kRefBytes = K * Refs::kBytes;
-  static constexpr int kSharedBytes = kRefBytes + kStages * Product::kStageBytes;
-  static_assert(kSharedBytes <= 112 * 1024, "tools/ptxas_budget.py counts on it");
+  static constexpr int shared_bytes(int stages) { return kRefBytes + stages * Product::kStageBytes; }
+  static_assert(shared_bytes(kMostStages) <= 112 * 1024, "tools/ptxas_budget.py counts on it");
+  static_assert(shared_bytes(2) <= 99 * 1024, "compute capability 8.6, 8.9 and 12.0 allow no more");
   static_assert(2 * Q * (kOut + kIn) * 4 <= Product::kStageBytes, "slices pass through a stage");
 
   const Batch& batch;
@@ -293,7 +296,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   using Product = typename Tile::Product;
   constexpr int kStep = Product::kStep;
   GRADSAFE_DYNAMIC_SHARED(char, shared);
-  char* const stages = shared + Tile::kRefBytes;
+  char* const ring = shared + Tile::kRefBytes;
+  const int stages = batch.stages;
   const int64_t tiles = batch.row_tiles * batch.col_tiles;
   const int part = static_cast<int>(blockIdx.x / tiles);
   const int first = batch.firsts[part], last = batch.firsts[part + 1];
@@ -307,16 +311,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   const auto load_next = [&] {
     if (ahead.sample < last) {
       const int left = batch.lengths[ahead.sample] - ahead.token;
-      product.load(stages + fill * Product::kStageBytes,
+      product.load(ring + fill * Product::kStageBytes,
                    batch.starts[ahead.sample] + ahead.token, min(left, kStep));
       ahead.advance(batch, kStep);
     }
     cp_async_commit();  // empty at the end
-    fill = fill == kStages - 1 ? 0 : fill + 1;
+    fill = fill == stages - 1 ? 0 : fill + 1;
   };
   tile.load_refs(shared, batch.experts[part]);  // in the first stage's group
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i) load_next();
+  for (int i = 0; i < stages - 1; ++i) load_next();
 
   int use = 0;  // stage that is multiplied next
 #pragma unroll 1
@@ -326,12 +330,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     char* stage;
     int token = 0;
     do {
-      cp_async_wait<kStages - 2>();
+      if (stages == kMostStages) cp_async_wait<kMostStages - 2>(); else cp_async_wait<0>();
       __syncthreads();  // the stage has arrived, and the last one is no longer read
       load_next();
-      stage = stages + use * Product::kStageBytes;
+      stage = ring + use * Product::kStageBytes;
       Product::multiply(tile.sums, stage, length - token);
-      use = use == kStages - 1 ? 0 : use + 1;
+      use = use == stages - 1 ? 0 : use + 1;
       token += kStep;
     } while (token < length);
     tile.write(sample, stage);
@@ -348,23 +352,35 @@ int64_t stored_ref_bytes(const WgradProblem& p) {
   return kernel_refs(p.num_refs) * (kept_like_operands(p) ? size_of(p.dtype) : 4);
 }
 
-// Sizes of the partials of one launch, in float32 elements.
+// How a launch is cut into tiles, and the sizes of its partials in float32 elements.
 struct Plan {
-  int64_t row_tiles, col_tiles, samples, quantities;
+  DeviceLimits device;
+  bool sm90;  // wgrad_moments_sm90.cu runs it
+  int64_t row_tiles, col_tiles, parts, samples, quantities;
   int64_t row_partials = 0, col_partials = 0;
 
-  explicit Plan(const WgradProblem& p) {
-    const TileSize size = tile_size(stored_ref_bytes(p));
-    const MomentsTiling tiling = make_tiling(p.out_features, p.in_features, size.out, size.in);
-    row_tiles = tiling.row_blocks;
-    col_tiles = tiling.col_strips;
+  Plan(const WgradProblem& p, const DeviceLimits& limits)
+      : device(limits), sm90(wgrad_sm90_takes(p, limits)) {
+    if (sm90) {
+      const WgradTiles tiles = wgrad_sm90_tiles(p);
+      row_tiles = tiles.rows;
+      col_tiles = tiles.cols;
+      parts = tiles.parts;
+    } else {
+      const TileSize size = tile_size(stored_ref_bytes(p));
+      const MomentsTiling tiling = make_tiling(p.out_features, p.in_features, size.out, size.in);
+      row_tiles = tiling.row_blocks;
+      col_tiles = tiling.col_strips;
+      parts = kWarps;
+    }
     samples = std::min<int64_t>(p.samples, kMaxSamples);
     quantities = accumulated(p.num_refs);
     const int64_t each = samples * quantities;
-    if (p.axis == Axis::tensor) row_partials = each * tiling.tiles() * kWarps;
+    if (p.axis == Axis::tensor) row_partials = each * slots();
     if (has_rows(p.axis)) row_partials = each * col_tiles * p.out_features;
     if (has_columns(p.axis)) col_partials = each * row_tiles * p.in_features;
   }
+  int64_t slots() const { return row_tiles * col_tiles * parts; }
 };
 
 bool is_aligned(const void* data, int64_t stride, int64_t element) {
@@ -373,39 +389,43 @@ bool is_aligned(const void* data, int64_t stride, int64_t element) {
 }
 
 template <class T, class S, int K, bool kSlices>
-Status run_tiles(const Batch& batch, void* stream) {
+Status run_tiles(Batch& batch, const DeviceLimits& device, void* stream) {
+  using Tile = WgradTile<T, S, K, kSlices>;
   const int64_t blocks = batch.row_tiles * batch.col_tiles * batch.parts;
+  batch.stages = Tile::shared_bytes(kMostStages) <= device.shared_bytes ? kMostStages : 2;
+  const auto bytes = static_cast<std::size_t>(Tile::shared_bytes(batch.stages));
   return launch(&wgrad_moments_tile<T, S, K, kSlices>, dim3(static_cast<unsigned>(blocks)),
-                dim3(kThreads), WgradTile<T, S, K, kSlices>::kSharedBytes, stream, batch);
+                dim3(kThreads), bytes, stream, batch);
 }
 
 template <class T, class S, int K>
-Status choose_axis(const Batch& batch, void* stream) {
-  return batch.axis == Axis::tensor ? run_tiles<T, S, K, false>(batch, stream)
-                                    : run_tiles<T, S, K, true>(batch, stream);
+Status choose_axis(Batch& batch, const DeviceLimits& device, void* stream) {
+  return batch.axis == Axis::tensor ? run_tiles<T, S, K, false>(batch, device, stream)
+                                    : run_tiles<T, S, K, true>(batch, device, stream);
 }
 
 template <class T, class S>
-Status choose_refs(const Batch& batch, void* stream) {
+Status choose_refs(Batch& batch, const DeviceLimits& device, void* stream) {
   switch (kernel_refs(batch.num_refs)) {
-    case 1: return choose_axis<T, S, 1>(batch, stream);
-    case 2: return choose_axis<T, S, 2>(batch, stream);
-    case 4: return choose_axis<T, S, 4>(batch, stream);
-    default: return choose_axis<T, T, 0>(batch, stream);  // without references their type is idle
+    case 1: return choose_axis<T, S, 1>(batch, device, stream);
+    case 2: return choose_axis<T, S, 2>(batch, device, stream);
+    case 4: return choose_axis<T, S, 4>(batch, device, stream);
+    default: return choose_axis<T, T, 0>(batch, device, stream);  // without references their type is idle
   }
 }
 
 template <class T>
-Status choose_ref_dtype(const WgradProblem& p, const Batch& batch, void* stream) {
-  return kept_like_operands(p) ? choose_refs<T, T>(batch, stream)
-                               : choose_refs<T, float>(batch, stream);
+Status choose_ref_dtype(const WgradProblem& p, Batch& batch, const DeviceLimits& device,
+                        void* stream) {
+  return kept_like_operands(p) ? choose_refs<T, T>(batch, device, stream)
+                               : choose_refs<T, float>(batch, device, stream);
 }
 
-Status run(const WgradProblem& p, const Batch& batch, void* stream) {
+Status run(const WgradProblem& p, Batch& batch, const DeviceLimits& device, void* stream) {
   switch (p.dtype) {
-    case DType::f32: return choose_refs<float, float>(batch, stream);
-    case DType::bf16: return choose_ref_dtype<bf16>(p, batch, stream);
-    default: return choose_ref_dtype<f16>(p, batch, stream);
+    case DType::f32: return choose_refs<float, float>(batch, device, stream);
+    case DType::bf16: return choose_ref_dtype<bf16>(p, batch, device, stream);
+    default: return choose_ref_dtype<f16>(p, batch, device, stream);
   }
 }
 
@@ -414,9 +434,8 @@ Status finish(const WgradProblem& p, const Plan& plan, const Batch& batch, const
   const double outs = static_cast<double>(p.out_features), ins = static_cast<double>(p.in_features);
   const unsigned samples = static_cast<unsigned>(batch.samples);
   if (p.axis == Axis::tensor) {
-    const int64_t slots = plan.row_tiles * plan.col_tiles * kWarps;
     return launch(&finish_wgrad_tensor, dim3(samples, static_cast<unsigned>(plan.quantities)),
-                  dim3(kFinishThreads), 0, stream, batch.row_partials, slots, outs * ins, out, rows);
+                  dim3(kFinishThreads), 0, stream, batch.row_partials, plan.slots(), outs * ins, out, rows);
   }
   SliceResults r{};
   r.rows = rows;
@@ -444,14 +463,21 @@ Status finish(const WgradProblem& p, const Plan& plan, const Batch& batch, const
 
 }  // namespace
 
-int64_t wgrad_moments_cuda_workspace(const WgradProblem& problem) {
-  const Plan plan(problem);
-  return (plan.row_partials + plan.col_partials) * 4;
+Status wgrad_moments_cuda_workspace(const WgradProblem& problem, int64_t& bytes) {
+  DeviceLimits device;
+  const Status status = device_limits(device);
+  if (!status.ok()) return status;
+  const Plan plan(problem, device);
+  bytes = (plan.row_partials + plan.col_partials) * 4;
+  return {};
 }
 
 Status wgrad_moments_cuda(const WgradCudaCall& call) {
   const WgradProblem& p = call.problem;
-  const Plan plan(p);
+  DeviceLimits device;
+  Status status = device_limits(device);
+  if (!status.ok()) return status;
+  const Plan plan(p, device);
   Batch batch{};
   batch.x = p.x;
   batch.dy = p.dy;
@@ -484,7 +510,8 @@ Status wgrad_moments_cuda(const WgradCudaCall& call) {
     const int64_t count = std::min<int64_t>(p.samples - begin, kMaxSamples);
     take_samples(p, groups.order() + begin, count, plan.row_tiles * plan.col_tiles, kEnoughBlocks,
                  batch, rows);
-    Status status = run(p, batch, call.stream);
+    status = plan.sm90 ? wgrad_moments_sm90(p, batch, batch.row_partials, device, call.stream)
+                       : run(p, batch, device, call.stream);
     if (!status.ok()) return status;
     status = finish(p, plan, batch, rows, call.out, call.stream);
     if (!status.ok()) return status;

@@ -36,7 +36,8 @@ Tensor moments(std::vector<Tensor> grads, std::vector<Tensor> refs, int64_t num_
 
 Tensor run_wgrad_moments(const WgradArguments& a, const Tensor& x, const char* op) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const int64_t bytes = wgrad_moments_cuda_workspace(a.problem);
+  int64_t bytes = 0;
+  check_status(wgrad_moments_cuda_workspace(a.problem, bytes), op);
   Tensor out = torch::stable::new_empty(x, {a.problem.samples, a.per_sample}, ScalarType::Double);
   Tensor workspace = torch::stable::new_empty(x, {(bytes + 3) / 4}, ScalarType::Float);
 

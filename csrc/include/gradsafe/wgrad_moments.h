@@ -62,10 +62,11 @@ void wgrad_moments_cpu_finish(const WgradProblem& problem, const double* workspa
 struct WgradCudaCall {
   WgradProblem problem;
   double* out;
-  void* workspace;   // wgrad_moments_cuda_workspace() bytes, 16-byte aligned
+  void* workspace;   // of wgrad_moments_cuda_workspace(), 16-byte aligned
   void* stream;
 };
-int64_t wgrad_moments_cuda_workspace(const WgradProblem& problem);
+// Bytes, for the current device.
+Status wgrad_moments_cuda_workspace(const WgradProblem& problem, int64_t& bytes);
 Status wgrad_moments_cuda(const WgradCudaCall& call);
 
 }  // namespace gradsafe

@@ -40,7 +40,10 @@ gradsafe::Status run_wgrad_moments(Case& c) {
   const int64_t results =
       gradsafe::moments_out_size(p.axis, p.num_refs, p.out_features, p.in_features);
   call.out = static_cast<double*>(c.output(p.samples * results * 8));
-  call.workspace = c.workspace(gradsafe::wgrad_moments_cuda_workspace(p));
+  int64_t bytes = 0;
+  const gradsafe::Status status = gradsafe::wgrad_moments_cuda_workspace(p, bytes);
+  if (!status.ok()) return status;
+  call.workspace = c.workspace(bytes);
   return gradsafe::wgrad_moments_cuda(call);
 }
 
