@@ -16,12 +16,15 @@ namespace gradsafe {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kBlocksPerSm = 2;  // at least; lets the compiler use 128 registers before it spills
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kFlatTile = 65536;  // elements of an unbroken matrix per block
-constexpr int64_t kTensorTileRows = 64, kTensorTileCols = 1024;
+// Blocks per SM, at least, and loads of a thread before it needs the first: an SM needs 30 to 40 KB
+// on their way to keep its share of HBM busy, and half of the warps compute at any time.
+constexpr int kTensorBlocksPerSm = 3, kTensorLoads = 8;
+constexpr int kSlicesBlocksPerSm = 2, kSlicesLoads = 8;
+constexpr int kFinishThreads = 1024;  // one block adds all tiles of a matrix
+constexpr int64_t kFlatTile = 32768;  // elements of an unbroken matrix per block
+constexpr int64_t kTensorTileRows = 16, kTensorTileCols = 2048;
 constexpr int64_t kTileRows = 256;
-constexpr int kLoadsInFlight = 8;  // packs a thread asks for before it needs the first
 static_assert(kTensorTileRows * kTensorTileCols == kFlatTile, "both bound a thread's chain");
 
 struct Entry {
@@ -63,54 +66,152 @@ __device__ inline TileRange range_of(const Entry& e, int64_t tile) {
   return r;
 }
 
-template <class G, class R, int K, int N>
-struct Loaded {
-  float g[N];
-  float refs[K > 0 ? K : 1][N];
+// Where a thread reads next in the gradient and its references, in steps of whole packs.
+template <class G, class R, int K>
+struct Cursor {
+  static constexpr int kRefs = K > 0 ? K : 1;
+  const G* grad;
+  const R* refs[kRefs];
+  int64_t grad_step, ref_steps[kRefs];  // elements
 
-  __device__ void read(const Entry& e, int64_t row, int64_t col, int64_t left) {
-    const G* grad = static_cast<const G*>(e.task.grad) + row * e.task.grad_stride + col;
-    const bool whole = e.aligned && left >= N;
-    if (whole) load_pack(grad, g); else load_first(grad, left, g);
+  // Steps of `rows` rows and `cols` columns.
+  __device__ Cursor(const MomentsTask& task, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+    grad = static_cast<const G*>(task.grad) + row * task.grad_stride + col;
+    grad_step = rows * task.grad_stride + cols;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      const R* ref = static_cast<const R*>(e.task.refs[k]) + row * e.task.ref_strides[k] + col;
-      if (whole) load_pack(ref, refs[k]); else load_first(ref, left, refs[k]);
+      refs[k] = static_cast<const R*>(task.refs[k]) + row * task.ref_strides[k] + col;
+      ref_steps[k] = rows * task.ref_strides[k] + cols;
     }
   }
 
-  // Adds element i to the sums of one slice.
-  __device__ void add_to(float (&sums)[2 + K], int i, uint32_t mask) const {
-    const float magnitude = __uint_as_float(__float_as_uint(g[i]) & mask);
-    sums[0] += g[i];
-    sums[1] = fmaf(g[i], g[i], sums[1]);
+  __device__ void advance() {
+    grad += grad_step;
 #pragma unroll
-    for (int k = 0; k < K; ++k) sums[2 + k] = fmaf(magnitude, refs[k][i], sums[2 + k]);
+    for (int k = 0; k < K; ++k) refs[k] += ref_steps[k];
   }
 };
 
+// One pack of every matrix, as it lies in memory.
+template <class G, class R, int K, int N>
+struct Loaded {
+  RawPack<G, N> grad;
+  RawPack<R, N> refs[K > 0 ? K : 1];
+
+  template <bool kWhole>
+  __device__ void read(const Cursor<G, R, K>& at, int64_t left) {
+    grad.template load<kWhole>(at.grad, left);
+#pragma unroll
+    for (int k = 0; k < K; ++k) refs[k].template load<kWhole>(at.refs[k], left);
+  }
+};
+
+// Element i of a pack in float32.
+template <int K>
+struct Terms {
+  float g, magnitude, refs[K > 0 ? K : 1];
+
+  template <class G, class R, int N>
+  __device__ Terms(const Loaded<G, R, K, N>& from, int i, uint32_t mask) {
+    g = from.grad.at(i);
+    magnitude = __uint_as_float(__float_as_uint(g) & mask);
+#pragma unroll
+    for (int k = 0; k < K; ++k) refs[k] = from.refs[k].at(i);
+  }
+
+  // Adds the element to the sums of one slice.
+  __device__ void add_to(float (&sums)[2 + K]) const {
+    sums[0] += g;
+    sums[1] = fmaf(g, g, sums[1]);
+#pragma unroll
+    for (int k = 0; k < K; ++k) sums[2 + k] = fmaf(magnitude, refs[k], sums[2 + k]);
+  }
+};
+
+// Packs of every matrix that a thread asks for before it needs the first: enough for `kLoads`
+// loads, a power of two.
+template <class G, class R, int K, int N>
+constexpr int packs_in_flight(int kLoads) {
+  constexpr int kLoadsPerPack = RawPack<G, N>::kLoads + K * RawPack<R, N>::kLoads;
+  int packs = 1;
+  while (2 * packs * kLoadsPerPack <= kLoads) packs *= 2;
+  return packs;
+}
+
 // ---- Axis::tensor ----------------------------------------------------------------------------
+// Bytes fill 16-byte loads here: sums take no registers per element.
+template <class G, class R>
+constexpr int kTensorPack = kVectorBytes / static_cast<int>(sizeof(G) < sizeof(R) ? sizeof(G)
+                                                                                  : sizeof(R));
+
+// Adds kPacks packs. Each is summed by itself first: a thread's float32 chain is then at most 32
+// steps long, and rounding ties of 16-bit squares, which all go the same way, have no time to add
+// up.
+template <bool kWhole, int kPacks, class G, class R, int K>
+__device__ inline void add_packs(Cursor<G, R, K>& at, int64_t left, uint32_t mask,
+                                 float (&sums)[2 + K]) {
+  constexpr int N = kTensorPack<G, R>;
+  Loaded<G, R, K, N> packs[kPacks];
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    packs[p].template read<kWhole>(at, left);
+    at.advance();
+  }
+#pragma unroll
+  for (int p = 0; p < kPacks; ++p) {
+    float pack[2 + K] = {};
+#pragma unroll
+    for (int i = 0; i < N; ++i) Terms<K>(packs[p], i, mask).add_to(pack);
+#pragma unroll
+    for (int q = 0; q < 2 + K; ++q) sums[q] += pack[q];
+  }
+}
+
+// Adds `count` whole packs.
 template <class G, class R, int K>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__device__ inline void add_whole(Cursor<G, R, K>& at, int count, uint32_t mask,
+                                 float (&sums)[2 + K]) {
+  constexpr int kPacks = packs_in_flight<G, R, K, kTensorPack<G, R>>(kTensorLoads);
+#pragma unroll 1
+  for (; count >= kPacks; count -= kPacks) add_packs<true, kPacks>(at, 0, mask, sums);
+  if constexpr (kPacks > 1) {
+#pragma unroll 1
+    for (; count > 0; --count) add_packs<true, 1>(at, 0, mask, sums);
+  }
+}
+
+template <class G, class R, int K>
+__global__ void __launch_bounds__(kThreads, kTensorBlocksPerSm)
     moments_tensor(const __grid_constant__ Batch batch) {
-  constexpr int Q = 2 + K, N = kPackSize<G, R>;
+  constexpr int Q = 2 + K, N = kTensorPack<G, R>, kStep = kThreads * N;
   __shared__ double shared[kWarps * Q];
   const Entry& e = find_entry(batch, blockIdx.x);
   const int64_t tile = blockIdx.x - e.first_tile;
   const TileRange r = range_of(e, tile);
-  // Packs are summed first: a thread's float32 chain is then at most 64 steps long, and rounding
-  // ties of 16-bit squares, which all go the same way, have no time to add up.
+  const int64_t col = r.col_begin + threadIdx.x * N;
+  const int rows = static_cast<int>(r.row_end - r.row_begin);
+  const int left = static_cast<int>(r.col_end - col);  // up to the end of the tile
+  const uint32_t mask = batch.mask;
   float sums[Q] = {};
-  for (int64_t row = r.row_begin; row < r.row_end; ++row) {
-#pragma unroll kLoadsInFlight / (1 + K)
-    for (int64_t c = r.col_begin + threadIdx.x * N; c < r.col_end; c += kThreads * N) {
-      Loaded<G, R, K, N> at;
-      at.read(e, row, c, r.col_end - c);
-      float pack[Q] = {};
-#pragma unroll
-      for (int i = 0; i < N; ++i) at.add_to(pack, i, batch.mask);
-#pragma unroll
-      for (int q = 0; q < Q; ++q) sums[q] += pack[q];
+  if (rows == 1) {  // along the row
+    Cursor<G, R, K> at(e.task, r.row_begin, col, 0, kStep);
+    int done = 0;
+    if (e.aligned && left >= N) {
+      done = (left - N) / kStep + 1;
+      add_whole(at, done, mask, sums);
+    }
+#pragma unroll 1
+    for (int c = done * kStep; c < left; c += kStep) add_packs<false, 1>(at, left - c, mask, sums);
+  } else {  // down the rows, one column strip after the other
+#pragma unroll 1
+    for (int c = 0; c < left; c += kStep) {
+      Cursor<G, R, K> at(e.task, r.row_begin, col + c, 1, 0);
+      if (e.aligned && left - c >= N) {
+        add_whole(at, rows, mask, sums);
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < rows; ++i) add_packs<false, 1>(at, left - c, mask, sums);
+      }
     }
   }
   double wide[Q];
@@ -121,13 +222,15 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 template <int Q>
-__global__ void __launch_bounds__(kThreads) finish_tensor(const __grid_constant__ Batch batch) {
-  __shared__ double shared[kWarps * Q];
+__global__ void __launch_bounds__(kFinishThreads)
+    finish_tensor(const __grid_constant__ Batch batch) {
+  __shared__ double shared[kFinishThreads / kWarp * Q];
   const Entry& e = batch.entries[blockIdx.x];
   const double* partials = static_cast<const double*>(batch.workspace) + e.row_partial;
   const int64_t tiles = e.row_blocks * e.col_strips;
   double sums[Q] = {};
-  for (int64_t tile = threadIdx.x; tile < tiles; tile += kThreads) {
+#pragma unroll 4
+  for (int64_t tile = threadIdx.x; tile < tiles; tile += kFinishThreads) {
 #pragma unroll
     for (int q = 0; q < Q; ++q) sums[q] += partials[tile * Q + q];
   }
@@ -143,53 +246,83 @@ constexpr int next_power_of_two(int n) {
   return p;
 }
 
-// A tile is kTileRows rows of 32 * N columns. Lane l of every warp owns columns l * N .. l * N + N,
-// warp w owns rows w, w + 8, ...: column sums stay in registers until the tile ends, row sums
-// leave the warp at once.
+// What a warp needs to add its rows of a tile. Lane l owns columns l * N .. l * N + N of all rows;
+// row sums leave the warp at once, to `partials`, if they are wanted (else null).
+template <class G, class R, int K, int N>
+struct WarpRows {
+  static constexpr int Q = 2 + K;
+  Cursor<G, R, K> at;
+  float* partials;  // of the next row
+  int left;         // columns from the lane's first to the end of the tile
+  uint32_t mask;
+
+  // The next kRows rows, kWarps rows apart.
+  template <bool kWhole, int kRows>
+  __device__ void add(float (&columns)[N][Q]) {
+    Loaded<G, R, K, N> packs[kRows];
+#pragma unroll
+    for (int p = 0; p < kRows; ++p) {
+      packs[p].template read<kWhole>(at, left);
+      at.advance();
+    }
+    constexpr int kPadded = next_power_of_two(Q), kValues = kRows * kPadded;
+    float sums[kValues] = {};
+#pragma unroll
+    for (int p = 0; p < kRows; ++p) {
+      float row_sums[Q] = {};
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        const Terms<K> terms(packs[p], i, mask);
+        terms.add_to(row_sums);
+        terms.add_to(columns[i]);
+      }
+      // Lanes behind the end have read lane 0's columns (kWhole), which count once.
+#pragma unroll
+      for (int q = 0; q < Q; ++q) sums[p * kPadded + q] = left > 0 ? row_sums[q] : 0.0f;
+    }
+    if (partials == nullptr) return;
+    constexpr int kLanesPerValue = kWarp / kValues;
+    const float total = warp_sum_many(sums);
+    const int lane = threadIdx.x % kWarp, value = lane / kLanesPerValue, q = value % kPadded;
+    if (lane % kLanesPerValue == 0 && q < Q) {
+      partials[(value / kPadded) * kWarps * Q + q] = total;
+    }
+    partials += kRows * kWarps * Q;
+  }
+};
+
+// A tile is kTileRows rows of 32 * N columns; warp w owns rows w, w + 8, ... Column sums stay in
+// registers until the tile ends.
 template <class G, class R, int K>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kSlicesBlocksPerSm)
     moments_slices(const __grid_constant__ Batch batch) {
   constexpr int Q = 2 + K, N = kPackSize<G, R>;
-  constexpr int kRowsInFlight = K <= 2 ? 2 : 1;  // more references are enough loads by themselves
-  constexpr int kPadded = next_power_of_two(Q);
+  constexpr int kRows = packs_in_flight<G, R, K, N>(kSlicesLoads);
   __shared__ float shared[kWarps][N * kWarp];
   const Entry& e = find_entry(batch, blockIdx.x);
   const TileRange r = range_of(e, blockIdx.x - e.first_tile);
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t col = r.col_begin + lane * N;
-  const int64_t left = r.col_end - col;
-  const bool rows_wanted = has_rows(batch.axis);
-  float* partials = static_cast<float*>(batch.workspace);
-
+  const int left = static_cast<int>(r.col_end - r.col_begin) - lane * N;
+  float* const partials = static_cast<float*>(batch.workspace);
+  const bool whole = e.aligned && (r.col_end - r.col_begin) % N == 0;
+  const int64_t row = r.row_begin + warp;
+  const int64_t col = r.col_begin + (whole && left <= 0 ? 0 : lane * N);
+  WarpRows<G, R, K, N> rows{Cursor<G, R, K>(e.task, row, col, kWarps, 0), nullptr, left, batch.mask};
+  if (has_rows(batch.axis)) {
+    rows.partials = partials + e.row_partial + (r.col_strip * e.rows + row) * Q;
+  }
   float columns[N][Q] = {};
-  for (int64_t base = r.row_begin + warp; base < r.row_end; base += kRowsInFlight * kWarps) {
-    Loaded<G, R, K, N> at[kRowsInFlight] = {};
-#pragma unroll
-    for (int p = 0; p < kRowsInFlight; ++p) {
-      const int64_t row = base + p * kWarps;
-      if (row < r.row_end && left > 0) at[p].read(e, row, col, left);
+  int count = static_cast<int>(r.row_end - r.row_begin) - warp + kWarps - 1;  // of rows, * kWarps
+  if (whole) {
+#pragma unroll 1
+    for (; count >= kRows * kWarps; count -= kRows * kWarps) rows.template add<true, kRows>(columns);
+    if constexpr (kRows > 1) {
+#pragma unroll 1
+      for (; count >= kWarps; count -= kWarps) rows.template add<true, 1>(columns);
     }
-    float sums[kRowsInFlight * kPadded] = {};
-#pragma unroll
-    for (int p = 0; p < kRowsInFlight; ++p) {
-      float row_sums[Q] = {};
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        at[p].add_to(row_sums, i, batch.mask);
-        at[p].add_to(columns[i], i, batch.mask);
-      }
-#pragma unroll
-      for (int q = 0; q < Q; ++q) sums[p * kPadded + q] = row_sums[q];
-    }
-    if (!rows_wanted) continue;
-    constexpr int kValues = kRowsInFlight * kPadded, kLanesPerValue = kWarp / kValues;
-    const float total = warp_sum_many(sums);
-    const int value = lane / kLanesPerValue;
-    const int q = value % kPadded;
-    const int64_t row = base + (value / kPadded) * kWarps;
-    if (lane % kLanesPerValue == 0 && q < Q && row < r.row_end) {
-      partials[e.row_partial + (r.col_strip * e.rows + row) * Q + q] = total;
-    }
+  } else {
+#pragma unroll 1
+    for (; count >= kWarps; count -= kWarps) rows.template add<false, 1>(columns);
   }
   if (!has_columns(batch.axis)) return;
 
@@ -221,6 +354,7 @@ __global__ void __launch_bounds__(kThreads) finish_slices(const __grid_constant_
   if (has_rows(batch.axis)) {
     for (int64_t row = first; row < e.rows; row += step) {
       double sums[Q] = {};
+#pragma unroll 4
       for (int64_t strip = 0; strip < e.col_strips; ++strip) {
         const float* partial = partials + e.row_partial + (strip * e.rows + row) * Q;
 #pragma unroll
@@ -235,6 +369,7 @@ __global__ void __launch_bounds__(kThreads) finish_slices(const __grid_constant_
   if (has_columns(batch.axis)) {
     for (int64_t i = first; i < Q * e.cols; i += step) {
       double sum = 0;
+#pragma unroll 8
       for (int64_t block = 0; block < e.row_blocks; ++block) {
         sum += partials[e.col_partial + block * Q * e.cols + i];
       }
@@ -290,7 +425,8 @@ Status run_batch(const Batch& batch, void* stream) {
   if (batch.axis == Axis::tensor) {
     const Status status = launch(&moments_tensor<G, R, K>, grid, block, 0, stream, batch);
     if (!status.ok()) return status;
-    return launch(&finish_tensor<2 + K>, dim3(batch.count), block, 0, stream, batch);
+    return launch(&finish_tensor<2 + K>, dim3(batch.count), dim3(kFinishThreads), 0, stream,
+                  batch);
   }
   const Status status = launch(&moments_slices<G, R, K>, grid, block, 0, stream, batch);
   if (!status.ok()) return status;

@@ -75,6 +75,41 @@ constexpr int64_t pack_size(int64_t a, int64_t b) {
 template <class A, class B>
 constexpr int kPackSize = static_cast<int>(pack_size(sizeof(A), sizeof(B)));
 
+// N neighbouring elements as they lie in memory. They are widened one by one when they are needed, so
+// that a kernel can ask for several packs before it needs the first.
+template <class T, int N>
+struct RawPack {
+  static constexpr int kBytes = static_cast<int>(sizeof(T)) * N;
+  using Chunk = std::conditional_t<kBytes == 8, uint2, uint4>;
+  static_assert(kBytes == 8 || kBytes % kVectorBytes == 0, "a pack is whole words");
+  static constexpr int kLoads = kBytes / static_cast<int>(sizeof(Chunk));
+  using Part = Pack<T, N / kLoads>;
+  Chunk chunks[kLoads];
+
+  // kWhole: p is on a border of a chunk, and all N elements exist; else the first `left` do, and
+  // zeros stand behind them. What is read is not needed again: it leaves the caches first.
+  template <bool kWhole>
+  __device__ void load(const T* p, int64_t left) {
+#pragma unroll
+    for (int c = 0; c < kLoads; ++c) {
+      if constexpr (kWhole) {
+        chunks[c] = __ldcs(reinterpret_cast<const Chunk*>(p) + c);
+      } else {
+        Part part = {};
+#pragma unroll
+        for (int i = 0; i < N / kLoads; ++i) {
+          if (c * (N / kLoads) + i < left) part.v[i] = p[c * (N / kLoads) + i];
+        }
+        chunks[c] = reinterpret_cast<const Chunk&>(part);
+      }
+    }
+  }
+
+  __device__ float at(int i) const {
+    return widen(reinterpret_cast<const Part&>(chunks[i / (N / kLoads)]).v[i % (N / kLoads)]);
+  }
+};
+
 // Reads N elements as float32. What is read for the last time (kLast) leaves the caches first.
 template <class T, int N, bool kLast = true>
 __device__ inline void load_pack(const T* p, float (&out)[N]) {
