@@ -19,7 +19,9 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 // Blocks per SM, at least, and loads of a thread before it needs the first: an SM needs 30 to 40 KB
 // on their way to keep its share of HBM busy, and half of the warps compute at any time.
-constexpr int kTensorBlocksPerSm = 3, kTensorLoads = 8;
+constexpr int kTensorLoads = 8;
+template <int K>
+constexpr int kTensorBlocksPerSm = K == 3 ? 2 : 3;  // eight loads of three references need registers
 constexpr int kSlicesBlocksPerSm = 2, kSlicesLoads = 8;
 constexpr int kFinishThreads = 1024;  // one block adds all tiles of a matrix
 constexpr int64_t kFlatTile = 32768;  // elements of an unbroken matrix per block
@@ -181,7 +183,7 @@ __device__ inline void add_whole(Cursor<G, R, K>& at, int count, uint32_t mask,
 }
 
 template <class G, class R, int K>
-__global__ void __launch_bounds__(kThreads, kTensorBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kTensorBlocksPerSm<K>)
     moments_tensor(const __grid_constant__ Batch batch) {
   constexpr int Q = 2 + K, N = kTensorPack<G, R>, kStep = kThreads * N;
   __shared__ double shared[kWarps * Q];

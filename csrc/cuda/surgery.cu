@@ -82,7 +82,7 @@ __device__ inline void sum_tile(const SurgeryTask& task, const Span& s,
       float word[kSurgerySums] = {};
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const float x = widen(u[j].v[n]), y = widen(a[j].v[n]);
+        const float x = widen_at(u[j], n), y = widen_at(a[j], n);
         word[kDot] = fmaf(x, y, word[kDot]);
         word[kSqUser] = fmaf(x, x, word[kSqUser]);
         word[kSqAlign] = fmaf(y, y, word[kSqAlign]);
@@ -156,11 +156,12 @@ __device__ inline void merge_tile(const SurgeryTask& task, const Span& s, float 
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
       const int64_t i = base + j * kStep;
+      float merged[N];
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        u[j].v[n] = narrow<T>(fmaf(coefficient, widen(a[j].v[n]), widen(u[j].v[n])));
+        merged[n] = fmaf(coefficient, widen_at(a[j], n), widen_at(u[j], n));
       }
-      store_word<kWhole>(user + i, s.end - i, u[j]);
+      store_word<kWhole>(user + i, s.end - i, narrow_pack<T, N>(merged));
     }
   }
 }

@@ -97,21 +97,22 @@ __device__ inline void update_tile(const SurgeryAdamwTask& task, int64_t begin, 
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
       const int64_t i = base + j * kStep;
+      float params[N], means[N], squares[N];
 #pragma unroll
       for (int n = 0; n < N; ++n) {
-        const float g = fmaf(coefficient, widen(a[j].v[n]), widen(u[j].v[n]));
-        const float first = widen(m[j].v[n]);
+        const float g = fmaf(coefficient, widen_at(a[j], n), widen_at(u[j], n));
+        const float first = widen_at(m[j], n);
         const float mean = fmaf(s.rate1, g - first, first);
-        const float square = fmaf(s.rate2, g * g, s.beta2 * widen(v[j].v[n]));
+        const float square = fmaf(s.rate2, g * g, s.beta2 * widen_at(v[j], n));
         const float denominator = fmaf(sqrtf(square), s.inv_sqrt, s.eps);
-        const float decayed = widen(p[j].v[n]) * s.decay;
-        p[j].v[n] = narrow<T>(fmaf(-s.step_size, mean / denominator, decayed));
-        m[j].v[n] = narrow<T>(mean);
-        v[j].v[n] = narrow<T>(square);
+        const float decayed = widen_at(p[j], n) * s.decay;
+        params[n] = fmaf(-s.step_size, mean / denominator, decayed);
+        means[n] = mean;
+        squares[n] = square;
       }
-      store_word<kWhole>(param + i, end - i, p[j]);
-      store_word<kWhole>(exp_avg + i, end - i, m[j]);
-      store_word<kWhole>(exp_avg_sq + i, end - i, v[j]);
+      store_word<kWhole>(param + i, end - i, narrow_pack<T, N>(params));
+      store_word<kWhole>(exp_avg + i, end - i, narrow_pack<T, N>(means));
+      store_word<kWhole>(exp_avg_sq + i, end - i, narrow_pack<T, N>(squares));
     }
   }
 }

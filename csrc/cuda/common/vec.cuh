@@ -64,6 +64,51 @@ struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T v[N];
 };
 
+// Element i in float32. Of bfloat16 taken from its 32-bit word: one instruction each, not two.
+template <class T, int N>
+__device__ inline float widen_at(const Pack<T, N>& pack, int i) {
+  if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+    const uint32_t word = reinterpret_cast<const uint32_t*>(&pack)[i / 2];
+    return __uint_as_float(i % 2 == 0 ? word << 16 : word & 0xffff0000u);
+  } else {
+    return widen(pack.v[i]);
+  }
+}
+
+// Two numbers, rounded, as one word: the first in its low half.
+template <class T>
+__device__ inline uint32_t narrow_two(float low, float high) {
+#if defined(GRADSAFE_EMULATE)
+  return uint32_t{narrow<T>(low).bits} | uint32_t{narrow<T>(high).bits} << 16;
+#else
+  uint32_t word;
+  if constexpr (std::is_same_v<T, bf16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+  }
+  return word;
+#endif
+}
+
+// N numbers, from `first` on, rounded to their type.
+template <class T, int N, int M>
+__device__ inline Pack<T, N> narrow_pack(const float (&values)[M], int first = 0) {
+  Pack<T, N> pack;
+  if constexpr (sizeof(T) == 2) {
+    static_assert(N % 2 == 0, "16-bit types are rounded in pairs");
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      reinterpret_cast<uint32_t*>(&pack)[i / 2] =
+          narrow_two<T>(values[first + i], values[first + i + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) pack.v[i] = narrow<T>(values[first + i]);
+  }
+  return pack;
+}
+
 constexpr int kVectorBytes = 16;
 
 // Elements per step so that the narrower of two types fills one 16-byte load; of bytes only eight,
@@ -106,7 +151,7 @@ struct RawPack {
   }
 
   __device__ float at(int i) const {
-    return widen(reinterpret_cast<const Part&>(chunks[i / (N / kLoads)]).v[i % (N / kLoads)]);
+    return widen_at(reinterpret_cast<const Part&>(chunks[i / (N / kLoads)]), i % (N / kLoads));
   }
 };
 
@@ -136,11 +181,8 @@ __device__ inline void store_pack(T* p, const float (&values)[N]) {
   constexpr int kPerWord = N / kWords;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
-    uint4 word;
-    Pack<T, kPerWord>& pack = reinterpret_cast<Pack<T, kPerWord>&>(word);
-#pragma unroll
-    for (int i = 0; i < kPerWord; ++i) pack.v[i] = narrow<T>(values[w * kPerWord + i]);
-    __stcs(reinterpret_cast<uint4*>(p) + w, word);
+    const Pack<T, kPerWord> pack = narrow_pack<T, kPerWord>(values, w * kPerWord);
+    __stcs(reinterpret_cast<uint4*>(p) + w, reinterpret_cast<const uint4&>(pack));
   }
 }
 
