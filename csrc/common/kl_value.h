@@ -35,8 +35,11 @@ GRADSAFE_HOST_DEVICE inline Float moved_cross(Float cross, Float factor) {
 
 // sum p_t (log p_t - log p_s) = cross / Z_t + logsumexp(s) - logsumexp(t). Equal rows give exactly
 // 0; rounding may push a tiny value below 0, where no divergence is.
-GRADSAFE_HOST_DEVICE inline float kl_value(const KlMaxima& maxima, const KlSums& sums) {
-  const double shift = static_cast<double>(maxima.student) - static_cast<double>(maxima.teacher);
+// Maxima are in multiples of `unit`.
+GRADSAFE_HOST_DEVICE inline float kl_value(const KlMaxima& maxima, const KlSums& sums,
+                                           double unit = 1.0) {
+  const double shift =
+      unit * (static_cast<double>(maxima.student) - static_cast<double>(maxima.teacher));
   const double value = sums.cross / sums.teacher + (shift + log(sums.student / sums.teacher));
   return static_cast<float>(value < 0 ? 0.0 : value);
 }

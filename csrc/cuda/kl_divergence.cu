@@ -1,13 +1,21 @@
-// kl_divergence: one block per row of logits, two reads of the row.
+// kl_divergence: one block per row of logits, and one read of the row from HBM.
 //
-// The first read finds maxima and sums together: every thread keeps sums relative to the largest
-// logits it has met and moves them when a larger one comes. The block brings them to common maxima
-// and adds them in a fixed order in float64. The second read, which mostly hits L2, writes the
-// gradient. Which thread owns which columns depends on the dtypes and the vocabulary only, so a
-// result depends neither on alignment nor on the number of blocks.
+// Pass 1 finds maxima and sums together: every thread keeps sums relative to a reference near the
+// largest logits it has met, and moves them when a much larger one comes. The block brings them to
+// common references and adds them in a fixed order in float64. Pass 2 writes the gradient.
+//
+// A row is a sequence of chunks, in which every thread owns one pack of either side; which columns it
+// owns depends on the dtypes and the vocabulary only, so a result depends neither on alignment nor
+// on the device. Rows on 16-byte borders (kl_ring) pass through a ring of chunks in shared memory,
+// filled by cp.async; a thread reads back only what it copied itself. Pass 1 frees the first chunks
+// of a long row and keeps the rest; pass 2 takes the kept ones first, meanwhile loads the others
+// again, and as its chunks become free, the next row moves in behind. Other rows (kl_rows) are read
+// twice.
 #include <algorithm>
 
 #include "../common/kl_value.h"
+#include "common/async_copy.cuh"
+#include "common/device_limits.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "gradsafe/kl_divergence.h"
@@ -16,83 +24,99 @@ namespace gradsafe {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int kBlocksPerSm = 2;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kPacksInFlight = 2;  // of each side
-constexpr int64_t kMaxBlocks = 16384;  // further rows are taken in turns
+constexpr int kBlocksPerSm = 2;  // of kl_rows
+constexpr int64_t kMaxBlocks = 16384;  // of kl_rows; further rows are taken in turns
+// Chunks of a ring: the most of these that the device's shared memory holds.
+constexpr int kRings = 4;
+constexpr int ring_size(int index) {
+  constexpr int kSizes[kRings] = {14, 9, 6, 4};
+  return kSizes[index];
+}
+// Chunks of a row that a ring does not keep for pass 2: room for loads while the block adds its sums.
+constexpr int kRoom = 2;
 
 struct Call {
   KlProblem problem;
-  bool student_aligned, teacher_aligned;  // every row starts on a 16-byte border
+  int32_t ring;  // chunks
 };
 
-// N neighbouring logits; -inf behind the end of the row, which adds nothing.
-template <bool kLast, class T, int N>
-__device__ inline void read_logits(const T* row, int64_t col, int64_t end, bool aligned,
-                                   float (&out)[N]) {
-  if (aligned && end - col >= N) {
-    load_pack<T, N, kLast>(row + col, out);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < N; ++i) out[i] = col + i < end ? widen(row[col + i]) : -INFINITY;
-}
+// Exponentials relative to a reference. Of 16-bit logits by the hardware's power of 2, within 2 ulp,
+// what underflows being 0; references are then in units of log 2, so that one fused operation gives
+// the exponent. (Logits below -2.3e38 count as -inf there.)
+template <bool kFast>
+struct Exponential {
+  static constexpr double kUnit = kFast ? 0.69314718055994531 : 1.0;
+  static constexpr float kLog2E = 1.44269504f;
+  // References may lie so far below the largest logit: a vocabulary of exp(16) has a finite sum.
+  static constexpr float kSlack = kFast ? 23.0f : 16.0f;
 
-template <class T, int N>
-__device__ inline void write_logits(T* row, int64_t col, int64_t end, bool aligned,
-                                    const float (&values)[N]) {
-  if (aligned && end - col >= N) {
-    store_pack(row + col, values);
-    return;
+  // 2^x or exp(x).
+  __device__ static float power(float x) {
+#if defined(GRADSAFE_EMULATE)
+    return kFast ? exp2f(x) : expf(x);
+#else
+    if constexpr (!kFast) return expf(x);
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#endif
   }
-#pragma unroll
-  for (int i = 0; i < N; ++i) {
-    if (col + i < end) row[col + i] = narrow<T>(values[i]);
+  __device__ static float reference(float logit) { return kFast ? logit * kLog2E : logit; }
+  __device__ static float of(float logit, float reference) {
+    return power(kFast ? fmaf(logit, kLog2E, -reference) : logit - reference);
   }
-}
+};
 
-// Sums of one thread, relative to the largest logits it has met.
+// Sums of one thread, relative to its references.
+template <bool kFast>
 struct Running {
-  KlMaxima maxima{kLowestLogit, kLowestLogit};
+  using Exp = Exponential<kFast>;
+  KlMaxima references{kLowestLogit, kLowestLogit};
   float student = 0, teacher = 0, cross = 0;
 
   __device__ void move_to(const KlMaxima& larger) {
-    student *= expf(maxima.student - larger.student);
-    const float factor = expf(maxima.teacher - larger.teacher);
+    student *= Exp::power(references.student - larger.student);
+    const float factor = Exp::power(references.teacher - larger.teacher);
     teacher *= factor;
     cross = moved_cross(cross, factor);
-    maxima = larger;
+    references = larger;
   }
 
+  // N columns; behind the end of the row stands -inf, which adds nothing.
   // fmaxf passes NaN over; the exponentials then carry it into the sums.
-  template <int M, int N>
-  __device__ void add(const float (&s)[M][N], const float (&t)[M][N]) {
-    KlMaxima larger = maxima;
+  template <int N>
+  __device__ void add(const float (&s)[N], const float (&t)[N]) {
+    float largest_s = s[0], largest_t = t[0];
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
+    for (int i = 1; i < N; ++i) {
+      largest_s = fmaxf(largest_s, s[i]);
+      largest_t = fmaxf(largest_t, t[i]);
+    }
+    const float wanted_s = Exp::reference(largest_s), wanted_t = Exp::reference(largest_t);
+    if (wanted_s > references.student + Exp::kSlack || wanted_t > references.teacher + Exp::kSlack) {
+      move_to({fmaxf(references.student, wanted_s), fmaxf(references.teacher, wanted_t)});
+    }
+    // Packs are summed first, which keeps the thread's float32 chain short.
+    float e[N], pack_student = 0, pack_teacher = 0, pack_cross = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      e[i] = Exp::of(t[i], references.teacher);
+      pack_student += Exp::of(s[i], references.student);
+      pack_teacher += e[i];
+      pack_cross = fmaf(e[i], t[i] - s[i], pack_cross);
+    }
+    if (!(fabsf(pack_cross) < INFINITY)) {
+      // 0 * (-inf - s) and 0 * (t + inf) are 0 here: what has no probability has no share.
+      pack_cross = 0;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        larger.student = fmaxf(larger.student, s[m][i]);
-        larger.teacher = fmaxf(larger.teacher, t[m][i]);
+        pack_cross = e[i] == 0.0f ? pack_cross : fmaf(e[i], t[i] - s[i], pack_cross);
       }
     }
-    if (larger.student > maxima.student || larger.teacher > maxima.teacher) move_to(larger);
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-      // Packs are summed first, which keeps the thread's float32 chain short.
-      float pack_student = 0, pack_teacher = 0, pack_cross = 0;
-#pragma unroll
-      for (int i = 0; i < N; ++i) {
-        const float e = expf(t[m][i] - maxima.teacher);
-        pack_student += expf(s[m][i] - maxima.student);
-        pack_teacher += e;
-        // 0 * (-inf - s) and 0 * (t + inf) are 0 here: what has no probability has no share.
-        pack_cross += e == 0.0f ? 0.0f : e * (t[m][i] - s[m][i]);
-      }
-      student += pack_student;
-      teacher += pack_teacher;
-      cross += pack_cross;
-    }
+    student += pack_student;
+    teacher += pack_teacher;
+    cross += pack_cross;
   }
 };
 
@@ -104,74 +128,321 @@ __device__ inline float warp_max(float value) {
   return value;
 }
 
-// The block's maxima, for every thread. `shared` holds two floats per warp.
-__device__ inline KlMaxima block_maxima(const KlMaxima& own, float* shared) {
-  const float student = warp_max(own.student), teacher = warp_max(own.teacher);
-  const int warp = threadIdx.x / kWarp;
-  if (threadIdx.x % kWarp == 0) {
-    shared[warp] = student;
-    shared[kWarps + warp] = teacher;
+struct WarpSums {
+  double student, teacher, cross;
+  float student_reference, teacher_reference;
+};
+
+// Of a row; the same in every thread.
+struct RowTotals {
+  KlMaxima references;
+  KlSums sums;
+};
+
+// The block's sums. `shared` holds one entry per warp; two rows in a row need two of them, since
+// nothing but the barrier in here keeps a fast warp from writing while a slow one reads.
+template <bool kFast>
+__device__ inline RowTotals block_totals(Running<kFast> own, WarpSums* shared) {
+  using Exp = Exponential<kFast>;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  own.move_to({warp_max(own.references.student), warp_max(own.references.teacher)});
+  const double student = warp_sum(own.student), teacher = warp_sum(own.teacher);
+  const double cross = warp_sum(own.cross);
+  if (lane == 0) {
+    shared[warp] = {student, teacher, cross, own.references.student, own.references.teacher};
   }
   __syncthreads();
-  KlMaxima all = own;
-#pragma unroll
-  for (int w = 0; w < kWarps; ++w) {
-    all.student = fmaxf(all.student, shared[w]);
-    all.teacher = fmaxf(all.teacher, shared[kWarps + w]);
+  static_assert(kWarps <= kWarp, "a lane per warp");
+  const WarpSums mine = shared[lane % kWarps];
+  RowTotals totals;
+  totals.references = {warp_max(mine.student_reference), warp_max(mine.teacher_reference)};
+  const bool counts = lane < kWarps;
+  const double student_factor = Exp::power(mine.student_reference - totals.references.student);
+  const double teacher_factor = Exp::power(mine.teacher_reference - totals.references.teacher);
+  totals.sums.student = warp_sum(counts ? mine.student * student_factor : 0.0);
+  totals.sums.teacher = warp_sum(counts ? mine.teacher * teacher_factor : 0.0);
+  totals.sums.cross = warp_sum(counts ? moved_cross(mine.cross, teacher_factor) : 0.0);
+  return totals;
+}
+
+// The gradient of one row.
+template <bool kFast>
+struct Gradient {
+  using Exp = Exponential<kFast>;
+  KlMaxima references;
+  float student_scale, teacher_scale;
+  bool nothing;  // weight 0 gives +0, whatever the logits hold
+
+  __device__ Gradient(const RowTotals& totals, float weight) : references(totals.references) {
+    student_scale = static_cast<float>(weight / totals.sums.student);
+    teacher_scale = static_cast<float>(weight / totals.sums.teacher);
+    nothing = weight == 0.0f;
   }
-  return all;
+
+  // s becomes the gradient.
+  template <int N>
+  __device__ void of(float (&s)[N], const float (&t)[N]) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      // Never fused: equal logits must give exactly 0.
+      const float target = __fmul_rn(Exp::of(t[i], references.teacher), teacher_scale);
+      s[i] = __fmul_rn(Exp::of(s[i], references.student), student_scale) - target;
+    }
+    if (nothing) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) s[i] = 0.0f;
+    }
+  }
+};
+
+// A thread's columns of one chunk. kWhole: all N of them exist, else the first `left` do.
+template <class S, class T>
+struct Packs {
+  static constexpr int N = kPackSize<S, T>;
+  RawPack<S, N> student;
+  RawPack<T, N> teacher;
+
+  template <bool kWhole>
+  __device__ void widen_to(float (&s)[N], float (&t)[N], int left) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      s[i] = kWhole || i < left ? student.at(i) : -INFINITY;
+      t[i] = kWhole || i < left ? teacher.at(i) : -INFINITY;
+    }
+  }
+};
+
+template <bool kWhole, class T, int N>
+__device__ inline void store_gradient(T* to, const float (&values)[N], int left) {
+  if constexpr (kWhole) {
+    store_pack(to, values);
+  } else {
+    const Pack<T, N> rounded = narrow_pack<T, N>(values);
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      if (i < left) to[i] = rounded.v[i];
+    }
+  }
 }
 
 template <class S, class T>
+constexpr bool kFastExp = sizeof(S) == 2 && sizeof(T) == 2;
+
+// ---- rows on any border: read twice ----------------------------------------------------------
+template <class S, class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     kl_rows(const __grid_constant__ Call call) {
-  constexpr int N = kPackSize<S, T>;
-  constexpr int64_t kStep = kThreads * N;
-  __shared__ float maxima_shared[2 * kWarps];
-  __shared__ double sums_shared[3 * kWarps];
-  __shared__ double totals[3];
+  constexpr int N = kPackSize<S, T>, kStep = kThreads * N;
+  constexpr bool kFast = kFastExp<S, T>;
+  __shared__ WarpSums shared[2][kWarps];
   const KlProblem& p = call.problem;
-  const int64_t end = p.vocabulary;
-
-  // A row's barriers also separate its shared memory from the next row's.
-  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
+  int turn = 0;
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, turn ^= 1) {
     const S* student = static_cast<const S*>(p.student) + row * p.student_stride;
     const T* teacher = static_cast<const T*>(p.teacher) + row * p.teacher_stride;
-    Running own;
-    for (int64_t col = threadIdx.x * N; col < end; col += kPacksInFlight * kStep) {
-      float s[kPacksInFlight][N], t[kPacksInFlight][N];
-#pragma unroll
-      for (int m = 0; m < kPacksInFlight; ++m) {
-        read_logits<false>(student, col + m * kStep, end, call.student_aligned, s[m]);
-        read_logits<false>(teacher, col + m * kStep, end, call.teacher_aligned, t[m]);
-      }
+    float s[N], t[N];
+    const auto read = [&](int64_t col, int left) {
+      Packs<S, T> packs;
+      packs.student.template load<false>(student + col, left);
+      packs.teacher.template load<false>(teacher + col, left);
+      packs.template widen_to<false>(s, t, left);
+    };
+    Running<kFast> own;
+    for (int64_t col = threadIdx.x * N; col < p.vocabulary; col += kStep) {
+      read(col, static_cast<int>(min(p.vocabulary - col, int64_t{N})));
       own.add(s, t);
     }
-    const KlMaxima maxima = block_maxima(own.maxima, maxima_shared);
-    own.move_to(maxima);
-    const double sums[3] = {own.student, own.teacher, own.cross};
-    block_sum_to(sums, sums_shared, totals);
-    __syncthreads();
-    if (threadIdx.x == 0) p.out[row] = kl_value(maxima, {totals[0], totals[1], totals[2]});
+    const RowTotals totals = block_totals(own, shared[turn]);
+    if (threadIdx.x == kThreads - 1) {
+      p.out[row] = kl_value(totals.references, totals.sums, Exponential<kFast>::kUnit);
+    }
     if (p.gradient == nullptr) continue;
+    const Gradient<kFast> gradient(totals, p.weight[row]);
+    S* const out = static_cast<S*>(p.gradient) + row * p.student_stride;
+    for (int64_t col = threadIdx.x * N; col < p.vocabulary; col += kStep) {
+      const int left = static_cast<int>(min(p.vocabulary - col, int64_t{N}));
+      read(col, left);
+      gradient.of(s, t);
+      store_gradient<false>(out + col, s, left);
+    }
+  }
+}
 
-    const float weight = p.weight[row];
-    const float student_scale = static_cast<float>(1.0 / totals[0]);
-    const float teacher_scale = static_cast<float>(1.0 / totals[1]);
-    S* gradient = static_cast<S*>(p.gradient) + row * p.student_stride;
-    for (int64_t col = threadIdx.x * N; col < end; col += kStep) {
-      float s[N] = {}, t[N];
-      if (weight != 0.0f) {  // 0 gives +0, whatever the logits hold
-        read_logits<true>(student, col, end, call.student_aligned, s);
-        read_logits<true>(teacher, col, end, call.teacher_aligned, t);
-#pragma unroll
-        for (int i = 0; i < N; ++i) {
-          // Never fused: equal logits must give exactly 0.
-          const float target = __fmul_rn(expf(t[i] - maxima.teacher), teacher_scale);
-          s[i] = weight * (__fmul_rn(expf(s[i] - maxima.student), student_scale) - target);
-        }
+// ---- rows on 16-byte borders: a ring of chunks -----------------------------------------------
+// How a row passes through the ring.
+struct Plan {
+  int chunks, whole;  // of a row: all; those without a ragged end
+  int kept, again;    // chunks that stay for pass 2; those before them, which are loaded again
+};
+
+// A thread's place in the slots of the ring. A slot holds one chunk: packs of the student, one per
+// thread, then those of the teacher.
+template <class S, class T>
+struct Place {
+  using Student = RawPack<S, kPackSize<S, T>>;
+  using Teacher = RawPack<T, kPackSize<S, T>>;
+  static constexpr int kSlotBytes = kThreads * static_cast<int>(sizeof(Student) + sizeof(Teacher));
+  unsigned char *begin, *end;  // the thread's Student in the first slot, and behind the last
+  unsigned char* at;
+
+  __device__ Place(unsigned char* ring, int slots)
+      : begin(ring + threadIdx.x * sizeof(Student)), end(begin + slots * kSlotBytes), at(begin) {}
+  __device__ void next() {
+    at += kSlotBytes;
+    if (at == end) at = begin;
+  }
+  __device__ Student* student() const { return reinterpret_cast<Student*>(at); }
+  __device__ Teacher* teacher() const {
+    // The teacher's packs may be larger than the student's.
+    const int offset = kThreads * static_cast<int>(sizeof(Student)) +
+                       static_cast<int>(threadIdx.x) *
+                           (static_cast<int>(sizeof(Teacher)) - static_cast<int>(sizeof(Student)));
+    return reinterpret_cast<Teacher*>(at + offset);
+  }
+  __device__ Packs<S, T> packs() const { return {*student(), *teacher()}; }
+};
+
+// Starts the block's loads in the order in which they enter the ring: row after row all chunks,
+// then, the latest first, those that pass 1 has freed. Each call ends one group of cp.async.
+template <class S, class T>
+struct Loader {
+  static constexpr int N = kPackSize<S, T>, kStep = kThreads * N;
+  const KlProblem& p;
+  const Plan plan;
+  Place<S, T> place;
+  int64_t row;
+  int next = 0;  // of this row's loads
+  const S* student;  // where the thread's part of the row begins
+  const T* teacher;
+
+  __device__ Loader(const KlProblem& problem, const Plan& row_plan, const Place<S, T>& first)
+      : p(problem), plan(row_plan), place(first), row(blockIdx.x) {
+    begin_row();
+  }
+
+  __device__ void begin_row() {
+    student = static_cast<const S*>(p.student) + row * p.student_stride + threadIdx.x * N;
+    teacher = static_cast<const T*>(p.teacher) + row * p.teacher_stride + threadIdx.x * N;
+  }
+
+  __device__ void start() {
+    if (row < p.rows) {
+      const int chunk = next < plan.chunks ? next : plan.chunks + plan.again - 1 - next;
+      const int64_t first = int64_t{chunk} * kStep;
+      if (chunk < plan.whole) {
+        copy<true>(place.student(), student + first, N);
+        copy<true>(place.teacher(), teacher + first, N);
+      } else {
+        const int left = static_cast<int>(p.vocabulary - first) - static_cast<int>(threadIdx.x) * N;
+        copy<false>(place.student(), student + first, left);
+        copy<false>(place.teacher(), teacher + first, left);
       }
-      write_logits(gradient, col, end, call.student_aligned, s);
+      place.next();
+      if (++next == plan.chunks + plan.again) {
+        next = 0;
+        row += gridDim.x;
+        begin_row();
+      }
+    }
+    cp_async_commit();
+  }
+
+  template <bool kWhole, class E>
+  __device__ static void copy(RawPack<E, N>* to, const E* from, int left) {
+    constexpr int kPart = kVectorBytes / static_cast<int>(sizeof(E));
+#pragma unroll
+    for (int c = 0; c < RawPack<E, N>::kLoads; ++c) {
+      if constexpr (kWhole) {
+        cp_async16(&to->chunks[c], from + c * kPart);
+      } else {
+        const int valid = min(left - c * kPart, kPart) * static_cast<int>(sizeof(E));
+        if (valid > 0) cp_async16(&to->chunks[c], from + c * kPart, valid);
+      }
+    }
+  }
+};
+
+// Waits for the load that was started `ring` groups ago.
+template <int kIndex = 0>
+__device__ inline void wait_for_oldest(int ring) {
+  if constexpr (kIndex + 1 == kRings) {
+    cp_async_wait<ring_size(kIndex) - 1>();
+  } else {
+    if (ring == ring_size(kIndex)) cp_async_wait<ring_size(kIndex) - 1>();
+    else wait_for_oldest<kIndex + 1>(ring);
+  }
+}
+
+template <class S, class T>
+__global__ void __launch_bounds__(kThreads) kl_ring(const __grid_constant__ Call call) {
+  constexpr int N = kPackSize<S, T>, kStep = kThreads * N;
+  constexpr bool kFast = kFastExp<S, T>;
+  GRADSAFE_DYNAMIC_SHARED(unsigned char, slots);
+  __shared__ WarpSums shared[2][kWarps];
+  const KlProblem& p = call.problem;
+  const int ring = call.ring;
+  const bool wanted = p.gradient != nullptr;
+  Plan plan;
+  plan.chunks = static_cast<int>((p.vocabulary + kStep - 1) / kStep);
+  plan.whole = static_cast<int>(p.vocabulary / kStep);
+  plan.kept = wanted ? min(plan.chunks, ring - kRoom) : 0;
+  plan.again = wanted ? plan.chunks - plan.kept : 0;
+
+  // Every step waits, works on one chunk, and starts one load or none: a load is needed `ring` or
+  // more steps after it was started. Slots become free in the order in which they were filled.
+  Place<S, T> met(slots, ring);  // the slot of the next chunk to be met for the first time
+  Loader<S, T> loader(p, plan, met);
+  for (int i = 0; i < ring; ++i) loader.start();
+  Place<S, T> held = met;  // the slot that becomes free next
+  int turn = 0;
+  float s[N], t[N];
+  const auto left_of = [&](int chunk) {
+    return static_cast<int>(p.vocabulary - int64_t{chunk} * kStep) -
+           static_cast<int>(threadIdx.x) * N;
+  };
+
+  for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x, turn ^= 1) {
+    Running<kFast> own;
+    for (int chunk = 0; chunk < plan.chunks; ++chunk) {
+      wait_for_oldest(ring);
+      if (chunk < plan.whole) {
+        met.packs().template widen_to<true>(s, t, N);
+        own.add(s, t);
+      } else if (const int left = left_of(chunk); left > 0) {
+        met.packs().template widen_to<false>(s, t, left);
+        own.add(s, t);
+      }
+      met.next();
+      if (chunk < plan.chunks - plan.kept) {
+        held.next();
+        loader.start();
+      } else {
+        cp_async_commit();
+      }
+    }
+    const RowTotals totals = block_totals(own, shared[turn]);
+    if (threadIdx.x == kThreads - 1) {
+      p.out[row] = kl_value(totals.references, totals.sums, Exponential<kFast>::kUnit);
+    }
+    if (!wanted) continue;
+
+    const Gradient<kFast> gradient(totals, p.weight[row]);
+    S* const out = static_cast<S*>(p.gradient) + row * p.student_stride + threadIdx.x * N;
+    for (int step = 0; step < plan.chunks; ++step) {
+      const int chunk = step < plan.kept ? plan.again + step : plan.chunks - 1 - step;
+      wait_for_oldest(ring);
+      if (chunk < plan.whole) {
+        held.packs().template widen_to<true>(s, t, N);
+        gradient.of(s, t);
+        store_gradient<true>(out + int64_t{chunk} * kStep, s, N);
+      } else if (const int left = left_of(chunk); left > 0) {
+        held.packs().template widen_to<false>(s, t, left);
+        gradient.of(s, t);
+        store_gradient<false>(out + int64_t{chunk} * kStep, s, left);
+      }
+      if (step >= plan.kept) met.next();
+      held.next();
+      loader.start();
     }
   }
 }
@@ -184,16 +455,26 @@ bool starts_aligned(const void* data, int64_t stride, int64_t rows, DType dtype)
 
 using Kernel = void (*)(Call);
 
+struct Kernels {
+  Kernel rows, ring;
+  int64_t chunk_bytes;  // of shared memory
+};
+
+template <class S, class T>
+Kernels kernels() {
+  return {&kl_rows<S, T>, &kl_ring<S, T>, Place<S, T>::kSlotBytes};
+}
+
 template <class S>
-Kernel choose_teacher(DType dtype) {
+Kernels choose_teacher(DType dtype) {
   switch (dtype) {
-    case DType::f32: return &kl_rows<S, float>;
-    case DType::bf16: return &kl_rows<S, bf16>;
-    default: return &kl_rows<S, f16>;
+    case DType::f32: return kernels<S, float>();
+    case DType::bf16: return kernels<S, bf16>();
+    default: return kernels<S, f16>();
   }
 }
 
-Kernel choose(const KlProblem& p) {
+Kernels choose(const KlProblem& p) {
   switch (p.student_dtype) {
     case DType::f32: return choose_teacher<float>(p.teacher_dtype);
     case DType::bf16: return choose_teacher<bf16>(p.teacher_dtype);
@@ -201,15 +482,34 @@ Kernel choose(const KlProblem& p) {
   }
 }
 
+int32_t largest_ring(int64_t chunk_bytes, int64_t shared_bytes) {
+  for (int i = 0; i < kRings; ++i) {
+    if (ring_size(i) * chunk_bytes <= shared_bytes) return ring_size(i);
+  }
+  return 0;
+}
+
 }  // namespace
 
 Status kl_divergence_cuda(const KlProblem& p, void* stream) {
   Call call{};
   call.problem = p;
-  call.student_aligned = starts_aligned(p.student, p.student_stride, p.rows, p.student_dtype);
-  call.teacher_aligned = starts_aligned(p.teacher, p.teacher_stride, p.rows, p.teacher_dtype);
+  const Kernels kernels = choose(p);
+  if (starts_aligned(p.student, p.student_stride, p.rows, p.student_dtype) &&
+      starts_aligned(p.teacher, p.teacher_stride, p.rows, p.teacher_dtype)) {
+    DeviceLimits limits;
+    const Status status = device_limits(limits);
+    if (!status.ok()) return status;
+    const int64_t fixed = 2 * kWarps * static_cast<int64_t>(sizeof(WarpSums));
+    call.ring = largest_ring(kernels.chunk_bytes, limits.shared_bytes - fixed);
+    if (call.ring > 0) {
+      const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.rows, limits.processors)));
+      return launch(kernels.ring, grid, dim3(kThreads), call.ring * kernels.chunk_bytes, stream,
+                    call);
+    }
+  }
   const dim3 grid(static_cast<unsigned>(std::min(p.rows, kMaxBlocks)));
-  return launch(choose(p), grid, dim3(kThreads), 0, stream, call);
+  return launch(kernels.rows, grid, dim3(kThreads), 0, stream, call);
 }
 
 }  // namespace gradsafe
