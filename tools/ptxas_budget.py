@@ -1,12 +1,15 @@
-"""Compiles every .cu for every architecture and checks registers, shared memory and spills.
+"""Checks registers, shared memory and spills of every kernel, and the loads of the hot ones.
 
-Needs nvcc, no GPU. Exits 1 if a kernel spills or exceeds its budget; `--table FILE` writes what
-ptxas said, with the occupancy that follows from it.
+Needs no GPU. With cuobjdump the machine code of the built library is read (`--library`, by default
+the newest below build/), else every .cu is compiled again and the loads go unchecked. Exits 1 if a
+kernel spills or exceeds its budget; `--write` puts the tables into docs/performance.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import re
 import shutil
 import subprocess
@@ -16,17 +19,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import sass_gate
+
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = (80, 90)
 REGISTERS_PER_SM, THREADS_PER_SM = 65536, {80: 2048, 90: 2048}
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
+MOST_SHARED = 160 * 1024  # kernels that take what the device has to offer run as one block per SM
 
 # Kernel name -> (threads per block, most registers, most static shared bytes, most dynamic ones).
 # The register budget is what keeps enough blocks on an SM to hide memory latency.
 BUDGETS = {
-    "moments_tensor": (256, 96, 1024, 0),
+    "moments_tensor": (256, 128, 1024, 0),
     "moments_slices": (256, 128, 16384, 0),
-    "finish_tensor": (256, 64, 1024, 0),
+    "finish_tensor": (1024, 64, 2048, 0),
     "finish_slices": (256, 64, 0, 0),
     "surgery_sums": (256, 64, 1024, 0),
     "finish_surgery": (1024, 64, 1024, 0),
@@ -40,6 +46,7 @@ BUDGETS = {
     "cosine_scores": (128, 168, 16384, 0),
     "cosine_select": (256, 64, 12288, 0),
     "kl_rows": (512, 64, 1024, 0),
+    "kl_ring": (512, 64, 1024, 224 * 1024),
 }
 
 
@@ -53,17 +60,34 @@ class Usage:
     stack: int
     spills: int
 
-    def occupancy(self) -> float:
+    def blocks(self) -> int:
+        """That fit an SM at once."""
         threads, _, _, dynamic = BUDGETS[self.kernel]
         per_block = -(-self.registers // 8) * 8 * threads
-        blocks = min(
+        return min(
             REGISTERS_PER_SM // max(per_block, 1),
             THREADS_PER_SM[self.arch] // threads,
-            SHARED_PER_SM[self.arch] // max(self.shared + dynamic + 1024, 1),
+            SHARED_PER_SM[self.arch] // max(self.shared + min(dynamic, MOST_SHARED) + 1024, 1),
         )
-        return blocks * threads / THREADS_PER_SM[self.arch]
+
+    def occupancy(self) -> float:
+        return self.blocks() * BUDGETS[self.kernel][0] / THREADS_PER_SM[self.arch]
 
 
+def find_cuobjdump() -> str | None:
+    """On PATH, named by CUOBJDUMP, beside nvcc, or in the wheels of the CUDA tools."""
+    if named := os.environ.get("CUOBJDUMP") or shutil.which("cuobjdump"):
+        return named
+    folders = [Path(p) for p in sys.path]
+    if nvcc := shutil.which("nvcc"):
+        folders.append(Path(nvcc).resolve().parents[1])
+    for folder in folders:
+        for found in (*folder.glob("bin/cuobjdump"), *folder.glob("nvidia/*/bin/cuobjdump")):
+            return str(found)
+    return None
+
+
+@functools.cache
 def demangle(name: str) -> tuple[str, str]:
     text = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout
     match = re.search(r"::(\w+)(<.*>)?\(", text)
@@ -100,6 +124,29 @@ def compile_one(nvcc: str, source: Path, arch: int) -> list[Usage]:
     return usages
 
 
+def read_library(cuobjdump: str, library: Path, arch: int) -> list[Usage]:
+    """What the compiler has written into the built library."""
+    run = subprocess.run(
+        [cuobjdump, "-res-usage", "-arch", f"sm_{arch}", str(library)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", run.stdout + run.stderr
+    )
+    return [
+        Usage(arch, *demangle(name), int(registers), int(shared), int(stack), int(local))
+        for name, registers, stack, shared, local in found
+    ]
+
+
+def built_library() -> Path | None:
+    """The newest library of a build in this checkout, if no source is newer."""
+    libraries = sorted(ROOT.glob("build/cmake-*/libgs_cuda.a"), key=lambda p: p.stat().st_mtime)
+    sources = [p for kind in ("cu", "cuh", "h") for p in ROOT.glob(f"csrc/**/*.{kind}")]
+    newest = max(p.stat().st_mtime for p in sources if "tests" not in p.parts)
+    return libraries[-1] if libraries and libraries[-1].stat().st_mtime > newest else None
+
+
 def problems_of(usages: list[Usage]) -> list[str]:
     problems = []
     for u in usages:
@@ -118,7 +165,7 @@ def problems_of(usages: list[Usage]) -> list[str]:
     return problems + [f"{kernel}: has a budget but does not exist" for kernel in sorted(missing)]
 
 
-def write_table(usages: list[Usage], path: Path) -> None:
+def table_of(usages: list[Usage]) -> str:
     lines = ["| kernel | arch | variants | registers | most shared bytes | spills | occupancy |",
              "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     for kernel in BUDGETS:
@@ -132,28 +179,55 @@ def write_table(usages: list[Usage], path: Path) -> None:
                 f"{shared} | {sum(u.spills for u in group)} | "
                 f">= {100 * worst:.0f} % |"
             )
-    path.write_text("\n".join(lines) + "\n")
+    return "\n".join(lines)
+
+
+def write_table(name: str, table: str) -> None:
+    """Replaces what stands between the two marks of this name in docs/performance.md."""
+    path = ROOT / "docs/performance.md"
+    begin, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
+    before, _, rest = path.read_text().partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"ptxas_budget: {path} lacks the marks of {name!r}")
+    path.write_text(before + begin + table + end + after)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", type=Path, help="write a Markdown table to this file")
+    parser.add_argument("--library", type=Path, help="libgs_cuda.a, or an object file or cubin")
+    parser.add_argument("--write", action="store_true", help="put the tables into the docs")
     arguments = parser.parse_args()
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+    nvcc, cuobjdump = shutil.which("nvcc"), find_cuobjdump()
+    library = arguments.library or built_library()
+    loads: list[sass_gate.Loads] = []
+    if cuobjdump and library:
+        usages = [u for arch in ARCHS for u in read_library(cuobjdump, library, arch)]
+        blocks = {(u.arch, u.kernel + u.template): u.blocks() for u in usages}
+        for arch in ARCHS:
+            loads += sass_gate.loads_of(cuobjdump, library, arch, demangle, blocks)
+    elif nvcc is None:
         print("ptxas_budget: SKIPPED, no nvcc on PATH")
         return 0
-    sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
-    jobs = [(nvcc, source, arch) for source in sources for arch in ARCHS]
-    with ThreadPoolExecutor(2) as pool:
-        usages = [u for group in pool.map(lambda job: compile_one(*job), jobs) for u in group]
-    problems = problems_of(usages)
+    else:
+        why = "no built library is up to date" if cuobjdump else "no cuobjdump"
+        print(f"ptxas_budget: loads are NOT CHECKED: {why}")
+        sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+        jobs = [(nvcc, source, arch) for source in sources for arch in ARCHS]
+        with ThreadPoolExecutor(2) as pool:
+            usages = [u for group in pool.map(lambda job: compile_one(*job), jobs) for u in group]
+    problems = problems_of(usages) + (sass_gate.problems_of(loads) if loads else [])
     for problem in problems:
         print(f"ptxas_budget: {problem}", file=sys.stderr)
     if not problems:
-        print(f"ptxas_budget: {len(usages)} kernels for sm_80 and sm_90, 0 spills, all in budget")
-        if arguments.table:
-            write_table(usages, arguments.table)
+        print(
+            f"ptxas_budget: {len(usages)} kernels for sm_80 and sm_90, 0 spills, all in budget; "
+            f"{len(loads)} of them with their loads"
+        )
+    if arguments.write:
+        write_table("ptxas", table_of(usages))
+        if loads:
+            write_table("loads", sass_gate.table_of(loads))
     return 1 if problems else 0
 
 

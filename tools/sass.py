@@ -71,9 +71,7 @@ class Function:
             for i in self.code
             if i.target is not None and i.target < i.address
         }
-        bodies = {
-            span: [i for i in self.code if span[0] <= i.address <= span[1]] for span in spans
-        }
+        bodies = {span: [i for i in self.code if span[0] <= i.address <= span[1]] for span in spans}
         loading = {s: b for s, b in bodies.items() if any(i.load_bytes for i in b)}
         inner = [
             body
@@ -94,16 +92,25 @@ class Loop:
 
 
 def measure(body: list[Instruction]) -> Loop:
+    if any(i.name == "LDGSTS" for i in body):
+        return _measure_copies(body)
     loads = [i.load_bytes for i in body if i.load_bytes]
-    copies = sum(i.name == "LDGSTS" for i in body)
-    if copies:  # cp.async: every wait says how many groups may still be on their way
-        groups = max(sum(i.name == "LDGDEPBAR" for i in body), 1)
-        waits = [re.search(r"0x([0-9a-f]+)\s*$", i.operands) for i in body if i.name == "DEPBAR"]
-        pending = max((int(w.group(1), 16) for w in waits if w), default=0)
-        flying = 16 * copies * max(pending, 1) // groups
-    else:
-        flying = max(_asked_for(body, start) for start in range(len(body)))
+    flying = max(_asked_for(body, start) for start in range(len(body)))
     return Loop(len(body), loads.count(16), sum(loads), flying)
+
+
+def _measure_copies(body: list[Instruction]) -> Loop:
+    """cp.async: every wait says how many groups may still be on their way; 0 without a wait."""
+    copies = [i for i in body if i.name == "LDGSTS"]
+    whole = [i for i in copies if "ZFILL" not in i.opcode]  # without the variant for ragged ends
+    counted = whole or copies
+    group = most = 0
+    for i in body:
+        group = 0 if i.name == "LDGDEPBAR" else group + (i in counted)
+        most = max(most, group)
+    waits = [re.search(r"0x([0-9a-f]+)\s*$", i.operands) for i in body if i.name == "DEPBAR"]
+    pending = max((int(w.group(1), 16) for w in waits if w), default=0)
+    return Loop(len(body), most, 16 * most, 16 * most * pending)
 
 
 def _asked_for(body: list[Instruction], start: int) -> int:

@@ -482,11 +482,25 @@ Kernels choose(const KlProblem& p) {
   }
 }
 
-int32_t largest_ring(int64_t chunk_bytes, int64_t shared_bytes) {
-  for (int i = 0; i < kRings; ++i) {
-    if (ring_size(i) * chunk_bytes <= shared_bytes) return ring_size(i);
+struct Choice {
+  int32_t ring = 0;  // chunks; 0: shared memory is too small for any
+  int32_t blocks = 1;  // per SM
+};
+
+// Short rows take a ring of which two fit an SM, others the largest that the device can hold.
+Choice choose_ring(int64_t row_bytes, int64_t chunk_bytes, int64_t shared_bytes) {
+  constexpr int kShort = 2;  // index of that ring
+  const int64_t available = shared_bytes - 2 * kWarps * static_cast<int64_t>(sizeof(WarpSums));
+  Choice choice;
+  for (int i = kRings - 1; i >= 0; --i) {
+    if (ring_size(i) * chunk_bytes > available) break;
+    choice.ring = ring_size(i);
+    if (i >= kShort && row_bytes <= (ring_size(i) - kRoom) * chunk_bytes) {
+      choice.blocks = 2;
+      break;
+    }
   }
-  return 0;
+  return choice;
 }
 
 }  // namespace
@@ -500,11 +514,13 @@ Status kl_divergence_cuda(const KlProblem& p, void* stream) {
     DeviceLimits limits;
     const Status status = device_limits(limits);
     if (!status.ok()) return status;
-    const int64_t fixed = 2 * kWarps * static_cast<int64_t>(sizeof(WarpSums));
-    call.ring = largest_ring(kernels.chunk_bytes, limits.shared_bytes - fixed);
-    if (call.ring > 0) {
-      const dim3 grid(static_cast<unsigned>(std::min<int64_t>(p.rows, limits.processors)));
-      return launch(kernels.ring, grid, dim3(kThreads), call.ring * kernels.chunk_bytes, stream,
+    const int64_t row_bytes = p.vocabulary * (size_of(p.student_dtype) + size_of(p.teacher_dtype));
+    const Choice choice = choose_ring(row_bytes, kernels.chunk_bytes, limits.shared_bytes);
+    if (choice.ring > 0) {
+      call.ring = choice.ring;
+      const int64_t blocks = int64_t{limits.processors} * choice.blocks;
+      const dim3 grid(static_cast<unsigned>(std::min(p.rows, blocks)));
+      return launch(kernels.ring, grid, dim3(kThreads), choice.ring * kernels.chunk_bytes, stream,
                     call);
     }
   }

@@ -22,7 +22,21 @@ def test_every_dtype(emulate, dtype, teacher_dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_several_steps_of_a_block(emulate, dtype):
-    assert_equals_oracle(emulate, [make((2, 9001), dtype)])
+    assert_equals_oracle(emulate, [make((2, 9001), dtype), make((5, 9008), dtype)])
+
+
+@pytest.mark.parametrize(("dtype", "teacher_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_aligned_rows_of_every_dtype(emulate, dtype, teacher_dtype):
+    """Rows on 16-byte borders that fill one chunk or a few, with and without a ragged end."""
+    shapes = [(5, 16), (6, 1032), (5, 8192), (3, 12296)]
+    problems = [make(shape, dtype, teacher_dtype) for shape in shapes]
+    problems.append(make((5, 4104), dtype, teacher_dtype, gradient=False))
+    assert_equals_oracle(emulate, problems)
+
+
+def test_rows_longer_than_the_ring(emulate):
+    """Of 14 chunks of 4,096 columns it keeps 12; the others are loaded again for the gradient."""
+    assert_equals_oracle(emulate, [make((3, 14 * 4096 + 8), torch.bfloat16)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -36,13 +50,16 @@ def test_odd_and_empty_shapes(emulate, dtype):
 def test_views_with_row_stride_and_odd_alignment(emulate, dtype):
     big = torch.full((13, 203), NAN).to(dtype)
     student, teacher, weight = (
-        getattr(make((10, 187), dtype), name) for name in ("student", "teacher", "weight")
+        getattr(make((4, 187), dtype), name) for name in ("student", "teacher", "weight")
     )
-    big[1:11, 3:190] = student
-    wide = torch.full((10, 256), NAN).to(dtype)  # rows on 16-byte borders, ends inside a load
+    big[1:5, 3:190] = student
+    wide = torch.full((4, 256), NAN).to(dtype)  # rows on 16-byte borders, ends inside a load
     wide[:, :187] = student
-    views = [student, big[1:11, 3:190], wide[:, :187]]
+    views = [student, big[1:5, 3:190], wide[:, :187]]
     problems = [Problem(view, teacher, weight) for view in views]
+    wide_teacher = torch.full((4, 192), NAN).to(dtype)  # both sides: the path of aligned rows
+    wide_teacher[:, :187] = teacher
+    problems.append(Problem(wide[:, :187], wide_teacher[:, :187], weight))
     assert_equals_oracle(emulate, problems)
     results = solve(emulate, problems)
     for value, gradient in results[1:]:  # neither alignment nor stride changes a bit

@@ -25,6 +25,20 @@ def test_every_axis_and_reference_count(emulate, k, axis):
 def test_every_dtype(emulate, dtype, ref_dtype):
     shapes = [(33, 290), (5, 16)]
     problems = [make(shapes, 2, axis, dtype=dtype, ref_dtype=ref_dtype) for axis in AXES]
+    problems += [make([(19, 512), (3, 2048)], 2, a, dtype=dtype, ref_dtype=ref_dtype) for a in AXES]
+    assert_equals_oracle(emulate, problems)
+
+
+@pytest.mark.parametrize("k", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vector_loops_of_every_reference_count(emulate, k, dtype):
+    """Whole unrolled steps and what they leave over, flat and down the rows of an aligned view."""
+    problems = []
+    for axis in AXES:
+        whole = make([(83, 512)], k, axis, dtype=dtype)
+        wide = make([(21, 2304)], k, axis, dtype=dtype)
+        view = Problem([wide.grads[0][:, 16:2080]], [[r[:, 16:2080] for r in wide.refs[0]]], axis)
+        problems += [whole, view]
     assert_equals_oracle(emulate, problems)
 
 

@@ -82,15 +82,51 @@ BUGS = {
     ),
     "a vector load from an unaligned row": Bug(
         MOMENTS,
-        "const bool whole = e.aligned && left >= N;",
-        "const bool whole = left >= N;",
+        "if (e.aligned && left >= N) {",
+        "if (left >= N) {",
         r"misaligned: reads 16 bytes",
+    ),
+    "a vector load from a row of an unaligned matrix": Bug(
+        MOMENTS,
+        "if (e.aligned && left - c >= N) {",
+        "if (left - c >= N) {",
+        r"misaligned: reads 16 bytes",
+    ),
+    "a ragged strip that is read in vectors": Bug(
+        MOMENTS,
+        "const bool whole = e.aligned && (r.col_end - r.col_begin) % N == 0;",
+        "const bool whole = e.aligned;",
+        f"{ORACLE}|out of bounds: reads",
+    ),
+    "lanes behind the end that count": Bug(
+        MOMENTS,
+        "sums[p * kPadded + q] = left > 0 ? row_sums[q] : 0.0f;",
+        "sums[p * kPadded + q] = row_sums[q];",
+        ORACLE,
+    ),
+    "whole packs that are counted one too many": Bug(
+        MOMENTS,
+        "done = (left - N) / kStep + 1;",
+        "done = left / kStep + 1;",
+        r"out of bounds: reads",
+    ),
+    "rows left over by the unrolled loop": Bug(
+        MOMENTS,
+        "for (; count >= kWarps; count -= kWarps) rows.template add<true, 1>(columns);",
+        "for (; count >= 2 * kWarps; count -= kWarps) rows.template add<true, 1>(columns);",
+        f"{ORACLE}|uninitialised: reads",
     ),
 }
 
 
 def check(run: Runner) -> None:
     problems = [make([(270, 140), (3, 33)], 2, axis) for axis in ("tensor", "both")]
+    problems.append(make([(41, 2062)], 1, "both"))
+    flat = torch.randn(47 * 91 + 1)[1:].view(47, 91)  # unbroken, from an unaligned start
+    padded = torch.full((21, 64), float("nan"))  # rows on 16-byte borders with a ragged end
+    padded[:, :38] = torch.randn(21, 38)
+    problems.append(Problem([flat], [[flat]], "tensor"))
+    problems.append(Problem([padded[:, :38]], [[padded[:, :38]]], "both"))
     view = torch.randn(40, 90)[:, 3:80]
     problems.append(Problem([view], [[view]], "tensor"))
     assert_equals_oracle(run, problems)
