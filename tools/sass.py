@@ -1,4 +1,4 @@
-"""Reads machine code as `cuobjdump -sass` prints it: loops, their loads, and when these are used."""
+"""Reads what `cuobjdump -sass` prints: loops, their loads, and when these are used."""
 
 from __future__ import annotations
 
