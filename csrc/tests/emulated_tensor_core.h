@@ -12,6 +12,10 @@ using Widen = float (*)(uint16_t bits);
 // rounded once, so it is slightly more exact than a tensor core.
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen);
 
+// mma.sync m16n8k8 of TF32: the lower 13 bits of a and b are ignored. Each result is truncated to
+// float32, as tensor cores do, so that bounds of tests hold there, too.
+void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
 // ldmatrix .x1, .x2, .x4 (count = 1, 2, 4), .trans if transposed.
 void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row);
 

@@ -97,4 +97,25 @@ __device__ inline void ldmatrix_trans(uint32_t (&r)[N], const void* row) {
 #endif
 }
 
+// c[16, 8] += a[16, 8] b[8, 8] for float32 operands of which the tensor core reads the upper 19 bits
+// (TF32: the lower 13 bits are ignored). With g and t as above:
+//
+//   a[0]: row g,     column t        a[2]: row g,     column t + 4       b[0]: row t,     column g
+//   a[1]: row g + 8, column t        a[3]: row g + 8, column t + 4       b[1]: row t + 4, column g
+//
+// The layout of c is that above. For operands stored by rows of k (b transposed), ldmatrix moves
+// 8 x 4 parts of float32 as it moves 8 x 8 parts of 16 bits.
+__device__ inline void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4],
+                                        const uint32_t (&b)[2]) {
+#if defined(GRADSAFE_EMULATE)
+  emulated::mma_m16n8k8_tf32(c, a, b);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
 }  // namespace gradsafe

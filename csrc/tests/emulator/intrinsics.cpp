@@ -1,4 +1,5 @@
 // Matrix instructions, asynchronous copies and half-precision conversions.
+#include <cmath>
 #include <cstring>
 
 #include "../emulated_tensor_core.h"
@@ -45,6 +46,45 @@ void exchange_mma(void* const (&lanes)[kLanes], unsigned) {
   }
 }
 
+struct Tf32Data {
+  float* c;
+  const uint32_t *a, *b;
+};
+
+float truncate_to_float(double value) {
+  const float nearest = static_cast<float>(value);
+  const bool away = std::fabs(static_cast<double>(nearest)) > std::fabs(value);
+  return away ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+// Layout in mma.cuh.
+void exchange_tf32(void* const (&lanes)[kLanes], unsigned) {
+  float a[16][8], b[8][8];
+  const auto read = [](uint32_t bits) {
+    bits &= ~0x1fffu;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  };
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    const Tf32Data& data = *static_cast<Tf32Data*>(lanes[lane]);
+    const unsigned g = lane / 4, t = lane % 4;
+    for (unsigned r = 0; r < 4; ++r) {
+      a[g + r % 2 * 8][t + r / 2 * 4] = read(data.a[r]);
+      if (r < 2) b[t + r * 4][g] = read(data.b[r]);
+    }
+  }
+  for (unsigned lane = 0; lane < kLanes; ++lane) {
+    float* c = static_cast<Tf32Data*>(lanes[lane])->c;
+    for (unsigned i = 0; i < 4; ++i) {
+      const unsigned row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+      double sum = c[i];
+      for (int k = 0; k < 8; ++k) sum += static_cast<double>(a[row][k]) * b[k][col];
+      c[i] = truncate_to_float(sum);
+    }
+  }
+}
+
 struct MatrixData {
   uint32_t* registers;
   const char* row;
@@ -75,6 +115,11 @@ void exchange_matrix(void* const (&lanes)[kLanes], unsigned) {
 void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Widen widen) {
   MmaData data{c, a, b, widen};
   warp_collective("mma_m16n8k16", ~0u, &data, &exchange_mma, {"mma.cuh", 0});
+}
+
+void mma_m16n8k8_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  Tf32Data data{c, a, b};
+  warp_collective("mma_m16n8k8_tf32", ~0u, &data, &exchange_tf32, {"mma.cuh", 1});
 }
 
 void ldmatrix(uint32_t* registers, int count, bool transposed, const void* row) {
