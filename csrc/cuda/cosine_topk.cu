@@ -45,8 +45,12 @@ constexpr int64_t kFewTiles = 264;          // up to which tiles of half the siz
 constexpr int kStages = 3;                  // of a tile's pipeline
 constexpr int kRowThreads = 256;
 constexpr int kRowsOfWarp = 8;              // of the streaming kernel
-constexpr int kRowsOfBlock = kRowThreads / kWarp * kRowsOfWarp;
-static_assert(kRowsOfBlock % kMaskBits == 0 && kRowsOfWarp % kRowsAtOnce == 0, "whole words");
+// Eight queries take 170 registers, of which twelve warps of an SM have that many.
+template <int kQueries>
+constexpr int kStreamThreads = kQueries > 1 ? 128 : 256;
+template <int kQueries>
+constexpr int kRowsOfBlock = kStreamThreads<kQueries> / kWarp * kRowsOfWarp;
+static_assert(kRowsOfBlock<8> % kMaskBits == 0 && kRowsOfWarp % kRowsAtOnce == 0, "whole words");
 
 // ---- norms -------------------------------------------------------------------------------------
 template <class T>
@@ -102,17 +106,17 @@ struct Stream {
   ScoreSlab slab;
 };
 
-// A block takes 64 rows, a warp eight of them, four at a time.
+// A block takes 64 or 32 rows, a warp eight of them, four at a time.
 template <class T, int kQueries>
-__global__ void __launch_bounds__(kRowThreads, kQueries > 1 ? 1 : 3)
+__global__ void __launch_bounds__(kStreamThreads<kQueries>, 3)
     cosine_stream(const __grid_constant__ Stream p) {
-  constexpr int kWords = kRowsOfBlock / kMaskBits;
+  constexpr int kWords = kRowsOfBlock<kQueries> / kMaskBits;
   __shared__ uint32_t masks[kQueries * kWords];
   if (threadIdx.x < kQueries * kWords) masks[threadIdx.x] = 0;
   __syncthreads();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int query = lane % kLanesOfRow;
-  const int64_t block_row = int64_t{blockIdx.x} * kRowsOfBlock;
+  const int64_t block_row = int64_t{blockIdx.x} * kRowsOfBlock<kQueries>;
 #pragma unroll 1
   for (int i = 0; i < kRowsOfWarp; i += kRowsAtOnce) {
     const int local = warp * kRowsOfWarp + i;
@@ -361,20 +365,22 @@ Status pack(const PackedQueries& p, DType rows, void* stream) {
   return rows == DType::f32 ? run_pack<float>(p, stream) : run_pack<bf16>(p, stream);
 }
 
-template <class T>
+template <class T, int kQueries>
 Status run_stream(const Stream& p, void* stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(p.count, kRowsOfBlock)));
-  if (p.queries == 1) {
-    return launch(&cosine_stream<T, 1>, grid, dim3(kRowThreads), 0, stream, p);
-  }
-  return launch(&cosine_stream<T, kFewQueries>, grid, dim3(kRowThreads), 0, stream, p);
+  const dim3 grid(static_cast<unsigned>(ceil_div(p.count, kRowsOfBlock<kQueries>)));
+  return launch(&cosine_stream<T, kQueries>, grid, dim3(kStreamThreads<kQueries>), 0, stream, p);
+}
+
+template <class T>
+Status choose_stream(const Stream& p, void* stream) {
+  return p.queries == 1 ? run_stream<T, 1>(p, stream) : run_stream<T, kFewQueries>(p, stream);
 }
 
 Status stream_rows(const Stream& p, DType dtype, void* stream) {
   switch (dtype) {
-    case DType::f32: return run_stream<float>(p, stream);
-    case DType::bf16: return run_stream<bf16>(p, stream);
-    default: return run_stream<f16>(p, stream);
+    case DType::f32: return choose_stream<float>(p, stream);
+    case DType::bf16: return choose_stream<bf16>(p, stream);
+    default: return choose_stream<f16>(p, stream);
   }
 }
 

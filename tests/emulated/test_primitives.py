@@ -34,6 +34,18 @@ def test_matrix_product_fragments(emulate, dtype):
     assert torch.equal(by_ldmatrix.view(2, -1), by_hand.expand(2, -1))
 
 
+def test_tf32_product_fragments(emulate):
+    """11 bits of each operand count, the lower ones are ignored; results are truncated."""
+    a, bt, c = torch.randn(16, 8), torch.randn(8, 8), torch.randn(16, 8)
+    case = Case("product_tf32", buffers=[buffer_of(t) for t in (a, bt, c)])
+    by_hand, by_ldmatrix = map(floats, emulate([case])[0])
+    a, bt = ((t.view(torch.int32) & ~0x1FFF).view(torch.float32).double() for t in (a, bt))
+    expected = (c.double() + a @ bt.T).flatten()
+    assert torch.allclose(by_hand.double(), expected, rtol=2.0**-23, atol=1e-12)
+    assert torch.all(by_hand.double().abs() <= expected.abs() * (1 + 1e-14))
+    assert torch.equal(by_ldmatrix, by_hand)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_ldmatrix(emulate, n, transposed):

@@ -44,31 +44,22 @@ class RowProducts {
       : features_(features), packed_(packed), packed_stride_(packed_stride) {
 #pragma unroll
     for (int r = 0; r < kRowsAtOnce; ++r) rows_[r] = data + min(r, count - 1) * stride;
-    if (aligned) add<true, false>(); else add<false, false>();
+    if (aligned) add<true>();
+    // The careful way, at most twice: where vectors start anywhere, and where sums may have lost
+    // something, then with scales.
+#pragma unroll 1
+    for (bool summed = aligned; !summed || (!scaled_ && must_scale()); summed = true) add<false>();
   }
 
-  __device__ RowResult result() {
-    const int lane = threadIdx.x % kWarp;
-    const bool safe = is_safe_square(squares_);
-    bool finite = true;
-    if (!__all_sync(kAllLanes, safe)) {
-#pragma unroll
-      for (int r = 0; r < kRowsAtOnce; ++r) {
-        const unsigned largest = largest_magnitude(rows_[r]);
-        const bool finite_row = is_finite_magnitude(largest);
-        scales_[r] = finite_row && largest != 0 ? __uint_as_float(cosine_scale_bits(largest)) : 1.0f;
-        if (__shfl_sync(kAllLanes, safe ? 1 : 0, r * kLanesOfRow) != 0) scales_[r] = 1.0f;
-        if (lane / kLanesOfRow == r) finite = finite_row;
-      }
-      add<false, true>();
-    }
+  __device__ RowResult result() const {
     RowResult result{dot_, 0, scales_[0]};
+    const int row = threadIdx.x % kWarp / kLanesOfRow;
 #pragma unroll
     for (int r = 1; r < kRowsAtOnce; ++r) {
-      if (lane / kLanesOfRow == r) result.scale = scales_[r];
+      if (row == r) result.scale = scales_[r];
     }
     if (squares_ > 0) result.inverse = 1 / sqrt(squares_);
-    if (!finite) result.inverse = double{__uint_as_float(kNanBits)};
+    if (!finite_) result.inverse = double{__uint_as_float(kNanBits)};
     return result;
   }
 
@@ -84,8 +75,26 @@ class RowProducts {
     float squares[kRowsAtOnce];
   };
 
-  // Sums of all features; without kAligned, element by element.
-  template <bool kAligned, bool kScaled>
+  // Whether sums may have lost something; if so, sets scales for another try.
+  __device__ bool must_scale() {
+    const bool safe = is_safe_square(squares_);
+    if (__all_sync(kAllLanes, safe)) return false;
+    scaled_ = true;
+#pragma unroll
+    for (int r = 0; r < kRowsAtOnce; ++r) {
+      const bool safe_row = __shfl_sync(kAllLanes, safe ? 1 : 0, r * kLanesOfRow) != 0;
+      const unsigned largest = largest_magnitude(rows_[r]);
+      const bool finite = is_finite_magnitude(largest);
+      if (static_cast<int>(threadIdx.x % kWarp) / kLanesOfRow == r) finite_ = finite;
+      if (!safe_row && finite && largest != 0) {
+        scales_[r] = __uint_as_float(cosine_scale_bits(largest));
+      }
+    }
+    return true;
+  }
+
+  // Sums of all features; unless kFast, element by element and scaled.
+  template <bool kFast>
   __device__ void add() {
     dot_ = squares_ = 0;
 #pragma unroll 1
@@ -93,14 +102,14 @@ class RowProducts {
       const int64_t end = min(fold + kFold, features_);
       Chains chains = {};
       int64_t d = fold;
-      if constexpr (kAligned) {
+      if constexpr (kFast) {
 #pragma unroll 1
         for (; d + kUnroll * kStep <= end; d += kUnroll * kStep) {
-          add_steps<true, kScaled, kUnroll>(chains, d, end);
+          add_steps<true, false, kUnroll>(chains, d, end);
         }
       }
 #pragma unroll 1
-      for (; d < end; d += kStep) add_steps<false, kScaled, 1>(chains, d, end);
+      for (; d < end; d += kStep) add_steps<false, !kFast, 1>(chains, d, end);
       if constexpr (kQueries > 0) dot_ += double{warp_sum_many(chains.dots)};
       squares_ += double{warp_sum_many(chains.squares)};
     }
@@ -180,6 +189,7 @@ class RowProducts {
   const float* packed_;
   int64_t packed_stride_;
   double dot_ = 0, squares_ = 0;
+  bool scaled_ = false, finite_ = true;
 };
 
 }  // namespace gradsafe

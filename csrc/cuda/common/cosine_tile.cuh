@@ -147,11 +147,18 @@ class CosineTile {
       uint64_t source = data + ((first + vector) * from.stride + at) * sizeof(T);
       const uint64_t step = kVectorStep * from.stride * sizeof(T);
       char* to = stage + shared_place(vector);
+      if (count >= kVectors && valid == kChunkBytes) {  // the usual case saves many instructions
 #pragma unroll
-      for (int i = 0; i < kVectors / kVectorStep; ++i, source += step) {
-        const bool exists = vector + i * kVectorStep < count && valid > 0;
-        cp_async16(to + i * (kVectorStep * kStageWidth),
-                   reinterpret_cast<const void*>(exists ? source : data), exists ? valid : 0);
+        for (int i = 0; i < kVectors / kVectorStep; ++i, source += step) {
+          cp_async16(to + i * (kVectorStep * kStageWidth), reinterpret_cast<const void*>(source));
+        }
+      } else {
+#pragma unroll 1
+        for (int i = 0; i < kVectors / kVectorStep; ++i, source += step) {
+          const bool exists = vector + i * kVectorStep < count && valid > 0;
+          cp_async16(to + i * (kVectorStep * kStageWidth),
+                     reinterpret_cast<const void*>(exists ? source : data), exists ? valid : 0);
+        }
       }
     }
 

@@ -69,6 +69,31 @@ __global__ void product(const uint16_t* a, const uint16_t* b, const float* c, fl
   store_c(by_ldmatrix + 128);
 }
 
+// ---- c[16, 8] += a[16, 8] bt[8, 8]^T in TF32, likewise ------------------------------------------
+__global__ void product_tf32(const float* a, const float* bt, const float* c, float* by_hand,
+                             float* by_ldmatrix) {
+  __shared__ __align__(16) float tile_a[16][8];
+  __shared__ __align__(16) float tile_b[8][8];
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  for (int i = lane; i < 128; i += kWarp) tile_a[i / 8][i % 8] = a[i];
+  for (int i = lane; i < 64; i += kWarp) tile_b[i / 8][i % 8] = bt[i];
+  __syncwarp();
+  uint32_t fa[4], fb[2];
+  for (int i = 0; i < 4; ++i) fa[i] = __float_as_uint(a[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
+  for (int i = 0; i < 2; ++i) fb[i] = __float_as_uint(bt[g * 8 + t + i * 4]);
+  const auto multiply = [&](float* out) {
+    float sums[4];
+    for (int i = 0; i < 4; ++i) sums[i] = c[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+    mma_m16n8k8_tf32(sums, fa, fb);
+    for (int i = 0; i < 4; ++i) out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
+  };
+  multiply(by_hand);
+  const int matrix = lane / 8, row = lane % 8;
+  ldmatrix(fa, &tile_a[matrix % 2 * 8 + row][matrix / 2 * 4]);
+  ldmatrix(fb, &tile_b[row][matrix % 2 * 4]);
+  multiply(by_ldmatrix);
+}
+
 // ---- registers of ldmatrix for matrices in[m][8][8]: out[m][lane] -------------------------------
 template <int N, bool kTransposed>
 __global__ void load_matrices(const uint16_t* in, uint32_t* out) {
@@ -172,6 +197,13 @@ Status run_product(Case& c) {
   return launch(&product<T>, dim3(1), dim3(kWarp), 0, nullptr, a, b, sums, by_hand,
                 out<float>(c, 256));
 }
+Status run_product_tf32(Case& c) {
+  const float *a = in<float>(c), *bt = in<float>(c), *sums = in<float>(c);
+  float* by_hand = out<float>(c, 128);
+  return launch(&product_tf32, dim3(1), dim3(kWarp), 0, nullptr, a, bt, sums, by_hand,
+                out<float>(c, 128));
+}
+const Entry tf32("product_tf32", &run_product_tf32);
 const Entry products[] = {{"product_bf16", &run_product<bf16>}, {"product_f16", &run_product<f16>}};
 
 template <int N, bool kTransposed>
