@@ -54,7 +54,7 @@ static_assert(kRowsOfBlock<8> % kMaskBits == 0 && kRowsOfWarp % kRowsAtOnce == 0
 
 // ---- norms -------------------------------------------------------------------------------------
 template <class T>
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, 2)
     cosine_norms(const T* data, int64_t stride, int64_t count, int64_t features, bool aligned,
                  double* inverses, float* scales) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
@@ -108,7 +108,7 @@ struct Stream {
 
 // A block takes 64 or 32 rows, a warp eight of them, four at a time.
 template <class T, int kQueries>
-__global__ void __launch_bounds__(kStreamThreads<kQueries>, 3)
+__global__ void __launch_bounds__(kStreamThreads<kQueries>, kQueries > 1 ? 3 : 2)
     cosine_stream(const __grid_constant__ Stream p) {
   constexpr int kWords = kRowsOfBlock<kQueries> / kMaskBits;
   __shared__ uint32_t masks[kQueries * kWords];

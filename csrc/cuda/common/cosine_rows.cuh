@@ -80,15 +80,26 @@ class RowProducts {
     const bool safe = is_safe_square(squares_);
     if (__all_sync(kAllLanes, safe)) return false;
     scaled_ = true;
+    unsigned largest[kRowsAtOnce] = {};
+#pragma unroll 1
+    for (int64_t d = threadIdx.x % kWarp; d < features_; d += kWarp) {
+#pragma unroll
+      for (int r = 0; r < kRowsAtOnce; ++r) {
+        largest[r] = max(largest[r], __float_as_uint(widen(rows_[r][d])) & 0x7fffffffu);
+      }
+    }
+    const int own = threadIdx.x % kWarp / kLanesOfRow;
 #pragma unroll
     for (int r = 0; r < kRowsAtOnce; ++r) {
-      const bool safe_row = __shfl_sync(kAllLanes, safe ? 1 : 0, r * kLanesOfRow) != 0;
-      const unsigned largest = largest_magnitude(rows_[r]);
-      const bool finite = is_finite_magnitude(largest);
-      if (static_cast<int>(threadIdx.x % kWarp) / kLanesOfRow == r) finite_ = finite;
-      if (!safe_row && finite && largest != 0) {
-        scales_[r] = __uint_as_float(cosine_scale_bits(largest));
+#pragma unroll
+      for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+        largest[r] = max(largest[r], __shfl_xor_sync(kAllLanes, largest[r], mask));
       }
+      const bool safe_row = __shfl_sync(kAllLanes, safe ? 1 : 0, r * kLanesOfRow) != 0;
+      const bool finite = is_finite_magnitude(largest[r]);
+      const bool scale = !safe_row && finite && largest[r] != 0;
+      if (own == r) finite_ = finite;
+      scales_[r] = scale ? __uint_as_float(cosine_scale_bits(largest[r])) : 1.0f;
     }
     return true;
   }
@@ -168,19 +179,6 @@ class RowProducts {
     } else {
       return load_word<false>(p, left);
     }
-  }
-
-  __device__ unsigned largest_magnitude(const T* row) const {
-    unsigned largest = 0;
-#pragma unroll 1
-    for (int64_t d = threadIdx.x % kWarp; d < features_; d += kWarp) {
-      largest = max(largest, __float_as_uint(widen(row[d])) & 0x7fffffffu);
-    }
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-      largest = max(largest, __shfl_xor_sync(kAllLanes, largest, mask));
-    }
-    return largest;
   }
 
   const T* rows_[kRowsAtOnce];
