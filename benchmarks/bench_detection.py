@@ -1,4 +1,8 @@
-"""Detection end to end: time per prompt and peak memory of each method, in fresh processes.
+"""Detection end to end: time per prompt and peak memory of each method.
+
+On the CPU each method runs in a fresh process, where the peak of the process means something. On a
+GPU one process builds the model once and resets torch's peak before each method; the batched
+methods at the largest batch come first there.
 
 python -m benchmarks.bench_detection                           the default sweep, CSV
 python -m benchmarks.bench_detection --size 100M --tokens 64   one model and length
@@ -11,16 +15,19 @@ The loops score one prompt at a time. `x_loop` compares with the published loop 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks.detection_methods import METHODS
@@ -72,11 +79,17 @@ def peak_bytes(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(method: str, batch: int, point: Point, device: str) -> dict[str, Any]:
-    """One method in this process."""
-    model = make_model(point.size, getattr(torch, point.dtype), device)
+def measure(
+    method: str, batch: int, point: Point, device: str, model: nn.Module | None = None
+) -> dict[str, Any]:
+    """One method in this process, on a new model or on one that earlier methods used."""
+    model = model or make_model(point.size, getattr(torch, point.dtype), device)
     tokenizer = make_tokenizer()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     start_memory = peak_bytes(device)
     references = make_prompts(4, 32)
     prepare = METHODS[method].prepare
@@ -118,6 +131,42 @@ def in_fresh_process(method: str, batch: int, point: Point, device: str) -> dict
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def in_this_process() -> Callable[[str, int, Point, str], dict[str, Any]]:
+    """`measure` that keeps the last point's model."""
+    kept: dict[Point, nn.Module] = {}
+
+    def run(method: str, batch: int, point: Point, device: str) -> dict[str, Any]:
+        if point not in kept:
+            kept.clear()
+            kept[point] = make_model(point.size, getattr(torch, point.dtype), device)
+        model = kept[point].requires_grad_(True)  # a loop may have frozen some weights
+        try:
+            return measure(method, batch, point, device, model)
+        except Exception as error:  # the other methods may still be measured
+            return {
+                "ms_per_prompt": float("nan"),
+                "error": f"{type(error).__name__}: {error}"[:200],
+            }
+        finally:
+            model.zero_grad(set_to_none=True)
+
+    return run
+
+
+def compare_with_loops(rows: list[dict[str, Any]]) -> None:
+    """Adds the ratios to the published loop, which may be measured after the others."""
+    loops = {
+        (r["size"], r["tokens"], r["dtype"]): r["ms_per_prompt"]
+        for r in rows
+        if r["method"] == "gradsafe loop"
+    }
+    for r in rows:
+        for column, dtype in (("x_loop", r["dtype"]), ("x_loop_fp32", "float32")):
+            loop = loops.get((r["size"], r["tokens"], dtype))
+            if loop is not None:
+                r[column] = round(loop / r["ms_per_prompt"], 2)
+
+
 def sweep(points: list[Point], device: str, path: Path) -> list[dict[str, Any]]:
     """All methods at all points; the CSV grows after each, so that a stopped sweep has its part."""
     plan = [
@@ -126,20 +175,18 @@ def sweep(points: list[Point], device: str, path: Path) -> list[dict[str, Any]]:
         for name, method in METHODS.items()
         for batch in (point.batches if method.batched else (1,))
     ]
+    run: Callable[[str, int, Point, str], dict[str, Any]] = in_fresh_process
+    if device == "cuda":
+        run = in_this_process()
+        plan.sort(key=lambda one: (not METHODS[one[1]].batched, -one[2]))
     rows: list[dict[str, Any]] = []
-    loops: dict[tuple[str, int, str], float] = {}
-    for point, name, batch in tqdm(plan, unit="process"):
-        result = in_fresh_process(name, batch, point, device)
-        place = (point.size, point.tokens)
-        if name == "gradsafe loop":
-            loops[(*place, point.dtype)] = result["ms_per_prompt"]
+    for point, name, batch in tqdm(plan, unit="method"):
+        result = run(name, batch, point, device)
         row = {"size": point.size, "tokens": point.tokens, "dtype": point.dtype}
-        row |= {"method": name, "batch": batch, **result}
-        for column, dtype in (("x_loop", point.dtype), ("x_loop_fp32", "float32")):
-            if (*place, dtype) in loops:
-                row[column] = round(loops[(*place, dtype)] / result["ms_per_prompt"], 2)
-        rows.append(row)
+        rows.append({**row, "method": name, "batch": batch, **result})
+        compare_with_loops(rows)
         write_csv(path, rows)
+        print(rows[-1], flush=True)
     return rows
 
 

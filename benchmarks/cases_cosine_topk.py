@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks import oracle
+from benchmarks.plan import Alternatives, Plan
 from gradsafe.ops import cosine_topk
 
-Alternatives = dict[str, Callable[[], object]]
 LOOP_PAIRS = 2000  # of the loop over pairs that are timed; the rest is scaled
 
 
@@ -78,8 +78,8 @@ def loop(queries: np.ndarray, rows: np.ndarray, pairs: int) -> list[float]:
     return [pair_cosine(queries[i // count], rows[i % count]) for i in range(pairs)]
 
 
-def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
-    """Alternatives of one case: (ours and baselines, roofs). "loop" runs LOOP_PAIRS pairs only."""
+def build(case: Case, device: str) -> Plan:
+    """What is called for one case. "loop" runs LOOP_PAIRS pairs only."""
     generator = torch.Generator(device).manual_seed(0)
 
     def matrix(count: int) -> Tensor:
@@ -105,4 +105,8 @@ def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
         "read": lambda: rows.sum(),
         "copy": lambda: target.copy_(rows),
     }
-    return calls, roofs
+
+    def check() -> float:
+        return oracle.cosine_topk(cosine_topk(queries, rows, case.k), queries, rows, case.k)
+
+    return Plan(calls, roofs, check)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from benchmarks import oracle
+from benchmarks.plan import Alternatives, Plan
 from gradsafe.ops import Axis, grouped_wgrad_moments
 
-Alternatives = dict[str, Callable[[], object]]
 STORED = 64  # gradients that the bare grouped GEMM holds at a time
 
 
@@ -127,14 +128,14 @@ def grouped_gemm(x: Tensor, dy: Tensor, lengths: list[int]) -> Callable[[], None
     return run
 
 
-def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
-    """Alternatives of one case: (ours and baselines, roofs)."""
-    generator = torch.Generator().manual_seed(0)
+def build(case: Case, device: str) -> Plan:
+    """What is called for one case."""
+    generator = torch.Generator(device).manual_seed(0)
     rows, cols = case.shape
     lengths, experts = case.segments()
 
     def tensor(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     x = tensor(sum(lengths), cols, dtype=case.dtype)
     dy = tensor(sum(lengths), rows, dtype=case.dtype)
@@ -146,4 +147,9 @@ def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
         "gradsafe": lambda: grouped_wgrad_moments(x, dy, refs, lengths, experts, case.axis),
         "loop": lambda: loop(x, dy, refs, lengths, experts, case.axis),
     }
-    return calls, {"gemm": grouped_gemm(x, dy, lengths)}
+
+    def check() -> float:
+        found = calls["gradsafe"]()
+        return oracle.grouped_wgrad_moments(found, x, dy, refs, lengths, experts, case.axis)
+
+    return Plan(calls, {"gemm": grouped_gemm(x, dy, lengths)}, check)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks import oracle
+from benchmarks.plan import Alternatives, Plan
 from gradsafe.ops import kl_divergence_
-
-Alternatives = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -65,13 +64,13 @@ def closed_form(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tenso
     return value, gradient.to(student.dtype)
 
 
-def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
-    """Alternatives of one case: (ours and baselines, roofs)."""
-    generator = torch.Generator().manual_seed(0)
+def build(case: Case, device: str) -> Plan:
+    """What is called for one case."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def logits() -> Tensor:
-        noise = torch.randn(case.tokens, case.vocabulary, generator=generator)
-        return (3 * noise).to(case.dtype).to(device)
+        shape = (case.tokens, case.vocabulary)
+        return torch.randn(shape, generator=generator, device=device).mul_(3).to(case.dtype)
 
     student, teacher, target = logits(), logits(), logits()
     weight = torch.full((case.tokens,), 1.0, device=device)
@@ -89,4 +88,10 @@ def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
         "read": lambda: [t.sum() for t in (student, teacher)],
         "copy": lambda: target.copy_(teacher),
     }
-    return calls, roofs
+
+    def check() -> float:
+        gradient = student.clone()
+        value = kl_divergence_(gradient, teacher, weight)
+        return oracle.kl_divergence_(value, gradient, student, teacher, weight)
+
+    return Plan(calls, roofs, check)

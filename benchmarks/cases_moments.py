@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks import oracle
+from benchmarks.plan import Alternatives, Plan
 from gradsafe import reference
 from gradsafe.ops import Axis, moments
-
-Alternatives = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -80,12 +79,12 @@ def foreach(grads: list[Tensor], refs: list[list[Tensor]]) -> list[Tensor]:
     return out
 
 
-def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
-    """Alternatives of one case: (ours and baselines, roofs)."""
-    generator = torch.Generator().manual_seed(0)
+def build(case: Case, device: str) -> Plan:
+    """What is called for one case."""
+    generator = torch.Generator(device).manual_seed(0)
 
     def matrix(dtype: torch.dtype) -> Tensor:
-        return torch.randn(case.shape, generator=generator).to(dtype).to(device)
+        return torch.randn(case.shape, generator=generator, device=device).to(dtype)
 
     grads = [matrix(case.dtype) for _ in range(case.tensors)]
     refs = [[matrix(case.ref_dtype) for _ in range(case.refs)] for _ in grads]
@@ -104,4 +103,4 @@ def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
         "read": lambda: [t.sum() for t in everything],
         "copy": lambda: [a.copy_(b) for a, b in zip(targets, everything, strict=True)],
     }
-    return calls, roofs
+    return Plan(calls, roofs, lambda: oracle.moments(calls["gradsafe"](), grads, refs, case.axis))

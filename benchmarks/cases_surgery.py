@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import oracle
+from benchmarks.plan import Alternatives, Plan
+from gradsafe import reference
 from gradsafe.ops import surgery_, surgery_adamw_
-
-Alternatives = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -103,19 +104,30 @@ def copy_roof(tensors: list[Tensor], lists_moved: int) -> Callable[[], None]:
     return copy
 
 
-def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
-    """Alternatives of `surgery_`: (ours and baselines, roofs)."""
+def build(case: Case, device: str) -> Plan:
+    """What is called for one case of `surgery_`."""
     user, align = gradients(case, device)
     calls: Alternatives = {
         "gradsafe": lambda: surgery_(user, align()),
         "cat": lambda: cat(user, align()),
         "foreach": lambda: foreach(user, align()),
     }
-    return calls, {"copy": copy_roof(user, 5)}
+
+    def check() -> float:
+        merged, against = [u.clone() for u in user], align()
+        result = surgery_(merged, against)
+        worst = oracle.surgery_sums(result, user, against)
+        for got, u, a in zip(merged, user, against, strict=True):
+            wanted = u.double()
+            reference.surgery_merge_([wanted], [a], result[:3])
+            worst = max(worst, oracle.rounded(got, wanted, case.dtype))
+        return worst
+
+    return Plan(calls, {"copy": copy_roof(user, 5)}, check)
 
 
-def build_adamw(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
-    """Alternatives of `surgery_adamw_`: (ours and baselines, roofs)."""
+def build_adamw(case: Case, device: str) -> Plan:
+    """What is called for one case of `surgery_adamw_`."""
     user, align = gradients(case, device)
     params = [torch.randn_like(u).requires_grad_() for u in user]
     for p, u in zip(params, user, strict=True):
@@ -140,4 +152,23 @@ def build_adamw(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
         "two": then_step(surgery_),
         "foreach": then_step(foreach),
     }
-    return calls, {"copy": copy_roof(user, 10)}
+
+    def check() -> float:
+        against = align()
+        lists = (params, first, second)
+        got = [[t.detach().clone() for t in tensors] for tensors in lists]
+        counters = [t.clone() for t in steps]
+        result = surgery_adamw_(got[0], user, against, got[1], got[2], counters, lr=1e-4)
+        worst = oracle.surgery_sums(result, user, against)
+        for at, (u, a) in enumerate(zip(user, against, strict=True)):
+            wanted = [tensors[at].detach().double() for tensors in lists]
+            p, m, v = ([t] for t in wanted)
+            counter = steps[at].clone()
+            reference.surgery_adamw_(p, [u], [a], m, v, counter, lr=1e-4, sums=result[:3])
+            shares = [
+                oracle.rounded(g[at], w, case.dtype) for g, w in zip(got, wanted, strict=True)
+            ]
+            worst = max(worst, *shares, oracle.share(counters[at], counter, 1.0))
+        return worst
+
+    return Plan(calls, {"copy": copy_roof(user, 10)}, check)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks import oracle
+from benchmarks.plan import Alternatives, Plan
 from gradsafe.ops import Axis, wgrad_moments
-
-Alternatives = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -69,13 +68,13 @@ def eager(x: Tensor, dy: Tensor, refs: list[Tensor], axis: Axis) -> list[Tensor]
     return out
 
 
-def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
-    """Alternatives of one case: (ours and baselines, roofs)."""
-    generator = torch.Generator().manual_seed(0)
+def build(case: Case, device: str) -> Plan:
+    """What is called for one case."""
+    generator = torch.Generator(device).manual_seed(0)
     rows, cols = case.shape
 
     def tensor(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype).to(device)
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
 
     x = tensor(case.samples, case.tokens, cols, dtype=case.dtype)
     dy = tensor(case.samples, case.tokens, rows, dtype=case.dtype)
@@ -89,4 +88,6 @@ def build(case: Case, device: str) -> tuple[Alternatives, Alternatives]:
     transposed = dy.transpose(1, 2)
     store = torch.empty(case.samples, rows, cols, dtype=case.dtype, device=device)
     roofs: Alternatives = {"gemm": lambda: torch.bmm(transposed, x, out=store)}
-    return calls, roofs
+    return Plan(
+        calls, roofs, lambda: oracle.wgrad_moments(calls["gradsafe"](), x, dy, refs, case.axis)
+    )

@@ -36,13 +36,29 @@ def _git(*arguments: str) -> str:
     return run.stdout.strip()
 
 
+def _commit() -> str:
+    """Short name with + if files differ from it; without git, what GRADSAFE_COMMIT says."""
+    name = _git("rev-parse", "--short", "HEAD")
+    if not name:
+        return os.environ.get("GRADSAFE_COMMIT") or "unknown"
+    return name + ("+" if _git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return run.stdout.splitlines()[0]
+
+
 @cache
 def environment() -> dict[str, str]:
-    """Date, commit (with + if files differ from it), versions, hardware, instruction set."""
-    changed = "+" if _git("status", "--porcelain", "--untracked-files=no") else ""
+    """Date, commit, versions, hardware, instruction set."""
     facts = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "commit": (_git("rev-parse", "--short", "HEAD") or "unknown") + changed,
+        "commit": _commit(),
         "gradsafe": gradsafe.__version__,
         "torch": torch.__version__,
         "cpu": _cpu_name(),
@@ -55,8 +71,5 @@ def environment() -> dict[str, str]:
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts["driver"] = subprocess.run(
-            query, capture_output=True, text=True, check=True
-        ).stdout.splitlines()[0]
+        facts["driver"] = _driver()
     return facts

@@ -28,13 +28,13 @@ def entry(
 
     Args:
         benchmark: The fixture of pytest-benchmark.
-        build: `build(case, device)` of the operator's cases: calls and roofs.
+        build: `build(case, device)` of the operator's cases: a `Plan`.
         case: The case.
         alternative: Name in what `build` returns; skipped where it does not apply.
         rounds: Timed calls.
     """
-    calls, roofs = build(case, "cpu")
-    call = {**calls, **roofs}.get(alternative)
+    plan = build(case, "cpu")
+    call = {**plan.calls, **plan.roofs}.get(alternative)
     if call is None:
         pytest.skip(f"{alternative} does not apply to {case.name}")
     benchmark.group = case.name

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.plot_detection import detection_chart
 from benchmarks.plot_tracing import tracing_charts
+from benchmarks.table import ROOFS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -27,7 +28,9 @@ def operator_chart(rows: list[dict[str, str]], path: Path) -> None:
     baselines = [
         key.removesuffix("_p50_us")
         for key in rows[0]
-        if key.endswith("_p50_us") and key != "graph_p50_us"
+        if key.endswith("_p50_us")
+        and f"x_{key.removesuffix('_p50_us')}" in rows[0]
+        and key.removesuffix("_p50_us") not in ROOFS
     ]
     figure, axes = plt.subplots(figsize=(9, 0.55 * len(rows) + 1.6))
     height = 0.8 / max(len(baselines), 1)

@@ -3,18 +3,23 @@
 python -m benchmarks.run                   everything that exists for this device
 python -m benchmarks.run moments           one operator
 python -m benchmarks.run --dry-run         tiny shapes, nothing written: do the scripts run?
+
+Every case is compared with its float64 definition before it is timed. The CSV is replaced after
+each case, so a stopped run keeps what it measured; --resume goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import gc
+import time
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import (
     cases_cosine_topk,
@@ -24,11 +29,15 @@ from benchmarks import (
     cases_surgery,
     cases_wgrad_moments,
 )
-from benchmarks.table import markdown, refresh_document, row, write_csv
-from benchmarks.timing import compare, graphed
+from benchmarks.environment import environment
+from benchmarks.plan import Plan
+from benchmarks.table import markdown, read_csv, refresh_document, row, write_csv
+from benchmarks.timing import compare, graphed, host_us
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+LONG_LIST = 8  # torch.compile needs minutes for lists of more tensors on a GPU
+CASE_SECONDS = 3.0  # of timing on a GPU, where many rounds are cheap but a slow baseline is not
 COLUMNS = {
     "moments": [
         ("case", "case"),
@@ -95,129 +104,183 @@ COLUMNS = {
 }
 
 
-def measure_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
-    """All cases of `moments`; on CUDA also the captured call."""
-    rows = []
-    for case in tqdm(
-        cases_moments.GPU_CASES if device == "cuda" else cases_moments.CPU_CASES, desc="moments"
-    ):
-        if dry_run:
-            case = dataclasses.replace(case, shape=(8, 24), tensors=min(case.tensors, 2))
-        calls, roofs = cases_moments.build(case, device)
-        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 25)
-        rows.append(row(case.name, case.bytes_read, times))
-        if device == "cuda":
-            captured = compare({"graph": graphed(calls["gradsafe"])}, device)["graph"]
-            rows[-1]["graph_p50_us"] = round(captured.p50, 1)
-        torch._dynamo.reset()
-    return rows
+@dataclasses.dataclass(frozen=True)
+class Operator:
+    """What is measured of one operator.
+
+    Attributes:
+        cpu: Cases of the CPU.
+        gpu: Cases of a GPU, the most important first.
+        build: Case and device to a plan.
+        bytes: Bytes that a case must touch once.
+        tiny: Fields of a case in a dry run.
+        rounds: Timed calls of each alternative.
+    """
+
+    cpu: Sequence[Any]
+    gpu: Sequence[Any]
+    build: Callable[[Any, str], Plan]
+    bytes: Callable[[Any], int]
+    tiny: dict[str, Any]
+    rounds: int
+
+    def cases(self, device: str, dry_run: bool) -> list[Any]:
+        """Cases of the device, or their tiny forms."""
+        cases = self.gpu if device == "cuda" else self.cpu
+        return [dataclasses.replace(c, **self.tiny) for c in cases] if dry_run else list(cases)
 
 
-def measure_wgrad_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
-    """All cases of `wgrad_moments`, with the rate of multiply-adds."""
-    rows = []
-    for case in tqdm(
-        cases_wgrad_moments.GPU_CASES if device == "cuda" else cases_wgrad_moments.CPU_CASES,
-        desc="wgrad_moments",
-    ):
-        if dry_run:
-            case = dataclasses.replace(case, shape=(16, 24), tokens=min(case.tokens, 4))
-        calls, roofs = cases_wgrad_moments.build(case, device)
-        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 9)
-        rows.append(row(case.name, case.bytes_read, times))
-        rows[-1]["GFLOP/s"] = round(case.flops / times["gradsafe"].p50 / 1e3, 1)
-        torch._dynamo.reset()
-    return rows
+def _bytes_read(case: Any) -> int:
+    return case.bytes_read
 
 
-def measure_grouped_wgrad_moments(device: str, dry_run: bool) -> list[dict[str, Any]]:
-    """All cases of `grouped_wgrad_moments`, with the rate of multiply-adds."""
-    rows = []
-    cases = cases_grouped_wgrad_moments
-    for case in tqdm(
-        cases.GPU_CASES if device == "cuda" else cases.CPU_CASES, desc="grouped_wgrad_moments"
-    ):
-        if dry_run:
-            case = dataclasses.replace(case, shape=(16, 24), kept=2)
-        calls, roofs = cases.build(case, device)
-        times = compare({**calls, **roofs}, device, rounds=3 if device == "cpu" else 9, warm_up=1)
-        rows.append(row(case.name, case.bytes_read, times))
-        rows[-1]["segments"] = len(case.segments()[0])
-        rows[-1]["GFLOP/s"] = round(case.flops / times["gradsafe"].p50 / 1e3, 1)
-    return rows
-
-
-def measure_cosine_topk(device: str, dry_run: bool) -> list[dict[str, Any]]:
-    """All cases of `cosine_topk`; the loop over pairs is timed in part and scaled."""
-    rows = []
-    for case in tqdm(
-        cases_cosine_topk.GPU_CASES if device == "cuda" else cases_cosine_topk.CPU_CASES,
-        desc="cosine_topk",
-    ):
-        if dry_run:
-            case = dataclasses.replace(case, queries=3, rows=200, features=16)
-        calls, roofs = cases_cosine_topk.build(case, device)
-        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 9)
-        if "loop" in times:
-            timed = min(case.pairs, cases_cosine_topk.LOOP_PAIRS)
-            times["loop"] = times["loop"].scaled(case.pairs / timed)
-        rows.append(row(case.name, case.bytes_read, times))
-        rows[-1]["GFLOP/s"] = round(case.flops / times["gradsafe"].p50 / 1e3, 1)
-        if "loop" in times:
-            rows[-1]["loop_pairs_timed"] = timed
-        torch._dynamo.reset()
-    return rows
-
-
-def measure_kl_divergence(device: str, dry_run: bool) -> list[dict[str, Any]]:
-    """All cases of `kl_divergence_`."""
-    rows = []
-    for case in tqdm(
-        cases_kl_divergence.GPU_CASES if device == "cuda" else cases_kl_divergence.CPU_CASES,
-        desc="kl_divergence",
-    ):
-        if dry_run:
-            case = dataclasses.replace(case, tokens=4, vocabulary=40)
-        calls, roofs = cases_kl_divergence.build(case, device)
-        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 9)
-        rows.append(row(case.name, case.bytes_touched, times))
-        torch._dynamo.reset()
-    return rows
-
-
-def measure_surgery(device: str, dry_run: bool, adamw: bool = False) -> list[dict[str, Any]]:
-    """All cases of `surgery_` or `surgery_adamw_`; on CUDA also the captured call."""
-    build = cases_surgery.build_adamw if adamw else cases_surgery.build
-    rows = []
-    for case in tqdm(
-        cases_surgery.GPU_CASES if device == "cuda" else cases_surgery.CPU_CASES,
-        desc="surgery_adamw" if adamw else "surgery",
-    ):
-        if dry_run:
-            case = dataclasses.replace(case, shape=(8, 24), tensors=2)
-        calls, roofs = build(case, device)
-        times = compare({**calls, **roofs}, device, rounds=3 if dry_run else 15)
-        rows.append(row(case.name, case.bytes_adamw if adamw else case.bytes_moved, times))
-        if device == "cuda":
-            captured = compare({"graph": graphed(calls["gradsafe"])}, device)["graph"]
-            rows[-1]["graph_p50_us"] = round(captured.p50, 1)
-    return rows
-
-
-def measure_surgery_adamw(device: str, dry_run: bool) -> list[dict[str, Any]]:
-    """All cases of `surgery_adamw_`."""
-    return measure_surgery(device, dry_run, adamw=True)
-
-
-OPERATORS: dict[str, Callable[[str, bool], list[dict[str, Any]]]] = {
-    "moments": measure_moments,
-    "surgery": measure_surgery,
-    "surgery_adamw": measure_surgery_adamw,
-    "wgrad_moments": measure_wgrad_moments,
-    "grouped_wgrad_moments": measure_grouped_wgrad_moments,
-    "cosine_topk": measure_cosine_topk,
-    "kl_divergence": measure_kl_divergence,
+_SURGERY = (cases_surgery.CPU_CASES, cases_surgery.GPU_CASES)
+_TINY_SURGERY = {"shape": (8, 24), "tensors": 2}
+OPERATORS = {
+    "moments": Operator(
+        cases_moments.CPU_CASES,
+        cases_moments.GPU_CASES,
+        cases_moments.build,
+        _bytes_read,
+        {"shape": (8, 24), "tensors": 1},
+        25,
+    ),
+    "surgery": Operator(
+        *_SURGERY, cases_surgery.build, lambda case: case.bytes_moved, _TINY_SURGERY, 15
+    ),
+    "surgery_adamw": Operator(
+        *_SURGERY, cases_surgery.build_adamw, lambda case: case.bytes_adamw, _TINY_SURGERY, 15
+    ),
+    "wgrad_moments": Operator(
+        cases_wgrad_moments.CPU_CASES,
+        cases_wgrad_moments.GPU_CASES,
+        cases_wgrad_moments.build,
+        _bytes_read,
+        {"shape": (16, 24), "tokens": 4},
+        9,
+    ),
+    "grouped_wgrad_moments": Operator(
+        cases_grouped_wgrad_moments.CPU_CASES,
+        cases_grouped_wgrad_moments.GPU_CASES,
+        cases_grouped_wgrad_moments.build,
+        _bytes_read,
+        {"shape": (16, 24), "kept": 2},
+        3,
+    ),
+    "cosine_topk": Operator(
+        cases_cosine_topk.CPU_CASES,
+        cases_cosine_topk.GPU_CASES,
+        cases_cosine_topk.build,
+        _bytes_read,
+        {"queries": 3, "rows": 200, "features": 16},
+        9,
+    ),
+    "kl_divergence": Operator(
+        cases_kl_divergence.CPU_CASES,
+        cases_kl_divergence.GPU_CASES,
+        cases_kl_divergence.build,
+        lambda case: case.bytes_touched,
+        {"tokens": 4, "vocabulary": 40},
+        9,
+    ),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a run measures.
+
+    Attributes:
+        device: "cpu" or "cuda".
+        dry_run: Tiny shapes, three rounds.
+        compiled: Whether torch.compile is among the baselines.
+        seconds: After this time of an operator no further case begins.
+    """
+
+    device: str
+    dry_run: bool = False
+    compiled: bool = True
+    seconds: float = float("inf")
+
+
+def measure_case(operator: Operator, case: Any, options: Options) -> dict[str, Any]:
+    """One row: `checked` is the error over its bound, above 1 for a wrong result."""
+    plan = operator.build(case, options.device)
+    on_gpu = options.device == "cuda"
+    checked = plan.check()
+    calls = dict(plan.calls)
+    if not options.compiled or (on_gpu and getattr(case, "tensors", 1) > LONG_LIST):
+        calls.pop("compile", None)
+    rounds = 3 if options.dry_run else operator.rounds
+    limit = CASE_SECONDS if on_gpu else float("inf")
+    times = compare({**calls, **plan.roofs}, options.device, rounds, seconds=limit)
+    extra: dict[str, Any] = {}
+    if "loop" in times:  # timed in part
+        extra["loop_pairs_timed"] = min(case.pairs, cases_cosine_topk.LOOP_PAIRS)
+        times["loop"] = times["loop"].scaled(case.pairs / extra["loop_pairs_timed"])
+    found = row(case.name, operator.bytes(case), times, getattr(case, "flops", None))
+    if on_gpu:
+        extra["host_us"] = round(host_us(calls["gradsafe"]), 1)
+        captured = compare({"graph": graphed(calls["gradsafe"])}, "cuda", rounds)["graph"]
+        extra["graph_p50_us"] = round(captured.p50, 1)
+    return {**found, **extra, "checked": float(f"{checked:.2g}")}
+
+
+def measured_before(path: Path) -> list[dict[str, Any]]:
+    """Rows of an earlier run of the same commit on the same device."""
+    here = environment()
+    same = ("commit", "gpu", "cpu", "torch")
+    return [r for r in read_csv(path) if all(r.get(key) == here[key] for key in same)]
+
+
+def line(found: dict[str, Any]) -> str:
+    """A row for the terminal: our time, roofs, baselines, and whether the result is right."""
+    others = [
+        f"{key.removesuffix('_p50_us')} {found[key]}"
+        for key in found
+        if key.endswith("_p50_us") and found[key] != ""
+    ]
+    rate = f"{found['TFLOP/s']} TFLOP/s" if found.get("TFLOP/s") else f"{found['GB/s']} GB/s"
+    host = f", host {found['host_us']}" if found.get("host_us") else ""
+    right = float(found.get("checked") or 0) <= 1
+    state = f"error/bound {found.get('checked')}" if right else f"WRONG: {found['checked']} x bound"
+    return f"{found['case']}: {found['p50_us']} us, {rate} ({', '.join(others)}{host}; {state})"
+
+
+def measure(
+    name: str, options: Options, path: Path | None, resume: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """All cases of one operator. With a path, the CSV is replaced after each.
+
+    Returns:
+        The rows, and the names of the cases that failed or were wrong.
+    """
+    operator = OPERATORS[name]
+    rows = measured_before(path) if path and resume else []
+    failed, start = [], time.perf_counter()
+    for case in operator.cases(options.device, options.dry_run):
+        if any(found["case"] == case.name for found in rows):
+            continue
+        if time.perf_counter() - start > options.seconds:
+            print(f"{name}, {case.name}: NOT MEASURED, the time is used up", flush=True)
+            failed.append(case.name)
+            continue
+        try:
+            rows.append(measure_case(operator, case, options))
+        except Exception:  # the other cases may still be measured
+            print(f"{name}, {case.name}: FAILED\n{traceback.format_exc(limit=-4)}", flush=True)
+            failed.append(case.name)
+        else:
+            if path:
+                write_csv(path, rows)
+            print(f"{name}, {line(rows[-1])}", flush=True)
+            if rows[-1]["checked"] > 1:
+                failed.append(case.name)
+        torch._dynamo.reset()
+        gc.collect()
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+    return rows, failed
 
 
 def main() -> int:
@@ -225,21 +288,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("operators", nargs="*", choices=[*OPERATORS, []], default=[])
     parser.add_argument("--device", choices=["cpu", "cuda"])
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSVs")
+    parser.add_argument("--dry-run", action="store_true", help="written only if --out is given")
+    parser.add_argument("--out", type=Path, help="folder of the CSVs")
+    parser.add_argument("--no-compile", action="store_true", help="without torch.compile")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="for each operator")
+    parser.add_argument("--resume", action="store_true", help="keep rows of this commit and device")
     arguments = parser.parse_args()
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options = Options(device, arguments.dry_run, not arguments.no_compile, arguments.seconds)
+    out = arguments.out or (None if arguments.dry_run else RESULTS)
+    broken = []
     for name in arguments.operators or OPERATORS:
-        rows = OPERATORS[name](device, arguments.dry_run)
-        print(markdown(rows, COLUMNS[name]))
-        if arguments.dry_run:
-            continue
-        path = arguments.out / f"{name}_{device}.csv"
-        write_csv(path, rows)
-        if arguments.out == RESULTS:
+        path = out / f"{name}_{device}.csv" if out else None
+        rows, failed = measure(name, options, path, arguments.resume)
+        broken += [f"{name}, {case}" for case in failed]
+        if device == "cpu":  # a GPU's rows were printed as they came, and nothing else fits
+            print(markdown(rows, COLUMNS[name]))
+        if out == RESULTS and not arguments.dry_run:
             refresh_document(f"{name} {device}", markdown(rows, COLUMNS[name]))
-        print(f"written: {path}")
-    return 0
+    for case in broken:
+        print(f"FAILED OR WRONG: {case}")
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

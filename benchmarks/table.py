@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,38 +16,64 @@ DOCUMENT = DOCS / "measured.md"
 OURS, ROOFS = "gradsafe", ("read", "copy", "gemm")
 
 
-def row(name: str, bytes_touched: int, times: dict[str, Timing]) -> dict[str, Any]:
-    """A CSV row. Bytes are what the algorithm must touch once, however often a kernel reads."""
+def row(
+    name: str, bytes_touched: int, times: dict[str, Timing], flops: int | None = None
+) -> dict[str, Any]:
+    """A CSV row: absolute times of ours, of the roofs and of the baselines, and their ratios.
+
+    Bytes are what the algorithm must touch once, however often a kernel reads.
+    """
     ours = times[OURS]
+    roofs = {k: times[k] for k in ROOFS if k in times}
     baselines = {k: t for k, t in times.items() if k not in (OURS, *ROOFS)}
-    best = min(baselines, key=lambda k: baselines[k].p50) if baselines else ""
     result: dict[str, Any] = {
         "case": name,
         "bytes": bytes_touched,
-        "p20_us": round(ours.p20, 1),
-        "p50_us": round(ours.p50, 1),
-        "p80_us": round(ours.p80, 1),
+        **_quantiles("", ours),
         "GB/s": round(bytes_touched / ours.p50 / 1e3, 2),
     }
-    for roof in ROOFS:
-        if roof in times:
-            result[f"x_{roof}"] = round(ours.p50 / times[roof].p50, 2)
-    result["best_baseline"] = best
-    for name_, timing in baselines.items():
-        result[f"{name_}_p50_us"] = round(timing.p50, 1)
-        result[f"x_{name_}"] = round(timing.p50 / ours.p50, 2)
+    if flops is not None:
+        result["GFLOP/s"] = round(flops / ours.p50 / 1e3, 1)
+        result["TFLOP/s"] = round(flops / ours.p50 / 1e6, 2)
+    for roof, timing in roofs.items():
+        result |= _quantiles(f"{roof}_", timing)
+        result[f"x_{roof}"] = round(ours.p50 / timing.p50, 2)
+    result["best_baseline"] = min(baselines, key=lambda k: baselines[k].p50, default="")
+    for other, timing in baselines.items():
+        result |= _quantiles(f"{other}_", timing)
+        result[f"x_{other}"] = round(timing.p50 / ours.p50, 2)
     return result
 
 
+def _quantiles(prefix: str, timing: Timing) -> dict[str, float]:
+    return {f"{prefix}{q}_us": round(getattr(timing, q), 1) for q in ("p20", "p50", "p80")}
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All rows with the environment behind each."""
-    full = [{**r, **environment()} for r in rows]
-    columns = list(dict.fromkeys(key for r in full for key in r))
+    """All rows with the environment behind each, unless a row brings its own.
+
+    The file is replaced at once, so that a process killed here leaves the old or the new file.
+    """
+    full = [{**environment(), **r} for r in rows]
+    facts = list(environment())
+    measured = dict.fromkeys(key for r in full for key in r if key not in facts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, restval="")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*measured, *facts], restval="")
         writer.writeheader()
         writer.writerows(full)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows that `write_csv` wrote, as text; none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str]]) -> str:

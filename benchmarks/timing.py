@@ -60,6 +60,7 @@ def compare(
     device: str,
     rounds: int = 25,
     warm_up: int = 3,
+    seconds: float = float("inf"),
 ) -> dict[str, Timing]:
     """Time alternatives in turns.
 
@@ -68,6 +69,7 @@ def compare(
         device: "cpu" or "cuda".
         rounds: Counted calls of each.
         warm_up: Calls of each that are not counted.
+        seconds: After this time no further round begins, but three are always counted.
 
     Returns:
         Quantiles of each alternative.
@@ -79,7 +81,10 @@ def compare(
     if device == "cuda":
         torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in alternatives}
-    for _ in range(rounds):
+    start = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - start > seconds:
+            break
         for name, call in alternatives.items():
             samples[name].append(once(call))
     return {name: _quantiles(values) for name, values in samples.items()}
@@ -96,3 +101,17 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         call()
     return graph.replay
+
+
+def host_us(call: Callable[[], object], calls: int = 20) -> float:
+    """Median time until a CUDA call returns to Python, in microseconds: its cost on the CPU.
+
+    `compare` does not show it: while the flush of the cache runs, the CPU prepares the call. The
+    GPU is idle before each call here, so that no full queue makes it wait.
+    """
+    samples = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        samples.append(_cpu_round(call))
+    torch.cuda.synchronize()
+    return sorted(samples)[calls // 2]

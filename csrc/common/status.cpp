@@ -1,11 +1,16 @@
 #include "gradsafe/status.h"
 
+#include "gradsafe/launch_log.h"
+
 namespace gradsafe {
 
 #if GRADSAFE_CUDA_BUILT
 const char* cuda_error_text(int code);  // csrc/cuda/common/launch.cu
 #else
 static const char* cuda_error_text(int) { return "this build has no CUDA code"; }
+void set_launch_log(bool) {}
+std::vector<std::string> take_launch_log() { return {}; }
+CudaVersions cuda_versions() { return {}; }
 #endif
 
 std::string status_text(int code, int cuda) {
@@ -15,7 +20,12 @@ std::string status_text(int code, int cuda) {
       return "CUDA error " + std::to_string(cuda) + ": " + cuda_error_text(cuda);
     case StatusCode::no_device_code:
       return "the build holds no code for this GPU; rebuild with GRADSAFE_CUDA_ARCHS set to its "
-             "compute capability";
+             "compute capability, 8.0 or later (older GPUs cannot run these kernels: move the "
+             "tensors to the CPU). `gradsafe doctor` shows what the build holds";
+    case StatusCode::old_driver:
+      return "the GPU driver is older than the CUDA runtime of this build; update the driver, or "
+             "rebuild with the nvcc of a CUDA version that the driver supports. `gradsafe doctor` "
+             "shows both versions";
   }
   return "unknown status " + std::to_string(code);
 }

@@ -5,6 +5,7 @@
 
 #include "../cpu/isa.h"
 #include "cuda_stream.h"
+#include "gradsafe/launch_log.h"
 #include "gradsafe/moments.h"
 #include "gradsafe/status.h"
 
@@ -60,6 +61,14 @@ PYBIND11_MODULE(_C, m) {
         "Use 'scalar', 'avx2', 'avx512' or 'auto' from now on.");
   m.def("has_cuda_stream", [] { return gradsafe::cuda_stream_shim() != nullptr; },
         "Whether the running PyTorch can name its current CUDA stream.");
+  m.def("cuda_versions", [] {
+          const gradsafe::CudaVersions found = gradsafe::cuda_versions();
+          return py::make_tuple(found.driver, found.runtime);
+        }, "CUDA versions of the driver and of the linked runtime, 13000 for 13.0; 0 for none.");
+  m.def("set_launch_log", &gradsafe::set_launch_log, py::arg("on"),
+        "Start an empty log of launched CUDA kernels, or stop it. For tests.");
+  m.def("launch_log", &gradsafe::take_launch_log,
+        "Names of the CUDA kernels launched since the last call, while the log was on.");
   m.def("plan_moments", &plan_moments, py::arg("rows"), py::arg("cols"), py::arg("axis"),
         py::arg("num_refs"), "How the CPU kernels cut one contiguous matrix.");
   m.def("status_text", &gradsafe::status_text, py::arg("code"), py::arg("cuda") = 0,

@@ -10,6 +10,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <tuple>
 #include <utility>
 
@@ -26,11 +27,18 @@ constexpr std::size_t kSharedWithoutAsking = 48 * 1024;
 inline Status to_status(cudaError_t error) {
   if (error == cudaSuccess) return {};
   (void)cudaGetLastError();  // the error is reported here; do not leave it for the next caller
+  if (error == cudaErrorInsufficientDriver) {
+    return {StatusCode::old_driver, static_cast<int32_t>(error)};
+  }
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
     return {StatusCode::no_device_code, static_cast<int32_t>(error)};
   }
   return {StatusCode::cuda_error, static_cast<int32_t>(error)};
 }
+
+// launch.cu: the log of gradsafe/launch_log.h.
+extern std::atomic<bool> launch_log_on;
+void log_launch(const void* kernel);
 
 template <class Tuple, std::size_t... I>
 cudaError_t launch_packed(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
@@ -47,6 +55,7 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shar
               void* stream, const Args&... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return {};
   const void* code = reinterpret_cast<const void*>(kernel);
+  if (detail::launch_log_on.load(std::memory_order_relaxed)) detail::log_launch(code);
   if (shared_bytes > detail::kSharedWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(
         code, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

@@ -29,7 +29,7 @@ constexpr bool has_columns(Axis axis) { return axis == Axis::column || axis == A
 constexpr int kMaxRefs = 4;
 
 // Outcome of a launcher. CUDA launchers return `cuda_error` and keep the runtime's own code.
-enum class StatusCode : int32_t { ok = 0, cuda_error = 1, no_device_code = 2 };
+enum class StatusCode : int32_t { ok = 0, cuda_error = 1, no_device_code = 2, old_driver = 3 };
 
 struct Status {
   StatusCode code = StatusCode::ok;

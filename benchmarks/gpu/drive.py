@@ -1,0 +1,240 @@
+"""Runs the steps of steps.py so that a kill at any moment loses the running step only.
+
+bash benchmarks/gpu/run.sh OUT [--only a,b] [--skip-done] [--list] [--minutes 9.5]
+
+Every step has a folder in build/gpu_run: its log, its tables and, once it ended, its verdict in
+done.json. OUT gets two files: results.tar.gz, that folder, replaced every few seconds and after
+each step, and report.txt, the results in short. Needs Python 3.10 and nothing else by itself; the
+steps need torch 2.10 or later, setuptools 77 or later, pybind11, nvcc, cmake, ninja, pytest and
+hypothesis, and detection needs transformers.
+
+Environment: GRADSAFE_COMMIT names the commit where .git is missing; GRADSAFE_CUDA_ARCHS is set by
+the device unless given; DRY_RUN=1 runs every step on CPU tensors and tiny shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from steps import STEPS, Step
+
+ROOT = Path(__file__).resolve().parents[2]
+WORK = Path(os.environ.get("GRADSAFE_GPU_WORK", ROOT / "build" / "gpu_run"))
+REFRESH = 3.0  # seconds between archives while a step runs
+GRACE = 5  # seconds between SIGTERM and SIGKILL
+SETUPTOOLS = 77
+CHECK = """
+import sys, importlib.metadata as m, torch
+version = m.version("setuptools")
+assert int(version.split(".")[0]) >= {least}, f"setuptools {{version}}: the build needs {least}"
+assert sys.version_info >= (3, 10), f"Python {{sys.version}}: 3.10 or later is needed"
+for name in ("pybind11", "pytest", "hypothesis"): __import__(name)
+print(f"python {{sys.version.split()[0]}}, torch {{torch.__version__}}, setuptools {{version}}, "
+      f"{{torch.cuda.device_count()}} GPUs")
+assert {dry} or torch.cuda.is_available(), "torch sees no GPU: is the driver too old for its CUDA?"
+"""
+
+
+def say(text: str) -> None:
+    """Printed at once: the caller may see no more than the end of it."""
+    print(text, flush=True)
+
+
+def output_of(*command: str) -> str:
+    """What a short command prints, empty if it cannot run."""
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def check_machine(dry: bool) -> dict[str, str]:
+    """Versions in the first seconds; the architecture to build for.
+
+    Raises:
+        SystemExit: Something is missing, by name.
+    """
+    query = "--query-gpu=name,driver_version,memory.total,compute_cap"
+    gpus = output_of("nvidia-smi", query, "--format=csv,noheader")
+    nvcc = output_of("nvcc", "--version").split("release ")[-1].split(",")[0]
+    say(f"GPU: {gpus or 'none'}; nvcc {nvcc or 'none'}; {os.cpu_count()} cores")
+    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
+    if not dry:
+        missing += [tool for tool, found in (("nvidia-smi", gpus), ("nvcc", nvcc)) if not found]
+    if missing and not dry:
+        raise SystemExit(f"missing on PATH: {', '.join(missing)}")
+    code = CHECK.format(least=SETUPTOOLS, dry=dry)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    say(run.stdout.strip() or run.stderr.strip().splitlines()[-1])
+    if run.returncode:
+        raise SystemExit(f"this Python cannot run the steps: {run.stderr.strip().splitlines()[-1]}")
+    capability = gpus.splitlines()[0].rsplit(",", 1)[-1].strip().replace(".", "") if gpus else "90"
+    return {"GRADSAFE_CUDA_ARCHS": os.environ.get("GRADSAFE_CUDA_ARCHS", f"{capability}-real")}
+
+
+def archive(out: Path) -> None:
+    """Replaces OUT/results.tar.gz at once."""
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / "results.tmp"
+    with tarfile.open(partial, "w:gz", compresslevel=1) as tar:
+        for path in sorted(WORK.rglob("*")):
+            if path.is_file() and not path.name.startswith("."):
+                tar.add(path, arcname=f"gpu_run/{path.relative_to(WORK)}")
+    partial.replace(out / "results.tar.gz")
+
+
+def table(folder: Path) -> list[str]:
+    """The CSVs of a step, one short line a row."""
+    lines = []
+    for path in sorted(folder.glob("*.csv")):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                lines.append(f"  {path.stem}: {short(row)}")
+    return lines
+
+
+def short(row: dict[str, str]) -> str:
+    """Case and numbers of a CSV row."""
+    if "ms_per_prompt" in row:
+        keys = ("method", "batch", "ms_per_prompt", "extra_MB", "x_loop", "error")
+        return ", ".join(f"{key} {row[key]}" for key in keys if row.get(key))
+    others = [k for k in row if k.endswith("_p50_us") and row[k]]
+    times = " ".join(f"{key.removesuffix('_p50_us')} {row[key]}" for key in others)
+    flops = f" {row['TFLOP/s']} TFLOP/s" if row.get("TFLOP/s") else ""
+    wrong = " WRONG" if float(row.get("checked") or 0) > 1 else ""
+    return (
+        f"{row['case']}: {row['p50_us']} us {row['GB/s']} GB/s{flops} | {times} | "
+        f"host {row.get('host_us', '')} checked {row.get('checked', '')}{wrong}"
+    )
+
+
+def run_step(step: Step, limit: float, dry: bool, extra: dict[str, str], out: Path) -> str:
+    """Runs one step; the archive follows while it runs. Returns its verdict."""
+    folder = WORK / step.name
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        part.replace("{out}", str(folder)).replace("{python}", sys.executable)
+        for part in (step.dry if dry else step.command)
+    ]
+    program = step.program or sys.executable
+    environment = {**os.environ, **extra, **dict(step.environment)}
+    with (folder / "log.txt").open("ab") as log:
+        process = subprocess.Popen(
+            ["timeout", "-k", str(GRACE), str(max(1, int(limit))), program, *command],
+            cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            while True:
+                try:
+                    code = process.wait(REFRESH)
+                    break
+                except subprocess.TimeoutExpired:
+                    archive(out)
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            raise
+    if code in (124, 137):
+        return f"TIMEOUT after {limit:.0f} s"
+    return "ok" if code == 0 else f"FAILED, exit {code}"
+
+
+def finish(step: Step, verdict: str, seconds: float, out: Path, report: list[str]) -> None:
+    """Verdict, archive, and what a reader of the last lines must see."""
+    folder = WORK / step.name
+    done = {"verdict": verdict, "seconds": round(seconds, 1)}
+    partial = folder / ".done"
+    partial.write_text(json.dumps(done))
+    partial.replace(folder / "done.json")
+    lines = [f"--- {step.name}: {verdict} ({seconds:.0f} s)", *table(folder)]
+    log = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    shown = log[-25:] if verdict != "ok" else [] if len(lines) > 1 else log[-3:]
+    lines += [f"  {line[:200]}" for line in shown]
+    report += lines
+    (out / "report.txt").write_text("\n".join(report) + "\n")
+    archive(out)
+    say("\n".join(lines))
+
+
+def chosen(arguments: argparse.Namespace, dry: bool) -> list[Step]:
+    """Steps of this run, in order."""
+    names = [step.name for step in STEPS]
+    only = arguments.only.split(",") if arguments.only else names
+    if unknown := [name for name in only if name not in names]:
+        raise SystemExit(f"unknown steps {unknown}; there are: {', '.join(names)}")
+    steps = [step for step in STEPS if step.name in only and (step.dry or not dry)]
+    if arguments.skip_done:
+        steps = [step for step in steps if not is_done(step)]
+    return steps
+
+
+def is_done(step: Step) -> bool:
+    """Whether an earlier run ended this step without a failure."""
+    path = WORK / step.name / "done.json"
+    return path.exists() and json.loads(path.read_text())["verdict"] == "ok"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", nargs="?", type=Path, default=ROOT / "build" / "gpu_results")
+    parser.add_argument("--only", default="", help="names of steps, with commas between")
+    parser.add_argument("--skip-done", action="store_true", help="leave out what passed before")
+    parser.add_argument("--list", action="store_true", help="names and limits of the steps")
+    parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
+    arguments = parser.parse_args(argv)
+    if arguments.list:
+        say("\n".join(f"{step.name:<12}{step.limit:>4} s" for step in STEPS))
+        return 0
+    dry, out = bool(os.environ.get("DRY_RUN")), arguments.out.resolve()
+    steps = chosen(arguments, dry)
+    if not arguments.only and not arguments.skip_done:
+        shutil.rmtree(WORK, ignore_errors=True)
+    for step in steps:  # left by an earlier run
+        (WORK / step.name / "done.json").unlink(missing_ok=True)
+    WORK.mkdir(parents=True, exist_ok=True)
+    archive(out)
+    extra = check_machine(dry)
+    extra |= {
+        "PYTHONPATH": str(ROOT),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "GRADSAFE_CUDA": os.environ.get("GRADSAFE_CUDA", "auto" if dry else "on"),
+        "MAX_JOBS": os.environ.get("MAX_JOBS", str(os.cpu_count() or 1)),
+    }
+    report: list[str] = []
+    for step in steps:
+        left = 60 * arguments.minutes - (time.monotonic() - start)
+        began = time.monotonic()
+        (WORK / step.name).mkdir(parents=True, exist_ok=True)
+        (WORK / step.name / "log.txt").touch()
+        if step.program and shutil.which(step.program) is None:
+            verdict = f"SKIPPED: {step.program} is not on PATH"
+        elif left < 10:
+            verdict = "SKIPPED: no time left"
+        else:
+            say(f"=== {step.name}")
+            verdict = run_step(step, min(step.limit, left - GRACE - 1), dry, extra, out)
+        finish(step, verdict, time.monotonic() - began, out, report)
+        if verdict != "ok" and step.needed:
+            break
+    bad = [line for line in report if line.startswith("--- ") and ": ok (" not in line]
+    say("\n".join(["=== summary", *(line for line in report if line.startswith("--- "))]))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""The steps of a GPU run, the most important first. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=short", "-rfE")
+KINDS = ("memcheck", "synccheck", "racecheck", "initcheck")
+DETECTION = ("-m", "benchmarks.bench_detection", "--out", "{out}")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command with a limit.
+
+    Attributes:
+        name: Also the name of its folder of results.
+        limit: Seconds.
+        command: Arguments of Python, or of a program if `program` names one. "{out}" stands for
+            the folder of results.
+        dry: The same on a CPU.
+        program: What runs instead of Python; the step is skipped, visibly, where it is missing.
+        needed: If it fails, no later step makes sense.
+        environment: Variables of this step.
+    """
+
+    name: str
+    limit: int
+    command: tuple[str, ...]
+    dry: tuple[str, ...] = ()
+    program: str = ""
+    needed: bool = False
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+def _measure(name: str, limit: int, *operators: str) -> Step:
+    start = ("-m", "benchmarks.run", *operators, "--no-compile", "--resume", "--out", "{out}")
+    seconds = str(max(5, (limit - 12) // len(operators)))
+    return Step(
+        name,
+        limit,
+        (*start, "--device", "cuda", "--seconds", seconds),
+        dry=(*start, "--device", "cpu", "--dry-run"),
+    )
+
+
+def _sanitize(tool: str) -> Step:
+    arguments = ("--tool", tool, "--error-exitcode", "9", "{python}", "tests/gpu/sanitize.py")
+    return Step(
+        tool,
+        60,
+        arguments,
+        program="compute-sanitizer",
+        environment=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),),
+    )
+
+
+_BUILD = ("setup.py", "-q", "build_ext", "--inplace")
+_SMOKE = ("-c", "from gradsafe import doctor; raise SystemExit(doctor.run())")
+_SUITE = (*PYTEST, "tests/gpu", "--durations=5", "--junitxml={out}/junit.xml")
+_OPS = (*PYTEST, "tests/ops", "-m", "gpu", "--junitxml={out}/junit.xml")
+STEPS = (
+    Step("build", 240, _BUILD, _BUILD, needed=True),
+    Step("smoke", 45, _SMOKE, _SMOKE),
+    Step("suite", 120, _SUITE, _SUITE),
+    Step("ops", 60, _OPS, _OPS),
+    _measure("wgrad", 40, "wgrad_moments"),
+    _measure("moments", 40, "moments"),
+    _measure("kl", 40, "kl_divergence"),
+    _measure("surgery", 60, "surgery", "surgery_adamw"),
+    _measure("cosine", 45, "cosine_topk"),
+    Step(
+        "detection",
+        120,
+        (*DETECTION, "--size", "7B", "--tokens", "100", "--dtype", "bfloat16", "--device", "cuda"),
+        dry=(*DETECTION, "--size", "tiny", "--tokens", "8"),
+    ),
+    *(_sanitize(tool) for tool in KINDS),
+    Step(  # against torch.compile too, if there is time left
+        "compiled",
+        120,
+        ("-m", "benchmarks.run", "moments", "kl_divergence", "wgrad_moments", "--device", "cuda",
+         "--seconds", "40", "--resume", "--out", "{out}"),
+    ),
+)  # fmt: skip
