@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import ctypes
+import io
 import json
 import os
 import shutil
@@ -91,18 +93,21 @@ def archive(out: Path) -> None:
     partial = out / "results.tmp"
     with tarfile.open(partial, "w:gz", compresslevel=1) as tar:
         for path in sorted(WORK.rglob("*")):
-            if path.is_file() and not path.name.startswith("."):
-                tar.add(path, arcname=f"gpu_run/{path.relative_to(WORK)}")
+            if not path.is_file() or path.name.startswith("."):
+                continue
+            data = path.read_bytes()  # at once: a running step may replace it or add to it
+            entry = tarfile.TarInfo(f"gpu_run/{path.relative_to(WORK)}")
+            entry.size, entry.mtime = len(data), int(time.time())
+            tar.addfile(entry, io.BytesIO(data))
     partial.replace(out / "results.tar.gz")
 
 
 def table(folder: Path) -> list[str]:
     """The CSVs of a step, one short line a row."""
-    lines = []
+    lines: list[str] = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                lines.append(f"  {path.stem}: {short(row)}")
+            lines += [f"  {path.stem}: {short(row)}" for row in csv.DictReader(file)]
     return lines
 
 
@@ -116,25 +121,37 @@ def short(row: dict[str, str]) -> str:
     flops = f" {row['TFLOP/s']} TFLOP/s" if row.get("TFLOP/s") else ""
     wrong = " WRONG" if float(row.get("checked") or 0) > 1 else ""
     return (
-        f"{row['case']}: {row['p50_us']} us {row['GB/s']} GB/s{flops} | {times} | "
+        f"{row.get('case')}: {row.get('p50_us')} us {row.get('GB/s')} GB/s{flops} | {times} | "
         f"host {row.get('host_us', '')} checked {row.get('checked', '')}{wrong}"
     )
 
 
-def run_step(step: Step, limit: float, dry: bool, extra: dict[str, str], out: Path) -> str:
+def die_with_the_driver() -> None:
+    """A step must not go on, and write, beside the run that takes over from a killed one."""
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; `timeout` passes it on
+
+
+def run_step(
+    step: Step, limit: float, arguments: argparse.Namespace, extra: dict[str, str], out: Path
+) -> str:
     """Runs one step; the archive follows while it runs. Returns its verdict."""
     folder = WORK / step.name
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        part.replace("{out}", str(folder)).replace("{python}", sys.executable)
-        for part in (step.dry if dry else step.command)
-    ]
+    places = {
+        "{out}": str(folder),
+        "{python}": sys.executable,
+        "{resume}": "--resume" if arguments.skip_done else "",
+    }
+    command = list(step.dry if arguments.dry else step.command)
+    for place, value in places.items():
+        command = [part.replace(place, value) for part in command]
+    command = [part for part in command if part]
     program = step.program or sys.executable
     environment = {**os.environ, **extra, **dict(step.environment)}
     with (folder / "log.txt").open("ab") as log:
         process = subprocess.Popen(
             ["timeout", "-k", str(GRACE), str(max(1, int(limit))), program, *command],
             cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+            preexec_fn=die_with_the_driver,
         )  # fmt: skip
         try:
             while True:
@@ -168,16 +185,19 @@ def finish(step: Step, verdict: str, seconds: float, out: Path, report: list[str
     say("\n".join(lines))
 
 
-def chosen(arguments: argparse.Namespace, dry: bool) -> list[Step]:
-    """Steps of this run, in order."""
+def chosen(arguments: argparse.Namespace) -> list[Step]:
+    """Steps of this run, in order. The build is always among them, unless it is a dry run."""
     names = [step.name for step in STEPS]
     only = arguments.only.split(",") if arguments.only else names
     if unknown := [name for name in only if name not in names]:
         raise SystemExit(f"unknown steps {unknown}; there are: {', '.join(names)}")
-    steps = [step for step in STEPS if step.name in only and (step.dry or not dry)]
-    if arguments.skip_done:
-        steps = [step for step in steps if not is_done(step)]
-    return steps
+    steps = [
+        step
+        for step in STEPS
+        if (step.name in only and not (arguments.skip_done and is_done(step)))
+        or (step.needed and not arguments.dry)  # takes seconds if no source changed
+    ]
+    return [step for step in steps if step.dry or not arguments.dry]
 
 
 def is_done(step: Step) -> bool:
@@ -199,12 +219,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.list:
         say("\n".join(f"{step.name:<12}{step.limit:>4} s" for step in STEPS))
         return 0
-    dry, out = bool(os.environ.get("DRY_RUN")), arguments.out.resolve()
-    steps = chosen(arguments, dry)
-    if not arguments.only and not arguments.skip_done:
-        shutil.rmtree(WORK, ignore_errors=True)
-    for step in steps:  # left by an earlier run
-        (WORK / step.name / "done.json").unlink(missing_ok=True)
+    arguments.dry = dry = bool(os.environ.get("DRY_RUN"))
+    out = arguments.out.resolve()
+    steps = chosen(arguments)
+    for step in steps:  # what an earlier run left; a run that goes on keeps its rows
+        if arguments.skip_done:
+            (WORK / step.name / "done.json").unlink(missing_ok=True)
+        else:
+            shutil.rmtree(WORK / step.name, ignore_errors=True)
     WORK.mkdir(parents=True, exist_ok=True)
     archive(out)
     extra = check_machine(dry)
@@ -227,7 +249,7 @@ def main(argv: list[str] | None = None) -> int:
             verdict = "SKIPPED: no time left"
         else:
             say(f"=== {step.name}")
-            verdict = run_step(step, min(step.limit, left - GRACE - 1), dry, extra, out)
+            verdict = run_step(step, min(step.limit, left - GRACE - 1), arguments, extra, out)
         finish(step, verdict, time.monotonic() - began, out, report)
         if verdict != "ok" and step.needed:
             break

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "--tb=short", "-rfE")
+PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "-rfE",
+          "-o", "faulthandler_timeout=50")  # fmt: skip
 KINDS = ("memcheck", "synccheck", "racecheck", "initcheck")
 DETECTION = ("-m", "benchmarks.bench_detection", "--out", "{out}")
 
@@ -17,7 +18,7 @@ class Step:
         name: Also the name of its folder of results.
         limit: Seconds.
         command: Arguments of Python, or of a program if `program` names one. "{out}" stands for
-            the folder of results.
+            the folder of results, "{resume}" for `--resume` in a run that goes on.
         dry: The same on a CPU.
         program: What runs instead of Python; the step is skipped, visibly, where it is missing.
         needed: If it fails, no later step makes sense.
@@ -34,7 +35,7 @@ class Step:
 
 
 def _measure(name: str, limit: int, *operators: str) -> Step:
-    start = ("-m", "benchmarks.run", *operators, "--no-compile", "--resume", "--out", "{out}")
+    start = ("-m", "benchmarks.run", *operators, "--no-compile", "{resume}", "--out", "{out}")
     seconds = str(max(5, (limit - 12) // len(operators)))
     return Step(
         name,
@@ -80,6 +81,6 @@ STEPS = (
         "compiled",
         120,
         ("-m", "benchmarks.run", "moments", "kl_divergence", "wgrad_moments", "--device", "cuda",
-         "--seconds", "40", "--resume", "--out", "{out}"),
+         "--seconds", "40", "{resume}", "--out", "{out}"),
     ),
 )  # fmt: skip
