@@ -1,4 +1,5 @@
-"""What compute-sanitizer runs: every operator (once per axis, where it has one), on ragged shapes.
+"""What compute-sanitizer runs: every operator (once per axis, where it has one), on ragged shapes,
+with and without rows on 16-byte borders.
 
     compute-sanitizer --tool memcheck python tests/gpu/sanitize.py
 
@@ -6,6 +7,8 @@ torch's caching allocator hides overruns; switch it off: PYTORCH_NO_CUDA_MEMORY_
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from gpu_operators import OPERATORS, flat, registered
@@ -19,20 +22,22 @@ def main() -> None:
         arguments = operator.make("cuda")
         for axis in AXES:
             total = sum(float(t.abs().sum()) for t in flat(operator.call(*arguments, axis)))
-            print(operator.name, axis, f"{total:.6g}")
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        queries, rows = torch.randn(70, 77).to(dtype), torch.randn(5000, 77).to(dtype)
+            print(operator.name, operator.label, axis, f"{total:.6g}")
+    # Rows of a multiple of 16 bytes, or of none; neither fills whole tiles.
+    for dtype, odd in itertools.product((torch.float32, torch.bfloat16, torch.float16), (0, 1)):
+        queries, rows = torch.randn(70, 80 + odd).to(dtype), torch.randn(5000, 80 + odd).to(dtype)
         scores, indices = cosine_topk(queries.cuda(), rows.cuda(), 9)
-        print("cosine_topk", dtype, f"{float(scores.sum()):.6g}", int(indices.sum()))
-        shapes = [(513, 129), (7,), (70_001,)]
-        lists = [[torch.rand(s, device="cuda").to(dtype) for s in shapes] for _ in range(5)]
+        print("cosine_topk", dtype, odd, f"{float(scores.sum()):.6g}", int(indices.sum()))
+        sizes = [66_177, 7, 70_001]
+        lists = [[torch.rand(n + odd, device="cuda").to(dtype)[odd:] for n in sizes]
+                 for _ in range(5)]  # fmt: skip
         step = torch.zeros((), device="cuda")
         stepped = surgery_adamw_(*lists, step, groups=[0, 1, 0])
-        print("surgery_adamw_", dtype, stepped.tolist())
-        print("surgery_", dtype, surgery_(lists[1], [-a for a in lists[2]]).tolist())
-        student, teacher = (torch.randn(7, 10_003).cuda().to(dtype) for _ in range(2))
+        print("surgery_adamw_", dtype, odd, stepped.tolist())
+        print("surgery_", dtype, odd, surgery_(lists[1], [-a for a in lists[2]]).tolist())
+        student, teacher = (torch.randn(7, 10_008 + odd).cuda().to(dtype) for _ in range(2))
         value = kl_divergence_(student, teacher, torch.ones(7, device="cuda"))
-        print("kl_divergence_", dtype, f"{float(value.sum()):.6g}")
+        print("kl_divergence_", dtype, odd, f"{float(value.sum()):.6g}")
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ def same(a, b):
     return torch.equal(a.indices, b.indices) and torch.equal(a.scores, b.scores)
 
 
+@pytest.mark.parametrize("features", [600, 601])  # rows of a multiple of 16 bytes, or not
 @pytest.mark.parametrize(("dtype", "row_dtype"), list(itertools.product(DTYPES, DTYPES)))
-def test_equals_the_oracle_and_the_cpu(dtype, row_dtype):
-    queries, rows = make(dtype=dtype, row_dtype=row_dtype)
-    found = cosine_topk(queries, rows, 50)
+def test_equals_the_oracle_and_the_cpu(dtype, row_dtype, features, paths):
+    queries, rows = make(features=features, dtype=dtype, row_dtype=row_dtype)
+    with paths:
+        found = cosine_topk(queries, rows, 50)
     want = reference.cosine_topk(queries.cpu(), rows.cpu(), 9000)
     exact = torch.empty_like(want.scores).scatter_(1, want.indices, want.scores)
     own = exact.gather(1, found.indices.cpu())
@@ -36,6 +38,22 @@ def test_equals_the_oracle_and_the_cpu(dtype, row_dtype):
     assert torch.all((found.scores.cpu() - want.scores[:, :50]).abs() <= NEAR)
     on_cpu = cosine_topk(queries.cpu(), rows.cpu(), 50)
     assert torch.all((found.scores.cpu() - on_cpu.scores).abs() <= 2 * NEAR)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("queries", "rows", "features", "k"),
+    [(1, 70_000, 128, 10), (3, 70_000, 128, 100), (500, 5000, 2048, 10), (500, 70_000, 64, 100)],
+)
+def test_few_and_many_queries_equal_the_oracle(queries, rows, features, k, dtype, paths):
+    queries, rows = make(queries, rows, features, dtype)
+    with paths:
+        found = cosine_topk(queries, rows, k)
+    normalize = torch.nn.functional.normalize
+    exact = normalize(queries.double(), dim=1) @ normalize(rows.double(), dim=1).T
+    assert torch.all((found.scores - exact.gather(1, found.indices)).abs() <= NEAR)
+    assert torch.all((found.scores - exact.topk(k, dim=1).values).abs() <= NEAR)
+    assert torch.all(found.indices.sort(1).values.diff(dim=1) > 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

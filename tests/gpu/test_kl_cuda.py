@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -22,18 +24,40 @@ def solve(student, teacher, weight):
     return kl_divergence_(buffer, teacher, weight), buffer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_equals_the_oracle_and_repeats(dtype):
-    arguments = make(dtype=dtype)
-    value, gradient = solve(*arguments)
-    exact = arguments[0].cpu().double()
-    wanted = reference.kl_divergence_(exact, arguments[1].cpu(), arguments[2].cpu())
-    assert torch.allclose(value.cpu().double(), wanted, rtol=1e-5, atol=1e-6)
-    assert torch.allclose(gradient.cpu().double(), exact, rtol=1e-2, atol=1e-6)
-    for _ in range(5):
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+# Rows of a multiple of 16 bytes, with and without a rest behind the packs of a block, or of none.
+@pytest.mark.parametrize("vocabulary", [32_768, 10_008, 10_003, 24])
+@pytest.mark.parametrize(("dtype", "teacher_dtype"), list(itertools.product(DTYPES, DTYPES)))
+def test_equals_the_oracle_and_repeats(dtype, teacher_dtype, vocabulary, paths):
+    student, teacher, weight = make((33, vocabulary), dtype)
+    arguments = student, teacher.to(teacher_dtype), weight
+    with paths:
+        value, gradient = solve(*arguments)
+    exact = student.double()
+    probabilities = exact.softmax(1) + arguments[1].double().softmax(1)
+    wanted = reference.kl_divergence_(exact, arguments[1], weight)
+    assert torch.all((value - wanted).abs() <= 1e-5 * (1 + wanted))
+    limits = torch.finfo(dtype)
+    bound = 1e-5 * weight[:, None] * probabilities + limits.eps * exact.abs()
+    assert torch.all((gradient - exact).abs() <= bound + limits.smallest_normal * limits.eps)
+    for _ in range(3):
         again = solve(*arguments)
         assert torch.equal(again[0], value)
         assert torch.equal(again[1], gradient)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_student_and_teacher_may_differ_in_alignment(aligned, paths):
+    student, teacher, _ = make((9, 4096))
+    wide = torch.empty(9, 4097, dtype=teacher.dtype, device="cuda")[:, :4096]
+    wide.copy_(teacher)
+    moved = (student, wide) if aligned else (wide, student)
+    plain = (student, teacher) if aligned else (teacher, student)
+    with paths:
+        value = kl_divergence(*moved)
+    assert torch.equal(value, kl_divergence(*plain))
 
 
 def test_more_rows_than_blocks():
