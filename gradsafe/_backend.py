@@ -7,6 +7,8 @@ from typing import Any
 
 import torch  # libtorch must be in the process before the module that links it
 
+from gradsafe.device_code import driver_problem
+
 try:
     _C: Any = importlib.import_module("gradsafe._C")
 except ImportError as error:
@@ -29,6 +31,8 @@ def cuda_problem() -> str | None:
             f"gradsafe was built without CUDA kernels: {info['cuda_reason']}. Rebuild it with nvcc "
             "on PATH and GRADSAFE_CUDA=on"
         )
+    if problem := driver_problem(*_C.cuda_versions()):
+        return problem
     if torch.version.cuda is None:
         return (
             f"this PyTorch ({torch.__version__}) has no CUDA support; gradsafe's kernels are idle"

@@ -16,6 +16,7 @@ from torch import Tensor
 from gradsafe import ops, reference
 from gradsafe._backend import _C, cuda_problem
 from gradsafe._version import __version__
+from gradsafe.device_code import device_code, version
 from gradsafe.doctor_cases import CASES
 
 _TOLERANCE = 1e-5  # of the largest value: far above float32 sums, far below any wrong formula
@@ -85,7 +86,8 @@ def collect() -> dict[str, Any]:
             "usable": problem is None,
             "problem": problem,
             "torch_cuda": torch.version.cuda,
-            "devices": _devices() if problem is None else [],
+            "versions": dict(zip(("driver", "runtime"), _C.cuda_versions(), strict=True)),
+            "devices": _devices(build["cuda_archs"]) if problem is None else [],
         },
         "settings": {name: os.environ[name] for name in _SETTINGS if name in os.environ},
     }
@@ -102,7 +104,12 @@ def self_test() -> list[Check]:
     finally:
         _C.set_cpu_isa(in_use)
     if cuda_problem() is None:
-        checks += [_check(operator, "cuda", "cuda") for operator in CASES]
+        for index, found in enumerate(_devices(_C.build_info()["cuda_archs"])):
+            if found["usable"]:
+                device = f"cuda:{index}"
+                checks += [_check(operator, device, device) for operator in CASES]
+            else:
+                checks.append(Check(f"operators on cuda:{index}", False, None, found["code"]))
     return checks
 
 
@@ -132,7 +139,12 @@ def render(facts: dict[str, Any], checks: list[Check]) -> str:
             if cuda["built"]
             else f"not built: {build['cuda_reason']}",
         ),
-        ("CUDA device", ", ".join(cuda["devices"]) or f"none usable: {cuda['problem']}"),
+        *_device_rows(cuda),
+        *(
+            [("CUDA versions", ", ".join(f"{k} {version(v)}" for k, v in cuda["versions"].items()))]
+            if cuda["versions"]["driver"]
+            else []
+        ),
         *((name, value) for name, value in facts["settings"].items()),
     ]
     width = max(len(name) for name, _ in rows) + 2
@@ -186,11 +198,28 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _devices() -> list[str]:
+def _devices(archs: str) -> list[dict[str, Any]]:
     devices = []
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
+        code = device_code(archs, facts.major, facts.minor)
         devices.append(
-            f"{facts.name} (sm_{facts.major}{facts.minor}, {facts.total_memory / 2**30:.0f} GiB)"
+            {
+                "name": facts.name,
+                "architecture": f"sm_{facts.major}{facts.minor}",
+                "memory_GiB": round(facts.total_memory / 2**30),
+                "usable": code.usable,
+                "code": code.text,
+            }
         )
     return devices
+
+
+def _device_rows(cuda: dict[str, Any]) -> list[tuple[str, str]]:
+    if not cuda["devices"]:
+        return [("CUDA device", f"none usable: {cuda['problem']}")]
+    rows = []
+    for index, found in enumerate(cuda["devices"]):
+        name = f"{found['name']} ({found['architecture']}, {found['memory_GiB']} GiB)"
+        rows += [(f"CUDA device {index}", name), ("  runs", found["code"])]
+    return rows
