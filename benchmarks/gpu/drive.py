@@ -83,8 +83,11 @@ def check_machine(dry: bool) -> dict[str, str]:
     say(run.stdout.strip() or run.stderr.strip().splitlines()[-1])
     if run.returncode:
         raise SystemExit(f"this Python cannot run the steps: {run.stderr.strip().splitlines()[-1]}")
-    capability = gpus.splitlines()[0].rsplit(",", 1)[-1].strip().replace(".", "") if gpus else "90"
-    return {"GRADSAFE_CUDA_ARCHS": os.environ.get("GRADSAFE_CUDA_ARCHS", f"{capability}-real")}
+    if dry:
+        return {}
+    capability = gpus.splitlines()[0].rsplit(",", 1)[-1].strip().replace(".", "")
+    usual = f"{capability if capability.isdigit() else 90}-real"
+    return {"GRADSAFE_CUDA_ARCHS": os.environ.get("GRADSAFE_CUDA_ARCHS", usual)}
 
 
 def archive(out: Path) -> None:
