@@ -32,7 +32,9 @@ def share(found: Tensor, wanted: Tensor, bound: Tensor | float) -> float:
     """Largest error over its bound; infinite where exactly one side is NaN or infinite."""
     error = (found.double() - wanted.double()).abs() / bound
     exact = (found == wanted) | (found.isnan() & wanted.isnan())
-    error = torch.where(exact, torch.zeros_like(error), error).nan_to_num(nan=math.inf)
+    error = torch.where(exact, torch.zeros_like(error), error).nan_to_num(
+        nan=math.inf, posinf=math.inf
+    )
     return float(error.max()) if error.numel() else 0.0
 
 

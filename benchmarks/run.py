@@ -227,10 +227,14 @@ def measure_case(operator: Operator, case: Any, options: Options) -> dict[str, A
 
 
 def measured_before(path: Path) -> list[dict[str, Any]]:
-    """Rows of an earlier run of the same commit on the same device."""
+    """Right rows of an earlier run of the same commit on the same device."""
     here = environment()
     same = ("commit", "gpu", "cpu", "torch")
-    return [r for r in read_csv(path) if all(r.get(key) == here[key] for key in same)]
+    return [
+        r
+        for r in read_csv(path)
+        if all(r.get(key) == here[key] for key in same) and float(r.get("checked") or 0) <= 1
+    ]
 
 
 def line(found: dict[str, Any]) -> str:

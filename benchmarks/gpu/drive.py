@@ -36,6 +36,8 @@ WORK = Path(os.environ.get("GRADSAFE_GPU_WORK", ROOT / "build" / "gpu_run"))
 REFRESH = 3.0  # seconds between archives while a step runs
 GRACE = 5  # seconds between SIGTERM and SIGKILL
 SETUPTOOLS = 77
+# How the lines begin that say what went wrong: of pytest, nvcc, ninja, Python, the sanitizer.
+ERRORS = ("E  ", "FAILED", "ERROR", "error", "FAIL", "========= ", "RuntimeError", "Traceback")
 CHECK = """
 import sys, importlib.metadata as m, torch
 version = m.version("setuptools")
@@ -180,8 +182,11 @@ def finish(step: Step, verdict: str, seconds: float, out: Path, report: list[str
     partial.replace(folder / "done.json")
     lines = [f"--- {step.name}: {verdict} ({seconds:.0f} s)", *table(folder)]
     log = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    shown = log[-25:] if verdict != "ok" else [] if len(lines) > 1 else log[-3:]
-    lines += [f"  {line[:200]}" for line in shown]
+    if verdict != "ok":
+        errors = [line for line in log[:-10] if line.lstrip("0123456789: ").startswith(ERRORS)]
+        lines += [f"  {line[:200]}" for line in [*errors[:15], *log[-10:]]]
+    elif len(lines) == 1:
+        lines += [f"  {line[:200]}" for line in log[-3:]]
     report += lines
     (out / "report.txt").write_text("\n".join(report) + "\n")
     archive(out)
@@ -223,6 +228,9 @@ def main(argv: list[str] | None = None) -> int:
         say("\n".join(f"{step.name:<12}{step.limit:>4} s" for step in STEPS))
         return 0
     arguments.dry = dry = bool(os.environ.get("DRY_RUN"))
+    os.environ["PATH"] += (
+        f"{os.pathsep}/usr/local/cuda/bin"  # where nvcc and the sanitizer usually are
+    )
     out = arguments.out.resolve()
     steps = chosen(arguments)
     for step in steps:  # what an earlier run left; a run that goes on keeps its rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PYTEST = ("-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short", "-rfE",
-          "-o", "faulthandler_timeout=50")  # fmt: skip
+          "-o", "faulthandler_timeout=50", "--maxfail=25")  # fmt: skip
 KINDS = ("memcheck", "synccheck", "racecheck", "initcheck")
 DETECTION = ("-m", "benchmarks.bench_detection", "--out", "{out}")
 
