@@ -239,11 +239,8 @@ def measured_before(path: Path) -> list[dict[str, Any]]:
 
 def line(found: dict[str, Any]) -> str:
     """A row for the terminal: our time, roofs, baselines, and whether the result is right."""
-    others = [
-        f"{key.removesuffix('_p50_us')} {found[key]}"
-        for key in found
-        if key.endswith("_p50_us") and found[key] != ""
-    ]
+    times = [key for key in found if key.endswith("_p50_us") and found[key] != ""]
+    others = [f"{key.removesuffix('_p50_us')} {found[key]}" for key in times]
     rate = f"{found['TFLOP/s']} TFLOP/s" if found.get("TFLOP/s") else f"{found['GB/s']} GB/s"
     host = f", host {found['host_us']}" if found.get("host_us") else ""
     right = float(found.get("checked") or 0) <= 1

@@ -183,7 +183,7 @@ def finish(step: Step, verdict: str, seconds: float, out: Path, report: list[str
     lines = [f"--- {step.name}: {verdict} ({seconds:.0f} s)", *table(folder)]
     log = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
     if verdict != "ok":
-        errors = [line for line in log[:-10] if line.lstrip("0123456789: ").startswith(ERRORS)]
+        errors = [line for line in log[:-10] if line.startswith(ERRORS) or ": error" in line]
         lines += [f"  {line[:200]}" for line in [*errors[:15], *log[-10:]]]
     elif len(lines) == 1:
         lines += [f"  {line[:200]}" for line in log[-3:]]
