@@ -211,7 +211,7 @@ def main() -> int:
     print(markdown(rows, COLUMNS))
     if not a.size and a.out == RESULTS:
         refresh_document(f"detection {a.device}", markdown(rows, COLUMNS))
-    return 0
+    return 1 if any(r.get("error") for r in rows) else 0
 
 
 if __name__ == "__main__":

@@ -67,6 +67,7 @@ def test_a_driver_older_than_the_runtime_is_named(monkeypatch):
 def test_texts_of_the_launchers_name_the_way_out():
     assert "8.0 or later" in _C.status_text(2)
     assert "update the driver" in _C.status_text(3)
+    assert "needs 114688 bytes of shared memory per block" in _C.status_text(4, 114688)
 
 
 def test_versions_and_the_log_of_a_machine_without_a_gpu():

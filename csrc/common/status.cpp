@@ -26,6 +26,10 @@ std::string status_text(int code, int cuda) {
       return "the GPU driver is older than the CUDA runtime of this build; update the driver, or "
              "rebuild with the nvcc of a CUDA version that the driver supports. `gradsafe doctor` "
              "shows both versions";
+    case StatusCode::little_shared_memory:
+      return "a kernel needs " + std::to_string(cuda) + " bytes of shared memory per block, more "
+             "than this GPU grants; move the tensors to the CPU or to a GPU of compute capability "
+             "8.0, 9.0 or 10.0";
   }
   return "unknown status " + std::to_string(code);
 }

@@ -59,6 +59,10 @@ Status launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shar
   if (shared_bytes > detail::kSharedWithoutAsking) {
     const cudaError_t error = cudaFuncSetAttribute(
         code, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error == cudaErrorInvalidValue) {
+      (void)cudaGetLastError();
+      return {StatusCode::little_shared_memory, static_cast<int32_t>(shared_bytes)};
+    }
     if (error != cudaSuccess) return detail::to_status(error);
   }
   std::tuple<std::remove_cv_t<Params>...> values(args...);

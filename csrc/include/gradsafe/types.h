@@ -29,11 +29,18 @@ constexpr bool has_columns(Axis axis) { return axis == Axis::column || axis == A
 constexpr int kMaxRefs = 4;
 
 // Outcome of a launcher. CUDA launchers return `cuda_error` and keep the runtime's own code.
-enum class StatusCode : int32_t { ok = 0, cuda_error = 1, no_device_code = 2, old_driver = 3 };
+enum class StatusCode : int32_t {
+  ok = 0,
+  cuda_error = 1,
+  no_device_code = 2,
+  old_driver = 3,
+  little_shared_memory = 4,
+};
 
 struct Status {
   StatusCode code = StatusCode::ok;
-  int32_t cuda = 0;  // cudaError_t, meaningful for StatusCode::cuda_error only
+  // cudaError_t of StatusCode::cuda_error; for little_shared_memory, the bytes that were asked for.
+  int32_t cuda = 0;
   constexpr bool ok() const { return code == StatusCode::ok; }
 };
 
