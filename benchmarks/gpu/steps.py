@@ -66,6 +66,7 @@ STEPS = (
     Step("suite", 120, _SUITE, _SUITE),
     Step("ops", 60, _OPS, _OPS),
     _measure("wgrad", 40, "wgrad_moments"),
+    _measure("grouped", 45, "grouped_wgrad_moments"),
     _measure("moments", 40, "moments"),
     _measure("kl", 40, "kl_divergence"),
     _measure("surgery", 60, "surgery", "surgery_adamw"),
