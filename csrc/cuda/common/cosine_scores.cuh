@@ -33,8 +33,9 @@ __device__ inline float cosine_score(double total, double inverse) {
 class Threshold {
  public:
   __device__ Threshold(const ScoreSlab& slab, int64_t query)
-      : key_(slab.filter ? slab.best[query * slab.k + slab.k - 1] : 0),
-        score_(slab.filter ? __uint_as_float(key_score_bits(key_)) - kMargin : -2.0f) {}
+      : key_(slab.filter ? slab.best[query * slab.k + slab.k - 1] : 0), score_(-2.0f) {
+    if (slab.filter) score_ = __uint_as_float(key_score_bits(key_)) - kMargin;
+  }
 
   // Whether a score known to about 2^-21 may pass. NaN on either side does.
   __device__ bool may_pass(float estimate) const { return !(estimate < score_); }
