@@ -29,6 +29,7 @@ from benchmarks import (
     cases_surgery,
     cases_wgrad_moments,
 )
+from benchmarks.columns import COLUMNS
 from benchmarks.environment import environment
 from benchmarks.plan import Plan
 from benchmarks.table import markdown, read_csv, refresh_document, row, write_csv
@@ -37,71 +38,8 @@ from benchmarks.timing import compare, graphed, host_us
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 LONG_LIST = 8  # torch.compile needs minutes for lists of more tensors on a GPU
+LEAST_ROUNDS = 9  # on a GPU
 CASE_SECONDS = 3.0  # of timing on a GPU, where many rounds are cheap but a slow baseline is not
-COLUMNS = {
-    "moments": [
-        ("case", "case"),
-        ("p50_us", "µs"),
-        ("GB/s", "GB/s"),
-        ("x_read", "time / read"),
-        ("x_eager", "vs eager"),
-        ("x_shared", "vs eager, products shared"),
-        ("x_foreach", "vs foreach"),
-        ("x_compile", "vs compile"),
-    ],
-    "surgery": [
-        ("case", "case"),
-        ("p50_us", "µs"),
-        ("GB/s", "GB/s"),
-        ("x_copy", "time / copy"),
-        ("x_cat", "vs cat"),
-        ("x_foreach", "vs dot + foreach"),
-    ],
-    "surgery_adamw": [
-        ("case", "case"),
-        ("p50_us", "µs"),
-        ("GB/s", "GB/s"),
-        ("x_copy", "time / copy"),
-        ("x_fused", "vs fused AdamW alone"),
-        ("x_two", "vs surgery_, then fused AdamW"),
-        ("x_foreach", "vs dot + foreach, then fused AdamW"),
-    ],
-    "wgrad_moments": [
-        ("case", "case"),
-        ("p50_us", "µs"),
-        ("GFLOP/s", "GFLOP/s"),
-        ("x_gemm", "time / bare GEMM"),
-        ("x_eager", "vs GEMM + eager"),
-        ("x_compile", "vs compile"),
-    ],
-    "grouped_wgrad_moments": [
-        ("case", "case"),
-        ("segments", "segments"),
-        ("p50_us", "µs"),
-        ("GFLOP/s", "GFLOP/s"),
-        ("x_gemm", "time / bare grouped GEMM"),
-        ("x_loop", "vs loop over experts"),
-    ],
-    "cosine_topk": [
-        ("case", "case"),
-        ("p50_us", "µs"),
-        ("GFLOP/s", "GFLOP/s"),
-        ("x_gemm", "time / bare GEMM"),
-        ("x_read", "time / read"),
-        ("x_eager", "vs normalise + matmul + topk"),
-        ("x_compile", "vs compile"),
-        ("x_loop", "vs loop over pairs"),
-    ],
-    "kl_divergence": [
-        ("case", "case"),
-        ("p50_us", "µs"),
-        ("GB/s", "GB/s"),
-        ("x_read", "time / read of both"),
-        ("x_eager", "vs eager"),
-        ("x_closed_form", "vs closed form"),
-        ("x_compile", "vs compile"),
-    ],
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +52,7 @@ class Operator:
         build: Case and device to a plan.
         bytes: Bytes that a case must touch once.
         tiny: Fields of a case in a dry run.
-        rounds: Timed calls of each alternative.
+        rounds: Timed calls of each alternative; LEAST_ROUNDS or more on a GPU.
     """
 
     cpu: Sequence[Any]
@@ -211,11 +149,13 @@ def measure_case(operator: Operator, case: Any, options: Options) -> dict[str, A
     calls = dict(plan.calls)
     if not options.compiled or (on_gpu and getattr(case, "tensors", 1) > LONG_LIST):
         calls.pop("compile", None)
-    rounds = 3 if options.dry_run else operator.rounds
+    rounds = 3 if options.dry_run else max(operator.rounds, LEAST_ROUNDS if on_gpu else 0)
     limit = CASE_SECONDS if on_gpu else float("inf")
     times = compare({**calls, **plan.roofs}, options.device, rounds, seconds=limit)
     extra: dict[str, Any] = {}
-    if "loop" in times:  # timed in part
+    if isinstance(case, cases_grouped_wgrad_moments.Case):
+        extra["segments"] = len(case.segments()[0])
+    elif "loop" in times:  # over pairs, timed in part
         extra["loop_pairs_timed"] = min(case.pairs, cases_cosine_topk.LOOP_PAIRS)
         times["loop"] = times["loop"].scaled(case.pairs / extra["loop_pairs_timed"])
     found = row(case.name, operator.bytes(case), times, getattr(case, "flops", None))

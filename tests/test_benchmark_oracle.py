@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import (
     cases_cosine_topk,
+    cases_grouped_wgrad_moments,
     cases_kl_divergence,
     cases_moments,
     cases_surgery,
@@ -55,6 +56,7 @@ WRONG = [
     ("moments", cases_moments, "moments", off_count),
     ("wgrad_moments", cases_wgrad, "wgrad_moments", off_dots),
     ("wgrad_moments", cases_wgrad, "wgrad_moments", off_count),
+    ("grouped_wgrad_moments", cases_grouped_wgrad_moments, "grouped_wgrad_moments", off_dots),
     ("cosine_topk", cases_cosine_topk, "cosine_topk", off_scores),
     ("cosine_topk", cases_cosine_topk, "cosine_topk", off_indices),
     ("kl_divergence", cases_kl_divergence, "kl_divergence_", off_value),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradsafe.ops import (
     cosine_topk,
+    grouped_wgrad_moments,
     kl_divergence_,
     moments,
     surgery_,
@@ -59,6 +60,13 @@ def main() -> None:
 
     factors = [noise(2, 32, 256), noise(2, 32, 128)]
     compare("wgrad_moments", wgrad, [*factors, *(noise(128, 256) for _ in range(2))])
+
+    def grouped(t: list[Tensor]) -> list[Tensor]:
+        result = grouped_wgrad_moments(t[0], t[1], t[2:], [20, 5], [1, 0])
+        return [result.sum, result.sum_sq, result.dots]
+
+    experts = [noise(25, 256), noise(25, 128), noise(2, 128, 256)]
+    compare("grouped_wgrad_moments", grouped, experts)
     vectors = [noise(20, 128), noise(5000, 128)]
     compare("cosine_topk", lambda t: [*cosine_topk(t[0], t[1], 5)], vectors)
     logits = [noise(9, 4096), noise(9, 4096), noise(9, dtype=torch.float32)]
