@@ -161,8 +161,11 @@ def measure_case(operator: Operator, case: Any, options: Options) -> dict[str, A
     found = row(case.name, operator.bytes(case), times, getattr(case, "flops", None))
     if on_gpu:
         extra["host_us"] = round(host_us(calls["gradsafe"]), 1)
-        captured = compare({"graph": graphed(calls["gradsafe"])}, "cuda", rounds)["graph"]
-        extra["graph_p50_us"] = round(captured.p50, 1)
+        try:
+            captured = compare({"graph": graphed(calls["gradsafe"])}, "cuda", rounds)["graph"]
+            extra["graph_p50_us"] = round(captured.p50, 1)
+        except RuntimeError as error:  # the times above are worth keeping
+            extra["graph_error"] = str(error).strip().splitlines()[0][:200]
     return {**found, **extra, "checked": float(f"{checked:.2g}")}
 
 
@@ -215,7 +218,9 @@ def measure(
             if path:
                 write_csv(path, rows)
             print(f"{name}, {line(rows[-1])}", flush=True)
-            if rows[-1]["checked"] > 1:
+            if "graph_error" in rows[-1]:
+                print(f"{name}, {case.name}: NO GRAPH, {rows[-1]['graph_error']}", flush=True)
+            if rows[-1]["checked"] > 1 or "graph_error" in rows[-1]:
                 failed.append(case.name)
         torch._dynamo.reset()
         gc.collect()
