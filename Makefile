@@ -5,7 +5,7 @@
 #   make test        build and run all tests (GPU tests are skipped, visibly, without a GPU)
 #   make bench       CPU benchmarks; tables and CSV in benchmarks/results
 #   make lint        ruff and mypy
-#   make cuda-check  compile every .cu, check registers and spills; audit the binary
+#   make cuda-check  check registers, spills and loads in flight of every kernel; audit the binary
 #   make emulate     run the CUDA kernels on the emulated grid (no GPU needed)
 
 PYTHON ?= python3

@@ -14,7 +14,9 @@ from pathlib import Path
 import sass
 
 WIDTH = {"float": 4, "bf16": 2, "f16": 2, "f8": 1}  # bytes of an element
-LEAST_IN_FLIGHT = 64  # bytes per thread: four loads of 16 bytes
+# Bytes per thread: four loads of 16 bytes. On sm_80, f8 is converted by hand and takes registers.
+LEAST_IN_FLIGHT = {80: 48, 90: 64}
+MOST_SHARED = 224 * 1024  # bytes that copies to shared memory can have on their way
 LEAST_PER_SM = {80: 24 * 1024, 90: 32 * 1024}  # bytes, which keep an SM's share of HBM busy
 
 
@@ -34,7 +36,7 @@ class Gate:
 
 
 GATES = {
-    "moments_tensor": Gate(256, 0, 40),
+    "moments_tensor": Gate(256, 0, 45),
     "moments_slices": Gate(256, 0, 60),
     "surgery_sums": Gate(256, 2, 10),
     "surgery_merge": Gate(256, 2, 8),
@@ -91,6 +93,7 @@ def loads_of(
         gate = GATES[kernel]
         loops = _main_loops(gate, function)
         in_flight = min((loop.in_flight for _, loop in loops), default=0)
+        in_flight = min(in_flight, MOST_SHARED // gate.threads // 16 * 16)
         costs = [
             loop.instructions * _element_bytes(gate, template, body) / loop.bytes_loaded
             for body, loop in loops
@@ -105,8 +108,8 @@ def problems_of(loads: list[Loads]) -> list[str]:
     problems = []
     for u in loads:
         name = f"sm_{u.arch} {u.kernel}{u.template}"
-        if u.in_flight < LEAST_IN_FLIGHT:
-            problems.append(f"{name}: {u.in_flight} bytes in flight per thread, not 64")
+        if u.in_flight < LEAST_IN_FLIGHT[u.arch]:
+            problems.append(f"{name}: {u.in_flight} bytes in flight per thread")
         if u.per_sm < LEAST_PER_SM[u.arch]:
             problems.append(f"{name}: {u.per_sm} bytes in flight per SM")
         if u.instructions > GATES[u.kernel].most:

@@ -20,8 +20,8 @@ constexpr int kWarps = kThreads / kWarp;
 // Blocks per SM, at least, and loads of a thread before it needs the first: an SM needs 30 to 40 KB
 // on their way to keep its share of HBM busy, and half of the warps compute at any time.
 constexpr int kTensorLoads = 8;
-template <int K>
-constexpr int kTensorBlocksPerSm = K == 3 ? 2 : 3;  // eight loads of three references need registers
+template <class R, int K>
+constexpr int kTensorBlocksPerSm = K >= 3 || sizeof(R) == 1 ? 2 : 3;  // or registers run out
 constexpr int kSlicesBlocksPerSm = 2, kSlicesLoads = 8;
 constexpr int kFinishThreads = 1024;  // one block adds all tiles of a matrix
 constexpr int64_t kFlatTile = 32768;  // elements of an unbroken matrix per block
@@ -130,13 +130,13 @@ struct Terms {
   }
 };
 
-// Packs of every matrix that a thread asks for before it needs the first: enough for `kLoads`
-// loads, a power of two.
+// Packs of every matrix that a thread asks for before it needs the first: a power of two, for at
+// most `loads` loads of 16 bytes.
 template <class G, class R, int K, int N>
-constexpr int packs_in_flight(int kLoads) {
-  constexpr int kLoadsPerPack = RawPack<G, N>::kLoads + K * RawPack<R, N>::kLoads;
+constexpr int packs_in_flight(int loads) {
+  constexpr int kPackBytes = RawPack<G, N>::kBytes + K * RawPack<R, N>::kBytes;
   int packs = 1;
-  while (2 * packs * kLoadsPerPack <= kLoads) packs *= 2;
+  while (2 * packs * kPackBytes <= loads * kVectorBytes) packs *= 2;
   return packs;
 }
 
@@ -183,7 +183,7 @@ __device__ inline void add_whole(Cursor<G, R, K>& at, int count, uint32_t mask,
 }
 
 template <class G, class R, int K>
-__global__ void __launch_bounds__(kThreads, kTensorBlocksPerSm<K>)
+__global__ void __launch_bounds__(kThreads, kTensorBlocksPerSm<R, K>)
     moments_tensor(const __grid_constant__ Batch batch) {
   constexpr int Q = 2 + K, N = kTensorPack<G, R>, kStep = kThreads * N;
   __shared__ double shared[kWarps * Q];
