@@ -9,8 +9,9 @@
 
 namespace gradsafe {
 
-// A gradient as the product of its factors, packed float32: entry (i, j) is the sum over tokens t of
-// dy[t * dy_stride + i] * x[t * x_stride + j]. x has whole vectors of 16 columns, zeros behind its end.
+// A gradient as the product of its factors, packed float32: entry (i, j) is the sum over tokens t
+// of dy[t * dy_stride + i] * x[t * x_stride + j]. x has whole vectors of 16 columns, the last one
+// filled up with zeros.
 struct GradFactors {
   const float *dy, *x;
   int64_t tokens, dy_stride, x_stride;

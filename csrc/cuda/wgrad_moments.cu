@@ -1,9 +1,9 @@
 // wgrad_moments: moments of G_b = dy_b^T x_b for every sample b, without storing any G_b.
 //
 // A block owns one tile of [O, I] of one expert (the only one, without experts). It loads the
-// references' tile into shared memory once and walks over the expert's samples: tokens stream through
-// a three-stage pipeline that runs on across the borders between samples, the tile of G_b grows in
-// registers, and its sums leave as float32 partials.
+// references' tile into shared memory once and walks over the expert's samples: tokens stream
+// through a three-stage pipeline that runs on across the borders between samples, the tile of G_b
+// grows in registers, and its sums leave as float32 partials.
 // Finish kernels add the partials in index order in float64. Which block computes a sample, and
 // how many there are, does not enter any result. Metadata travels in kernel arguments: nothing is
 // copied to the device, and the call is safe under CUDA-graph capture.
@@ -435,7 +435,8 @@ Status finish(const WgradProblem& p, const Plan& plan, const Batch& batch, const
   const unsigned samples = static_cast<unsigned>(batch.samples);
   if (p.axis == Axis::tensor) {
     return launch(&finish_wgrad_tensor, dim3(samples, static_cast<unsigned>(plan.quantities)),
-                  dim3(kFinishThreads), 0, stream, batch.row_partials, plan.slots(), outs * ins, out, rows);
+                  dim3(kFinishThreads), 0, stream, batch.row_partials, plan.slots(), outs * ins,
+                  out, rows);
   }
   SliceResults r{};
   r.rows = rows;

@@ -123,15 +123,16 @@ Tensor run_wgrad_moments(const WgradArguments& a, const Tensor& x) {
 
 Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths, int64_t axis,
                      bool unsigned_dots) {
-  return run_wgrad_moments(parse_wgrad_moments(x, dy, refs, to_vector(lengths), axis, unsigned_dots),
-                           x);
+  const WgradArguments arguments =
+      parse_wgrad_moments(x, dy, refs, to_vector(lengths), axis, unsigned_dots);
+  return run_wgrad_moments(arguments, x);
 }
 
 Tensor grouped_wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths,
                              IntList experts, int64_t axis, bool unsigned_dots) {
-  return run_wgrad_moments(parse_grouped_wgrad_moments(x, dy, refs, to_vector(lengths),
-                                                       to_vector(experts), axis, unsigned_dots),
-                           x);
+  const WgradArguments arguments = parse_grouped_wgrad_moments(
+      x, dy, refs, to_vector(lengths), to_vector(experts), axis, unsigned_dots);
+  return run_wgrad_moments(arguments, x);
 }
 
 // Rows are dealt out in one segment per thread. Which segment saw a row does not enter the result:

@@ -52,15 +52,16 @@ Tensor run_wgrad_moments(const WgradArguments& a, const Tensor& x, const char* o
 
 Tensor wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths, int64_t axis,
                      bool unsigned_dots) {
-  return run_wgrad_moments(parse_wgrad_moments(x, dy, refs, to_vector(lengths), axis, unsigned_dots),
-                           x, "wgrad_moments");
+  const WgradArguments arguments =
+      parse_wgrad_moments(x, dy, refs, to_vector(lengths), axis, unsigned_dots);
+  return run_wgrad_moments(arguments, x, "wgrad_moments");
 }
 
 Tensor grouped_wgrad_moments(Tensor x, Tensor dy, std::vector<Tensor> refs, IntList lengths,
                              IntList experts, int64_t axis, bool unsigned_dots) {
-  return run_wgrad_moments(parse_grouped_wgrad_moments(x, dy, refs, to_vector(lengths),
-                                                       to_vector(experts), axis, unsigned_dots),
-                           x, "grouped_wgrad_moments");
+  const WgradArguments arguments = parse_grouped_wgrad_moments(
+      x, dy, refs, to_vector(lengths), to_vector(experts), axis, unsigned_dots);
+  return run_wgrad_moments(arguments, x, "grouped_wgrad_moments");
 }
 
 std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor rows, int64_t k, int64_t start) {

@@ -18,7 +18,7 @@ inline int64_t grain_for(int64_t items, int64_t work) {
 }
 
 // Deals out items of unequal work: body(next) runs once on each thread, and next(item) hands it one
-// item after the other until none is left. Only for results that do not depend on who computes what.
+// item after the other until none is left. For results that do not depend on who computes what.
 template <class Body>
 void deal_out(int64_t items, int64_t work, const Body& body) {
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());

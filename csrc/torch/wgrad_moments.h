@@ -120,8 +120,7 @@ inline WgradArguments parse_grouped_wgrad_moments(const Tensor& x, const Tensor&
   GRADSAFE_CHECK(refs.empty() || refs[0].dim() == 3, op,
                  ": expected refs[0] of shape [E, O, I], got ", shape_text(refs[0]));
   const int64_t matrices = refs.empty() ? INT64_MAX : refs[0].size(0);
-  WgradArguments a =
-      parse_wgrad(op, x, dy, refs, matrices, axis, unsigned_dots);
+  WgradArguments a = parse_wgrad(op, x, dy, refs, matrices, axis, unsigned_dots);
   WgradProblem& p = a.problem;
   p.x_stride = row_stride(x, op, "x");
   p.dy_stride = row_stride(dy, op, "dy");

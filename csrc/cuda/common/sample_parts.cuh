@@ -25,8 +25,8 @@ struct ResultRows {
 };
 
 // Takes `count` samples that are sorted by expert. Those of one expert are cut into parts until
-// there are `enough` blocks, one for every tile and part. A part takes every so-manieth sample, which
-// is fair for sorted lengths.
+// there are `enough` blocks, one for every tile and part. One of n parts takes every n-th sample,
+// which is fair for sorted lengths.
 inline void take_samples(const WgradProblem& p, const int64_t* samples, int64_t count,
                          int64_t tiles, int64_t enough, SampleParts& to, ResultRows& rows) {
   const auto expert = [&](int64_t i) { return p.experts ? p.experts[samples[i]] : 0; };

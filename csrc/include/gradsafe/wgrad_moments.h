@@ -1,7 +1,7 @@
 // Moments of weight gradients that are never stored: G_b = dy_b^T x_b for every sample b of a batch.
 //
-// The samples of `grouped_wgrad_moments` are its segments: each belongs to one expert, whose matrices
-// of the references it is scored against.
+// The samples of `grouped_wgrad_moments` are its segments: each belongs to one expert, whose
+// matrices of the references it is scored against.
 #pragma once
 
 #include "gradsafe/moments.h"
@@ -48,8 +48,8 @@ int64_t wgrad_moments_cpu_workspace(const WgradProblem& problem);  // float64 el
 int64_t wgrad_moments_cpu_scratch(int64_t tokens);  // float32 elements per thread
 // Writes the active rows of `sample` to `tokens` (room for its length), and returns what it found.
 ActiveTokens find_active_tokens(const WgradProblem& problem, int64_t sample, int32_t* tokens);
-// One tile of every sample of a group on the calling thread. `active` has one entry per sample of the
-// problem, `workspace` one part per sample of the group, in its order; `scratch` has room for
+// One tile of every sample of a group on the calling thread. `active` has one entry per sample of
+// the problem, `workspace` one part per sample of the group, in its order; `scratch` has room for
 // `scratch_tokens` tokens, the longest sample's.
 void wgrad_moments_cpu_tile(const WgradProblem& problem, const SampleGroup& group,
                             const ActiveTokens* active, int64_t tile, double* workspace,

@@ -1,7 +1,7 @@
 // Entry "wgrad_moments". Integers: dtype of x and dy, dtype of the references, axis, K, unsigned,
 // samples, O, I; row strides of x, of dy and of each reference; starts; lengths; whether there are
-// experts, and if so, the stride between those of each reference, and each sample's. Buffers: x, dy,
-// references. Output: float64 results, sample after sample.
+// experts, and if so, the stride between those of each reference, and each sample's. Buffers: x,
+// dy, references. Output: float64 results, sample after sample.
 #include "gradsafe/wgrad_moments.h"
 
 #include "cases.h"
