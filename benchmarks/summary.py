@@ -62,6 +62,12 @@ LINES = [
         for dtype in ("fp32", "bf16")
     ),
     Line(
+        "`grouped_wgrad_moments`, Qwen3-30B-A3B gate_up, 8 of 128 experts, fp32",
+        "grouped_wgrad_moments_cpu",
+        {"case": "Qwen3-30B-A3B gate_up, 8 of 128 experts, fp32"},
+        [("x_loop", "a loop over experts")],
+    ),
+    Line(
         "`surgery_`, 85 M fp32 in 200 tensors",
         "surgery_cpu",
         {"case": "200 tensors, 85 M, fp32"},
