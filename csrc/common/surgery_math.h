@@ -41,7 +41,9 @@ GRADSAFE_HOST_DEVICE inline double integer_power(double base, int64_t exponent) 
 GRADSAFE_HOST_DEVICE inline AdamwScalars adamw_scalars(const AdamwOptions& options, float step) {
   const int64_t t = static_cast<int64_t>(step);
   AdamwScalars s;
-  s.decay = static_cast<float>(1 - options.lr * options.weight_decay);
+  // Added to 1 only when it meets a parameter: 1 - lr * weight_decay in float32 would be wrong the
+  // same way in every step.
+  s.decay = static_cast<float>(-options.lr * options.weight_decay);
   s.rate1 = static_cast<float>(1 - options.beta1);
   s.beta2 = static_cast<float>(options.beta2);
   s.rate2 = static_cast<float>(1 - options.beta2);

@@ -19,7 +19,7 @@ struct AdamwVectors {
     m = fma(rate1, sub(g, m), m);
     v = fma(rate2, mul(g, g), mul(beta2, v));
     const Vec denominator = fma(root(v), inv_sqrt, eps);
-    p = fma(step_size, div(m, denominator), mul(p, decay));
+    p = fma(step_size, div(m, denominator), fma(decay, p, p));
   }
 };
 

@@ -105,7 +105,8 @@ __device__ inline void update_tile(const SurgeryAdamwTask& task, int64_t begin, 
         const float mean = fmaf(s.rate1, g - first, first);
         const float square = fmaf(s.rate2, g * g, s.beta2 * widen_at(v[j], n));
         const float denominator = fmaf(sqrtf(square), s.inv_sqrt, s.eps);
-        const float decayed = widen_at(p[j], n) * s.decay;
+        const float param = widen_at(p[j], n);
+        const float decayed = fmaf(s.decay, param, param);
         params[n] = fmaf(-s.step_size, mean / denominator, decayed);
         means[n] = mean;
         squares[n] = square;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,12 @@ FIRST_USE = Path(__file__).parent / "first_use.py"
 def test_first_use_of_every_operator_inside_a_graph_capture():
     """A fresh process: kernels are loaded, and given their shared memory, during the capture."""
     done = subprocess.run(
-        [sys.executable, str(FIRST_USE)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, str(FIRST_USE)],
+        env={**os.environ, "PYTHONPATH": str(FIRST_USE.parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.split() == [

@@ -119,7 +119,7 @@ def test_a_captured_graph_follows_the_gate():
         for target, u in zip(user, inputs, strict=True):
             target.copy_(sign * u)
         want_user, want = copies(user), [copies(t) for t in (params, first, second, [step])]
-        expected_step = surgery_adamw_(want[0], want_user, align, *want[1:])
+        expected_step = surgery_adamw_(want[0], want_user, align, *want[1:3], want[3][0])
         expected = surgery_(want_user, align)
         graph.replay()
         torch.cuda.synchronize()

@@ -24,7 +24,7 @@ struct AdamwOptions {
 
 // What one parameter's update needs of the options and of t.
 struct AdamwScalars {
-  float decay;      // 1 - lr weight_decay
+  float decay;      // -lr weight_decay
   float rate1;      // 1 - beta1
   float beta2;
   float rate2;      // 1 - beta2
