@@ -1,6 +1,9 @@
 // Panels of cosine similarities, and the lists of the best rows they feed.
 //
-// Blocks of kCosineRows rows are packed once (float32, scaled, with their norms, in one read of
+// Few queries: rows are read where they lie, sixteen at a time (cosine_rows_avx512.inl), unless one
+// of them needs a scale.
+//
+// Else blocks of kCosineRows rows are packed once (float32, scaled, with their norms, in one read of
 // memory) and meet every panel of queries while they stay in L2. A panel of scores is compared with
 // each query's worst kept score; what is better enters a heap of keys (topk_key.h).
 #include "gradsafe/cosine_topk.h"
@@ -43,14 +46,16 @@ struct Scratch {
   double* inverses;  // [kCosineRows]
   float* scores;     // [kCosineRows][kCosinePanel]
   float* packed;     // [kCosineRows][packed_stride]
+  float* queries;    // [kCosineInPlace][packed_stride], each query by itself
 };
 
-Scratch divide(double* memory) {
+Scratch divide(double* memory, int64_t features) {
   Scratch s;
   s.sums = memory;
   s.inverses = s.sums + kPanelSize;
   s.scores = reinterpret_cast<float*>(s.inverses + kCosineRows);
   s.packed = s.scores + kPanelSize;
+  s.queries = s.packed + kCosineRows * packed_stride(features);
   return s;
 }
 
@@ -119,16 +124,64 @@ void select(const CosineProblem& p, const float* scores, int64_t first, int64_t 
   }
 }
 
+// Unpacks the queries of the first panel, each by itself; zeros behind the features.
+void separate_queries(const CosineProblem& p, const CosineQueries& q, const Scratch& s) {
+  const int64_t stride = packed_stride(p.features);
+  for (int64_t j = 0; j < p.queries; ++j) {
+    float* out = s.queries + j * stride;
+    for (int64_t d = 0; d < p.features; ++d) out[d] = q.packed[d * kCosinePanel + j];
+    std::fill(out + p.features, out + stride, 0.0f);
+  }
+}
+
+// Scores of up to kCosineRows rows without packing them; false if one of them needs a scale.
+bool score_in_place(const CosineProblem& p, const CosineQueries& q, int64_t first, int64_t count,
+                    const Scratch& s) {
+  double dots[kCosineInPlace * kVector], squares[kVector];
+  uint32_t largest[kVector];
+  for (int64_t begin = 0; begin < count; begin += kVector) {
+    CosineRowsArgs args{};
+    args.rows = element(p.row_data, p.row_dtype, (first + begin) * p.row_stride);
+    args.dtype = p.row_dtype;
+    args.row_stride = p.row_stride;
+    args.count = std::min(kVector, count - begin);
+    args.queries = s.queries;
+    args.query_stride = packed_stride(p.features);
+    args.num_queries = p.queries;
+    args.features = p.features;
+    args.dots = dots;
+    args.squares = squares;
+    args.largest = largest;
+    kernels().cosine_rows(args);
+    for (int64_t i = 0; i < args.count; ++i) {
+      if (largest[i] != 0 && (!is_finite_magnitude(largest[i]) ||
+                              float_of(cosine_scale_bits(largest[i])) != 1.0f)) {
+        return false;
+      }
+      const double inverse = squares[i] > 0 ? 1 / std::sqrt(squares[i]) : 0;
+      float* out = s.scores + (begin + i) * kCosinePanel;
+      for (int64_t j = 0; j < p.queries; ++j) {
+        // Rounding may carry a cosine past 1. NaN (of a damaged query) passes the comparisons.
+        const float cosine = static_cast<float>(dots[j * kVector + i] * (inverse * q.inverses[j]));
+        const float low = cosine < -1.0f ? -1.0f : cosine;
+        out[j] = low > 1.0f ? 1.0f : low;
+      }
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 int64_t cosine_topk_cpu_scratch(const CosineProblem& p) {
-  const int64_t floats = kPanelSize + kCosineRows * packed_stride(p.features);
+  const int64_t floats =
+      kPanelSize + (kCosineRows + kCosineInPlace) * packed_stride(p.features);
   return kPanelSize + kCosineRows + ceil_div(floats, 2);
 }
 
 void cosine_topk_cpu_pack(const CosineProblem& p, int64_t panel, const CosineQueries& q,
                           double* scratch) {
-  const Scratch s = divide(scratch);
+  const Scratch s = divide(scratch, p.features);
   const int64_t stride = packed_stride(p.features);
   float* out = q.packed + panel * p.features * kCosinePanel;
   for (int64_t begin = 0; begin < kCosinePanel; begin += kVector) {
@@ -153,9 +206,15 @@ void cosine_topk_cpu_pack(const CosineProblem& p, int64_t panel, const CosineQue
 
 void cosine_topk_cpu_segment(const CosineProblem& p, const CosineQueries& q, int64_t begin,
                              int64_t end, double* scratch, uint64_t* keys) {
-  const Scratch s = divide(scratch);
+  const Scratch s = divide(scratch, p.features);
+  const bool in_place = p.queries <= kCosineInPlace && kernels().cosine_rows != nullptr;
+  if (in_place) separate_queries(p, q, s);
   for (int64_t first = begin; first < end; first += kCosineRows) {
     const int64_t count = std::min(kCosineRows, end - first);
+    if (in_place && score_in_place(p, q, first, count, s)) {
+      select(p, s.scores, first, count, first - begin, p.queries, keys);
+      continue;
+    }
     pack_rows(p, first, count, s);
     for (int64_t panel = 0; panel < cosine_panels(p.queries); ++panel) {
       const int64_t query = panel * kCosinePanel;

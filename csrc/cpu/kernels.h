@@ -81,6 +81,22 @@ struct CosinePanelArgs {
   float* scores;  // [rows][kCosinePanel]
 };
 
+// Products of up to 16 rows, read where they lie, with 1 to kCosineInPlace packed queries.
+constexpr int64_t kCosineInPlace = 4;
+struct CosineRowsArgs {
+  const void* rows;
+  DType dtype;
+  int64_t row_stride;
+  int64_t count;          // rows
+  const float* queries;   // [num_queries][query_stride], zeros behind the features up to 16
+  int64_t query_stride;
+  int64_t num_queries;
+  int64_t features;
+  double* dots;       // [num_queries][16]
+  double* squares;    // [16]: sums of squares
+  uint32_t* largest;  // [16]: bits of the largest magnitudes, as largest_magnitude
+};
+
 // A tile of gradient surgery: `count` neighbouring elements.
 struct SurgeryRange {
   void* user;
@@ -126,6 +142,7 @@ struct CpuKernels {
   uint32_t (*largest_magnitude)(const void* row, DType dtype, int64_t count);
   double (*pack_scaled)(const PackScaledArgs& args);  // returns the sum of squares
   void (*cosine_panel)(const CosinePanelArgs& args);
+  void (*cosine_rows)(const CosineRowsArgs& args);  // null at levels without it
   void (*surgery_sums)(const SurgeryRange& range, double* partial);
   void (*surgery_merge)(const SurgeryRange& range, float coefficient);
   void (*surgery_adamw)(const SurgeryAdamwRange& range, float coefficient,

@@ -17,6 +17,12 @@ constexpr PanelKernels kPairs{&pack_pairs, &pair_panel};
 #else
 constexpr PanelKernels kPairs{};
 #endif
+#if defined(GRADSAFE_COSINE_ROWS)
+#include GRADSAFE_COSINE_ROWS
+constexpr auto kCosineRowsKernel = &cosine_rows;
+#else
+constexpr decltype(CpuKernels::cosine_rows) kCosineRowsKernel = nullptr;
+#endif
 }  // namespace
 
 const CpuKernels& GRADSAFE_KERNELS() {
@@ -30,6 +36,7 @@ const CpuKernels& GRADSAFE_KERNELS() {
       &largest_magnitude,
       &pack_scaled,
       &cosine_panel,
+      kCosineRowsKernel,
       &surgery_sums,
       &surgery_merge,
       &surgery_adamw,
