@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradsafe import reference
-from gradsafe.ops import cosine_topk
+from gradsafe.ops import cosine_topk, merge_topk
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -25,10 +25,14 @@ def same(a, b):
     return torch.equal(a.indices, b.indices) and torch.equal(a.scores, b.scores)
 
 
-@pytest.mark.parametrize("features", [600, 601])  # rows of a multiple of 16 bytes, or not
+# One query and a few that rows stream past; tiles. Rows of 601 features are no multiple of 16 bytes
+# for any dtype; 4,160 features are cut into chunks.
+@pytest.mark.parametrize(
+    ("count", "features"), [(1, 600), (5, 600), (5, 601), (70, 600), (70, 601), (70, 4160)]
+)
 @pytest.mark.parametrize(("dtype", "row_dtype"), list(itertools.product(DTYPES, DTYPES)))
-def test_equals_the_oracle_and_the_cpu(dtype, row_dtype, features, paths):
-    queries, rows = make(features=features, dtype=dtype, row_dtype=row_dtype)
+def test_equals_the_oracle_and_the_cpu(dtype, row_dtype, count, features, paths):
+    queries, rows = make(count, features=features, dtype=dtype, row_dtype=row_dtype)
     with paths:
         found = cosine_topk(queries, rows, 50)
     want = reference.cosine_topk(queries.cpu(), rows.cpu(), 9000)
@@ -69,8 +73,28 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_repeats_and_shards_are_bitwise_equal(dtype):
-    queries, rows = make(dtype=dtype)
+def test_a_score_does_not_depend_on_the_tile(dtype):
+    """40,000 rows take tiles of 128 queries, 9,000 take tiles of 64: the bits are the same."""
+    queries, rows = make(130, 40_000, 320, dtype)
+    whole = cosine_topk(queries, rows, 60)
+    parts = [cosine_topk(queries, part, 60, i * 8000) for i, part in enumerate(rows.split(8000))]
+    assert same(merge_topk(parts, 60), whole)
+
+
+@pytest.mark.parametrize("count", [1, 5, 70])
+def test_rows_that_get_better_and_better(count):
+    """Every row of a later slab passes the filter."""
+    angles = torch.linspace(3, 0.1, 50_000, dtype=torch.float64)
+    rows = torch.stack([angles.cos(), angles.sin()], 1).float().cuda()
+    queries = torch.tensor([[1.0, 0.0]]).repeat(count, 1).cuda()
+    best = torch.arange(50_000).flip(0)[:1000].expand(count, -1)
+    assert torch.equal(cosine_topk(queries, rows, 1000).indices.cpu(), best)
+
+
+@pytest.mark.parametrize("count", [1, 70])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_repeats_and_shards_are_bitwise_equal(dtype, count):
+    queries, rows = make(count, dtype=dtype)
     rows[5000:] = rows[:4000].clone()  # every score twice
     whole = cosine_topk(queries, rows, 60)
     for _ in range(5):
