@@ -39,7 +39,9 @@ def cosine_topk(
     cos(q, r) = sum_d q_d r_d / (|q| |r|), which RepT ranks training samples by (arXiv 2510.02334).
     Rows stream past up to 1024 queries at a time; scores exist in buffers of a fixed size only,
     never as `[Q, N]`. Products are summed in float32 over at most 256 features and in float64
-    beyond, quotients are float64, and a score is rounded to float32 before it is ranked.
+    beyond, quotients are float64, and a score is rounded to float32 before it is ranked. CUDA
+    multiplies in the tensor cores, float32 in two TF32 parts, sums 32 or 64 features there and up
+    to 2048 of them (1/16 of D, if that is more) in float32.
 
     The order is total: larger scores first, equal scores by index. So the result depends neither on
     threads nor on how rows are cut into shards, and AVX2 and AVX-512 agree bit by bit. A zero
