@@ -163,9 +163,11 @@ def _training_arguments(args: argparse.Namespace, settings: Settings) -> Any:
     from transformers import TrainingArguments
 
     from gradsafe.cli.model import choose_device
+    from gradsafe.models.compat import training_option
 
-    section = settings.training
-    section.check_keys(item.name for item in fields(TrainingArguments) if item.init)
+    known = {item.name for item in fields(TrainingArguments) if item.init}
+    section = settings.training.renamed(lambda key: training_option(key, known))
+    section.check_keys(known)
     section.check_types({**get_type_hints(TrainingArguments), "fsdp": bool | str | None})
     values = {**TRAINING_DEFAULTS, **section.values}
     try:

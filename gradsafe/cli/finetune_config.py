@@ -6,8 +6,8 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -67,6 +67,16 @@ class Section:
                 near = difflib.get_close_matches(key, names, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else _choice_of(key, names)
                 raise self.error(f"unknown key {key!r}, {hint}", key)
+
+    def renamed(self, rename: Callable[[str], str]) -> Section:
+        """The section with other names for its keys, which keep their lines."""
+        names = {key: rename(key) for key in self.values}
+        for key, name in names.items():
+            if key != name and name in self.values:
+                raise self.error(f"{key!r} is the same as {name!r}, leave one of them out", key)
+        values = {names[key]: value for key, value in self.values.items()}
+        lines = {names[key]: line for key, line in self.lines.items()}
+        return replace(self, values=values, lines=lines)
 
     def check_types(self, hints: Mapping[str, Any]) -> None:
         """Refuses values of another type than the hint says, where it says something simple."""

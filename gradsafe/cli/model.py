@@ -7,17 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from gradsafe._backend import cuda_problem
 from gradsafe.cli.options import TESTBED
 
-# transformers renamed the option in this release, and warns of the old name.
-_RENAMED = Version(transformers.__version__) >= Version("4.56")
-_DTYPE_OPTION = "dtype" if _RENAMED else "torch_dtype"
 OPTIONS = ("--model", "--device")
 
 
@@ -71,7 +66,7 @@ def _load_folder(name: str, torch_dtype: torch.dtype, option: str) -> tuple[Any,
     tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         name,
-        **{_DTYPE_OPTION: torch_dtype},
+        dtype=torch_dtype,
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,

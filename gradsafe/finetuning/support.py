@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradsafe.finetuning.config import SafeGradConfig
+from gradsafe.models.compat import loaded_sharded
 
 
 def check_supported(trainer: Any) -> None:
@@ -12,8 +13,7 @@ def check_supported(trainer: Any) -> None:
     args = trainer.args
     optimizer = str(getattr(args.optim, "value", args.optim))
     deepspeed, fsdp = trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled
-    fsdp2 = getattr(trainer.accelerator, "is_fsdp2", False)
-    loaded_sharded = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    fsdp2 = trainer.accelerator.is_fsdp2
     problems = (
         (deepspeed, "DeepSpeed keeps the gradients to itself; use DDP"),
         (
@@ -22,7 +22,7 @@ def check_supported(trainer: Any) -> None:
         ),
         (fsdp and not fsdp2, "FSDP1 is not supported; set fsdp_config={'version': 2}"),
         (
-            loaded_sharded,
+            loaded_sharded(trainer),
             "a model sharded while it is loaded (DistributedConfig) is not supported; load it "
             "whole and set fsdp=True",
         ),

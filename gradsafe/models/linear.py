@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# The second pair is what older GPTQ kernels call the same numbers.
-_FEATURES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+from gradsafe.models.compat import LINEAR_SIZES
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
@@ -27,7 +26,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if inner is not None:
         # LoRA also wraps embeddings and raw expert weights: the wrapped module decides.
         return linear_shape(inner)
-    for in_name, out_name in _FEATURES:
+    for in_name, out_name in LINEAR_SIZES:
         size = (getattr(module, out_name, None), getattr(module, in_name, None))
         if all(type(value) is int and value > 0 for value in size):
             weight = getattr(module, "weight", None)

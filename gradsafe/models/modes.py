@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from gradsafe.models.compat import checkpointing_flag
+
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
@@ -57,7 +59,7 @@ def evaluating(model: nn.Module, checkpointed: Sequence[nn.Module]) -> Iterator[
 def checkpointing_modules(model: nn.Module, blocks: nn.ModuleList, start: int) -> list[nn.Module]:
     """Return the modules whose training flag keeps activation checkpointing active.
 
-    These are the blocks from `start` on with `gradient_checkpointing` set, or, in families that
+    These are the blocks from `start` on that checkpoint themselves, or, in families that
     checkpoint from the decoder's loop, the module that owns the blocks.
 
     Args:
@@ -69,10 +71,10 @@ def checkpointing_modules(model: nn.Module, blocks: nn.ModuleList, start: int) -
         The modules; empty where checkpointing is off, or where the flag would switch on a dropout
         that the module applies itself (a warning says so).
     """
-    modules = [m for m in blocks[start:] if getattr(m, "gradient_checkpointing", False)]
-    if not modules and not any(hasattr(m, "gradient_checkpointing") for m in blocks):
+    modules = [m for m in blocks[start:] if checkpointing_flag(m)]
+    if not modules and all(checkpointing_flag(m) is None for m in blocks):
         owner = decoder_loop(model, blocks)
-        modules = [owner] if getattr(owner, "gradient_checkpointing", False) else []
+        modules = [owner] if checkpointing_flag(owner) else []
     for module in modules:
         dropout = _own_dropout(module)
         if dropout is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradsafe.models import Encoded
+from gradsafe.models.compat import cache_argument, returned_cache
 from gradsafe.models.decoder import decoder_blocks
 from gradsafe.models.fallback import announce_fallback
 from gradsafe.models.inspection import base_model, forward_parameters, input_device
@@ -75,9 +76,9 @@ class ResponsePass:
         self.decoder = decoder_loop(model, self.blocks)  # its output is what the head reads
         self.device = input_device(model) or torch.device("cpu")
         self.accepted = forward_parameters(model)
-        self.cached = "past_key_values" in self.accepted
-        if not self.cached:
-            self._announce("its forward takes no past_key_values")
+        self.cache_name = cache_argument(self.accepted)  # None: whole sequences
+        if self.cache_name is None:
+            self._announce("its forward takes no cache of keys and values")
 
     @property
     def prompt_only(self) -> bool:
@@ -99,11 +100,11 @@ class ResponsePass:
     def views(self, items: Sequence[Encoded]) -> dict[int, LayerView]:
         """States and the gradients at all positions that predict the response, per layer."""
         counts = [item.response_length for item in items]
-        if self.cached:
-            inputs = self._against_cache(items)
+        if self.cache_name is not None:
+            inputs = self._against_cache(items, self.cache_name)
             if inputs is not None:
                 return self._run(inputs, counts)
-            self.cached = False
+            self.cache_name = None
             self._announce("its forward returns no cache")
         # The last response token predicts nothing that counts.
         rows = [(item.input_ids[:-1], item) for item in items]
@@ -158,7 +159,7 @@ class ResponsePass:
             logits = logits[torch.arange(len(columns), device=logits.device)[:, None], columns]
         return logits if logits.dtype == torch.float64 else logits.float()
 
-    def _against_cache(self, items: Sequence[Encoded]) -> _Inputs | None:
+    def _against_cache(self, items: Sequence[Encoded], cache_name: str) -> _Inputs | None:
         """The last prompt token and the response against the cached rest; None without a cache."""
         known = [item.prompt_length - 1 for item in items]
         width, longest = max(known), max(item.response_length for item in items)
@@ -177,11 +178,11 @@ class ResponsePass:
                     use_cache=True,
                     **({"logits_to_keep": 1} if "logits_to_keep" in self.accepted else {}),
                 )
-            cache = getattr(output, "past_key_values", None)
+            cache = returned_cache(output)
             if cache is None:
                 return None
             mask = torch.cat([prefix.mask, tail.mask], 1).to(self.device)
-            arguments |= {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
+            arguments |= {cache_name: cache, "attention_mask": mask, "use_cache": True}
         else:
             arguments["use_cache"] = False
         columns = torch.arange(longest).repeat(len(items), 1)

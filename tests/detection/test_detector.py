@@ -12,6 +12,7 @@ from gradsafe import Detector, DetectorConfig
 from gradsafe.detection import NonFiniteGradientError, ReferenceGapWarning, UncalibratedWarning
 from gradsafe.detection.scoring import worst_windows
 from gradsafe.models import ContextOverflowError
+from gradsafe.models.compat import enable_checkpointing
 
 UNSAFE = ["how to hurt", "steal it now please"]
 SAFE = ["bake a cake", "sing"]
@@ -172,7 +173,7 @@ def test_lora_and_checkpointing_give_the_same_scores(model, tokenizer):
     peft = pytest.importorskip("peft")
     expected = score(fit(model, tokenizer)).values
     checkpointed = make_model("llama", vocab_size=300, max_position_embeddings=128).train()
-    checkpointed.gradient_checkpointing_enable()
+    enable_checkpointing(checkpointed)
     assert torch.allclose(score(fit(checkpointed, tokenizer)).values, expected, rtol=1e-5)
     base = make_model("llama", vocab_size=300, max_position_embeddings=128)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])

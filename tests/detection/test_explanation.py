@@ -12,6 +12,7 @@ from gradsafe import Detector, DetectorConfig
 from gradsafe.detection import NonFiniteGradientError, token_evidence
 from gradsafe.detection.token_evidence import layer_token_evidence
 from gradsafe.models import ContextOverflowError
+from gradsafe.models.compat import enable_checkpointing
 
 UNSAFE = ["how to hurt", "steal it now please"]
 SAFE = ["bake a cake", "sing"]
@@ -182,7 +183,7 @@ def test_checkpointing_and_lora_change_nothing(model, tokenizer):
     peft = pytest.importorskip("peft")
     expected = fit(model, tokenizer).explain(PROMPT)
     checkpointed = make_model("llama", vocab_size=300, max_position_embeddings=128).train()
-    checkpointed.gradient_checkpointing_enable()
+    enable_checkpointing(checkpointed)
     base = make_model("llama", vocab_size=300, max_position_embeddings=128)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
     for other in (checkpointed, peft.get_peft_model(base, config)):

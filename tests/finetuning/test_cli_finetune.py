@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,24 @@ def test_trains_an_adapter_and_resumes_it(finetune: Finetune, place: Path) -> No
     assert status == 0, err
     again = load_file("tuned/adapter_model.safetensors")
     assert all(torch.equal(adapter[name], again[name]) for name in adapter)
+
+
+def test_both_names_of_activation_checkpointing(finetune: Finetune) -> None:
+    files = []
+    for name in ("activation", "gradient"):
+        training = {**SETTINGS["training"], f"{name}_checkpointing": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            status, _, err = finetune(
+                lora=False, safegrad={"loss": "sft"}, training=training, output=name
+            )
+        assert status == 0, err
+        files.append(Path(name, "model.safetensors").read_bytes())
+    assert files[0] == files[1]
+    both = {**training, "activation_checkpointing": False}
+    status, _, err = finetune(training=both)
+    assert status == 1
+    assert re.search(r"run\.yaml:\d+: training: '\w+' is the same as '\w+'", err), err
 
 
 def test_trains_all_weights_against_a_second_model(finetune: Finetune) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from gradsafe import SafeGradConfig, SafeGradTrainer
+from gradsafe.models.compat import training_option
 
 VOCABULARY = 64
 
@@ -99,6 +101,8 @@ def make_trainer(folder: Path | str, model: Any = None, **options: Any) -> SafeG
         "seed": 0,
         **options,
     }
+    known = {item.name for item in fields(arguments)}
+    given = {training_option(name, known): value for name, value in given.items()}
     return kind(
         model=make_model() if model is None else model,
         args=arguments(output_dir=str(folder), **given),

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from gradsafe.models import Encoded
+from gradsafe.models.compat import enable_checkpointing
 
 
 @pytest.fixture
@@ -26,10 +27,7 @@ def checkpoint_blocks() -> Callable[[nn.Module, bool], None]:
     """Switches activation checkpointing on: `checkpoint_blocks(model, reentrant)`."""
 
     def switch(model: Any, reentrant: bool) -> None:
-        # transformers 5 renamed the method.
-        name = "activation_checkpointing_enable"
-        enable = getattr(model, name, None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": reentrant})
+        enable_checkpointing(model, use_reentrant=reentrant)
 
     return switch
 

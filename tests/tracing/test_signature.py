@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradsafe.models import Encoded
+from gradsafe.models.compat import cache_argument
 from gradsafe.models.fallback import FallbackWarning
 from gradsafe.tracing import response_pass
 from gradsafe.tracing.signature import (
@@ -118,20 +120,36 @@ def test_it_works_without_grad_mode_and_in_bfloat16(items):
     assert cosine.min() > 0.999
 
 
+def test_a_llama_runs_its_responses_against_a_cache(items, monkeypatch):
+    """On the oldest and on the newest transformers, by the name that they do not warn of."""
+    monkeypatch.setenv("GRADSAFE_STRICT", "1")
+    model = make_model("llama").eval()
+    seen: list[tuple[int, set[str]]] = []
+    model.register_forward_pre_hook(
+        lambda module, args, given: seen.append((given["input_ids"].shape[1], set(given))),
+        with_kwargs=True,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        signatures(model, items, [1], 0)
+    prompt = max(item.prompt_length for item in items)
+    response = max(item.response_length for item in items)
+    assert [width for width, _ in seen] == [prompt - 1, response]
+    declared = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in declared else "past_key_values"
+    assert [name in given for _, given in seen] == [False, True]
+    assert all(given <= set(declared) for _, given in seen)
+
+
 @pytest.mark.parametrize("kind", ["no argument", "no cache"])
 def test_without_a_cache_the_slower_path_is_announced_and_exact(kind, items, monkeypatch):
     model = make_model("llama").eval()
     parameters = response_pass.forward_parameters(model)
+    name = cache_argument(parameters)
     if kind == "no argument":
-        monkeypatch.setattr(
-            response_pass, "forward_parameters", lambda m: parameters - {"past_key_values"}
-        )
+        monkeypatch.setattr(response_pass, "forward_parameters", lambda m: parameters - {name})
     else:
-
-        def forget(module, args, output):
-            output.past_key_values = None
-
-        model.register_forward_hook(forget)
+        model.register_forward_hook(lambda module, args, output: setattr(output, name, None))
     monkeypatch.setattr("gradsafe.models.fallback._announced", set())
     with pytest.warns(FallbackWarning, match="whole sequences"):
         found = signatures(model, items, [1, 3], 0)

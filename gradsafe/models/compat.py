@@ -1,0 +1,79 @@
+"""What differs between versions of the libraries below; found by feature, never by version number.
+
+`constraints/lowest.txt` says what the oldest versions are; a difference that they no longer have is
+removed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import nn
+
+# Names of the same thing, the current one first.
+_CACHE = ("cache", "past_key_values")  # transformers 5.24 took the first
+_CHECKPOINTING_FLAG = ("activation_checkpointing", "gradient_checkpointing")
+_RENAMED_TRAINING_OPTIONS = (
+    ("activation_checkpointing", "gradient_checkpointing"),
+    ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
+)
+
+#: Attributes that hold a linear layer's (in, out) sizes; the second pair is that of older GPTQ
+#: kernels.
+LINEAR_SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+
+
+def cache_argument(accepted: Collection[str]) -> str | None:
+    """Return the name by which a forward takes the keys and values of earlier tokens.
+
+    Args:
+        accepted: Names that the forward declares, from `forward_parameters`.
+
+    Returns:
+        "cache", "past_key_values", or None where it takes neither.
+    """
+    return next((name for name in _CACHE if name in accepted), None)
+
+
+def returned_cache(output: Any) -> Any:
+    """Return the cache in a model's output, or None; asks for no deprecated name."""
+    # Outputs answer to the old name, with a warning, where they have the new one.
+    name = next((name for name in _CACHE if hasattr(output, name)), None)
+    return None if name is None else getattr(output, name)
+
+
+def checkpointing_flag(module: nn.Module) -> bool | None:
+    """Return whether a module checkpoints its activations; None where it has no such flag."""
+    found = [getattr(module, name) for name in _CHECKPOINTING_FLAG if hasattr(module, name)]
+    return any(flag is True for flag in found) if found else None
+
+
+def enable_checkpointing(model: Any, **options: Any) -> None:
+    """Switch activation checkpointing on, without the warning about the method's older name.
+
+    Args:
+        model: A transformers model, PEFT wrapper or not.
+        **options: Of `torch.utils.checkpoint.checkpoint`, such as `use_reentrant`.
+    """
+    methods = [f"{name}_enable" for name in _CHECKPOINTING_FLAG]
+    name = next(name for name in methods if hasattr(model, name))
+    getattr(model, name)(options or None)
+
+
+def training_option(name: str, accepted: Collection[str]) -> str:
+    """Return what these `TrainingArguments` call an option that has an older and a newer name.
+
+    Args:
+        name: Either name; any other option is returned as it is.
+        accepted: Fields of the `TrainingArguments` that are installed.
+    """
+    for names in _RENAMED_TRAINING_OPTIONS:
+        if name in names:
+            return next((known for known in names if known in accepted), name)
+    return name
+
+
+def loaded_sharded(trainer: Any) -> bool:
+    """Whether transformers sharded the trainer's model while loading it; older ones cannot."""
+    return bool(getattr(trainer, "is_distributed_loading_by_transformers", False))
