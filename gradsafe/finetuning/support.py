@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.models.compat import loaded_sharded
+from gradsafe.models.compat import loaded_sharded, static_graph
 
 
 def check_supported(trainer: Any) -> None:
@@ -47,7 +47,7 @@ def check_supported(trainer: Any) -> None:
             "size",
         ),
         (
-            args.ddp_static_graph,
+            static_graph(args),
             "ddp_static_graph=True does not fit two different losses; leave it out",
         ),
     )

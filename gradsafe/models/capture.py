@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gradsafe.models.compat import hooks_inside_checkpoint
 from gradsafe.models.inspection import base_model
 from gradsafe.models.layers import Layers, LinearLayer
 from gradsafe.models.modes import checkpointing_modules, decoder_loop, evaluating, frozen
@@ -54,7 +55,12 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
         for handle in session.register(model):
             stack.callback(handle.remove)
         cuts = {0, start}
-        if loop in checkpointed:
+        inside = any(map(hooks_inside_checkpoint, checkpointed))
+        if inside and start > 0:
+            cuts = {0}  # and one in front of the checkpoint
+            before = layers.blocks[start - 1]
+            stack.callback(before.register_forward_hook(_differentiable_output).remove)
+        elif inside or loop in checkpointed:
             # Here a cut lies inside the checkpoint, and the reentrant kind needs an unbroken chain
             # of inputs that require grad, from the embedding up to the first scored block.
             cuts = {start}
@@ -224,10 +230,15 @@ class _Tap(torch.autograd.Function):
 
 
 def _differentiable_embedding(model: nn.Module) -> Any:
-    """Make the embedding's output require grad, for decoders whose loop checkpoints block calls."""
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.detach().requires_grad_(True) if torch.is_grad_enabled() else output
-
+    """Make the embedding's output require grad, for cuts that lie inside a checkpoint."""
     base: Any = base_model(model)
-    return base.get_input_embeddings().register_forward_hook(hook)
+    return base.get_input_embeddings().register_forward_hook(_differentiable_output)
+
+
+def _differentiable_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook: a graph starts at the module's output (or its first), and not before."""
+    if not torch.is_grad_enabled():
+        return output
+    if isinstance(output, tuple):
+        return (output[0].detach().requires_grad_(True), *output[1:])
+    return output.detach().requires_grad_(True)

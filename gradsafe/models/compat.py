@@ -49,6 +49,14 @@ def checkpointing_flag(module: nn.Module) -> bool | None:
     return any(flag is True for flag in found) if found else None
 
 
+def hooks_inside_checkpoint(block: nn.Module) -> bool:
+    """Whether a block that checkpoints itself runs its own hooks within the checkpoint.
+
+    transformers checkpointed the block's `__call__` before it checkpointed its `forward`.
+    """
+    return type(block).__call__ is not nn.Module.__call__
+
+
 def enable_checkpointing(model: Any, **options: Any) -> None:
     """Switch activation checkpointing on, without the warning about the method's older name.
 
@@ -72,6 +80,11 @@ def training_option(name: str, accepted: Collection[str]) -> str:
         if name in names:
             return next((known for known in names if known in accepted), name)
     return name
+
+
+def static_graph(args: Any) -> bool:
+    """Whether training arguments declare DDP's graph static; older ones have no such option."""
+    return bool(getattr(args, "ddp_static_graph", False))
 
 
 def loaded_sharded(trainer: Any) -> bool:
