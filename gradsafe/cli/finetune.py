@@ -170,6 +170,8 @@ def _training_arguments(args: argparse.Namespace, settings: Settings) -> Any:
     section.check_keys(known)
     section.check_types({**get_type_hints(TrainingArguments), "fsdp": bool | str | None})
     values = {**TRAINING_DEFAULTS, **section.values}
+    if values.get("fsdp") and args.processes.count == 1:
+        raise section.error("fsdp shards over several processes; start with torchrun", "fsdp")
     try:
         return TrainingArguments(
             output_dir=settings.output,
@@ -188,18 +190,21 @@ def _with_lora(model: Any, options: dict[str, Any], settings: Settings) -> Any:
         raise ImportError(
             f"LoRA needs peft ({error}): pip install 'gradsafe[finetune]', or set lora: false"
         ) from error
+    from gradsafe.models.compat import quiet_renames
+
     assert settings.lora is not None
     try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=options["r"],
-                lora_alpha=options["alpha"],
-                lora_dropout=options["dropout"],
-                target_modules=list(options["targets"]),
-                task_type="CAUSAL_LM",
-            ),
-        )
+        with quiet_renames():
+            return get_peft_model(
+                model,
+                LoraConfig(
+                    r=options["r"],
+                    lora_alpha=options["alpha"],
+                    lora_dropout=options["dropout"],
+                    target_modules=list(options["targets"]),
+                    task_type="CAUSAL_LM",
+                ),
+            )
     except ValueError as error:
         raise settings.lora.blame(error) from error
 

@@ -6,7 +6,9 @@ removed here.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -67,6 +69,17 @@ def enable_checkpointing(model: Any, **options: Any) -> None:
     methods = [f"{name}_enable" for name in _CHECKPOINTING_FLAG]
     name = next(name for name in methods if hasattr(model, name))
     getattr(model, name)(options or None)
+
+
+@contextmanager
+def quiet_renames() -> Iterator[None]:
+    """Hide warnings about names of activation checkpointing that another library asks for.
+
+    PEFT asks transformers for the old one; whoever reads the warning can do nothing about it.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is dep", FutureWarning)
+        yield
 
 
 def training_option(name: str, accepted: Collection[str]) -> str:
