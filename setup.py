@@ -49,6 +49,41 @@ def parallel_jobs(cuda: bool) -> int:
     return jobs
 
 
+def find_tool(name: str, isolated: bool) -> str:
+    """Path of cmake or ninja: that of this environment, else of PATH, where pip puts its own."""
+    folders = [] if isolated else [str(Path(sys.executable).parent)]
+    folders.append(os.environ.get("PATH", os.defpath))
+    found = shutil.which(name, path=os.pathsep.join(folders))
+    if found is None:
+        raise SystemExit(
+            f"gradsafe: building needs {name!r}. Run `pip install .` (isolated build), or "
+            f"`pip install {name}` and then `pip install --no-build-isolation .`"
+        )
+    return found
+
+
+def is_stale(build: Path, torch_dir: Path, torch_version: str) -> bool:
+    """Whether CMake's cache is of another checkout or torch, or names files that are gone.
+
+    The latter is so in every isolated build but the first: its tools lie in a temporary folder.
+    """
+    cache = build / "CMakeCache.txt"
+    if not cache.is_file():
+        return build.exists()  # half a configuration
+    lines = cache.read_text(encoding="utf-8", errors="replace").splitlines()
+    entries = [line.partition("=") for line in lines if not line.startswith(("#", "//"))]
+    tools = [v for name, _, v in entries if name.endswith(":FILEPATH") and os.path.isabs(v)]
+    values = {name.partition(":")[0]: value for name, _, value in entries}
+    expected = {
+        "CMAKE_HOME_DIRECTORY": str(ROOT),
+        "GRADSAFE_TORCH_DIR": str(torch_dir),
+        "GRADSAFE_TORCH_VERSION": torch_version,
+    }
+    return any(values.get(name) != value for name, value in expected.items()) or not all(
+        map(os.path.exists, [*tools, values.get("CMAKE_COMMAND", "")])
+    )
+
+
 class BuildExtension(build_ext):
     """Configures and builds with CMake; the module lands where setuptools expects it."""
 
@@ -63,7 +98,12 @@ class BuildExtension(build_ext):
                 "and then `pip install --no-build-isolation .`"
             ) from error
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = self.cmake_folder(Path(torch.__file__).resolve().parent)
+        torch_dir = Path(torch.__file__).resolve().parent
+        isolated = not torch_dir.is_relative_to(Path(sys.prefix).resolve())
+        cmake, ninja = find_tool("cmake", isolated), find_tool("ninja", isolated)
+        build = self.cmake_folder(torch_dir, isolated)
+        if is_stale(build, torch_dir, torch.__version__):
+            shutil.rmtree(build, ignore_errors=True)
         build.mkdir(parents=True, exist_ok=True)
         cuda = os.environ.get("GRADSAFE_CUDA", "auto").lower()
         if cuda not in ("auto", "on", "off"):
@@ -72,11 +112,12 @@ class BuildExtension(build_ext):
         self.warn_about_cuda_versions(torch, cuda, nvcc)
         subprocess.run(
             [
-                "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+                cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build),
+                f"-DCMAKE_MAKE_PROGRAM:FILEPATH={ninja}",
                 f"-DCMAKE_BUILD_TYPE={os.environ.get('CMAKE_BUILD_TYPE', 'Release')}",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                f"-DGRADSAFE_TORCH_DIR={Path(torch.__file__).resolve().parent}",
+                f"-DGRADSAFE_TORCH_DIR={torch_dir}",
                 f"-DGRADSAFE_TORCH_VERSION={torch.__version__}",
                 f"-DGRADSAFE_CUDA={cuda}",
                 f"-DGRADSAFE_CUDA_ARCHS={cuda_architectures()}",
@@ -85,11 +126,11 @@ class BuildExtension(build_ext):
             check=True,
         )  # fmt: skip
         jobs = parallel_jobs(cuda=cuda != "off" and nvcc is not None)
-        subprocess.run(["cmake", "--build", str(build), "--parallel", str(jobs)], check=True)
+        subprocess.run([cmake, "--build", str(build), "--parallel", str(jobs)], check=True)
 
-    def cmake_folder(self, torch_dir: Path) -> Path:
+    def cmake_folder(self, torch_dir: Path, isolated: bool) -> Path:
         """Kept between builds of one environment; throw-away for pip's isolated environments."""
-        if not torch_dir.is_relative_to(Path(sys.prefix).resolve()):
+        if isolated:
             return Path(self.build_temp).resolve() / "cmake"
         tag = hashlib.sha256(f"{sys.executable}:{torch_dir}".encode()).hexdigest()[:8]
         return ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{tag}"
