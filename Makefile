@@ -5,29 +5,34 @@
 #   make test        build and run all tests (GPU tests are skipped, visibly, without a GPU)
 #   make bench       CPU benchmarks; tables and CSV in benchmarks/results
 #   make lint        ruff and mypy
+#   make compat      part of the tests against the oldest and the newest dependencies
+#   make reinstall   `pip install .` twice from this checkout, isolated, and once without isolation
 #   make cuda-check  check registers, spills and loads in flight of every kernel; audit the binary
 #   make emulate     run the CUDA kernels on the emulated grid (no GPU needed)
 
 PYTHON ?= python3
 # The one place that pins PyTorch. For a CUDA build: make TORCH=torch test
 TORCH ?= torch==2.13.0
+# What the commands below were last run with; for whatever is newest: make CONSTRAINTS= test
+CONSTRAINTS ?= constraints/tested.txt
+PINS := $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' \
 	-o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | grep -v csrc/tests)
 
-.PHONY: build demo test bench lint cuda-check emulate audit clean
+.PHONY: build demo test bench lint compat reinstall cuda-check emulate audit clean
 
 build: $(VENV)/.built
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel cmake ninja pybind11
+	$(BIN)/python -m pip install --quiet --upgrade $(PINS) pip
+	$(BIN)/pip install --quiet $(PINS) "$(TORCH)" setuptools wheel cmake ninja pybind11
 	touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[test,bench,lint]"
+	$(BIN)/pip install --quiet --no-build-isolation $(PINS) -e ".[test,bench,lint]"
 	$(BIN)/python -m gradsafe doctor
 	touch $@
 
@@ -49,6 +54,12 @@ lint: build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+compat: build
+	TORCH="$(TORCH)" $(BIN)/python tools/compat.py
+
+reinstall: build
+	TORCH="$(TORCH)" $(BIN)/python tools/reinstall.py
 
 audit: build
 	$(BIN)/python tools/audit_binary.py

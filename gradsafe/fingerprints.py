@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gradsafe.storage import refuse_meta
 
@@ -63,6 +64,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def _sampled_bytes(values: Tensor) -> bytes:
+    if is_traceable_wrapper_subclass(values) and not hasattr(values, "full_tensor"):
+        # Quantised weights (torchao) hold codes and scales, and need not support indexing.
+        names, _ = values.__tensor_flatten__()  # type: ignore[attr-defined]
+        return b"".join(_sampled_bytes(getattr(values, name)) for name in names)
     count = values.numel()
     if values.element_size() == 1:  # fp8 has no indexing kernel everywhere
         values = values.view(torch.uint8)

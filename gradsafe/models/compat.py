@@ -72,6 +72,29 @@ def enable_checkpointing(model: Any, **options: Any) -> None:
 
 
 @contextmanager
+def differentiable_layouts(model: nn.Module) -> Iterator[None]:
+    """Keep 4-bit weights of bitsandbytes in the layout whose product has a backward pass.
+
+    On processors with AVX512-BF16, a forward pass that needs no gradient packs them in place for a
+    kernel that has none: whatever is differentiated later stops at such a layer without a word.
+
+    Args:
+        model: Any module. Weights that are packed already are unpacked.
+    """
+    flag = "support_avx512bf16_for_cpu"
+    layers = [module for module in model.modules() if getattr(module, flag, False)]
+    for layer in layers:
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):  # type: ignore[union-attr]
+            layer.state_dict()  # a layer unpacks its weight to save it
+        setattr(layer, flag, False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            setattr(layer, flag, True)
+
+
+@contextmanager
 def quiet_renames() -> Iterator[None]:
     """Hide warnings about names of activation checkpointing that another library asks for.
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from gradsafe.models.compat import checkpointing_flag
+from gradsafe.models.compat import checkpointing_flag, differentiable_layouts
 
 
 @contextmanager
@@ -50,7 +50,8 @@ def evaluating(model: nn.Module, checkpointed: Sequence[nn.Module]) -> Iterator[
         model.eval()
         for module in checkpointed:
             module.training = True
-        yield
+        with differentiable_layouts(model):
+            yield
     finally:
         for module, flag in flags:
             module.training = flag
