@@ -38,6 +38,11 @@ def cache_argument(accepted: Collection[str]) -> str | None:
     return next((name for name in _CACHE if name in accepted), None)
 
 
+def is_recurrent(model: nn.Module) -> bool:
+    """Whether a transformers model carries a recurrent state, alone or beside keys and values."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
 def returned_cache(output: Any) -> Any:
     """Return the cache in a model's output, or None; asks for no deprecated name."""
     # Outputs answer to the old name, with a warning, where they have the new one.

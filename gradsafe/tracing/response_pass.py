@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gradsafe.models import Encoded
-from gradsafe.models.compat import cache_argument, returned_cache
+from gradsafe.models.compat import cache_argument, is_recurrent, returned_cache
 from gradsafe.models.decoder import decoder_blocks
 from gradsafe.models.fallback import announce_fallback
 from gradsafe.models.inspection import base_model, forward_parameters, input_device
@@ -79,6 +79,9 @@ class ResponsePass:
         self.cache_name = cache_argument(self.accepted)  # None: whole sequences
         if self.cache_name is None:
             self._announce("its forward takes no cache of keys and values")
+        elif is_recurrent(base_model(model)):  # several tokens cannot go on from its state
+            self.cache_name = None
+            self._announce("it carries a recurrent state")
 
     @property
     def prompt_only(self) -> bool:

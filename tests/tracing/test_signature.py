@@ -5,11 +5,12 @@ import warnings
 
 import pytest
 import torch
-from builders import FAMILIES, make_model, true_float64
+from builders import FAMILIES, VOCABULARY, make_model, true_float64
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from signature_oracle import relative_error, signature
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
 from gradsafe.models import Encoded
 from gradsafe.models.compat import cache_argument
@@ -162,6 +163,32 @@ def test_without_a_cache_the_slower_path_is_announced_and_exact(kind, items, mon
     monkeypatch.setenv("GRADSAFE_STRICT", "1")
     with pytest.raises(RuntimeError, match="GRADSAFE_STRICT"):
         signatures(model, items, [1], 0)
+
+
+def test_recurrent_models_run_over_whole_sequences(items, monkeypatch):
+    config = Qwen3NextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=0,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )
+    torch.manual_seed(0)
+    model = Qwen3NextForCausalLM(config).eval()
+    monkeypatch.setattr("gradsafe.models.fallback._announced", set())
+    with pytest.warns(FallbackWarning, match="whole sequences"):
+        found = signatures(model, items, [1, 3], 0)
+    for layer in (1, 3):
+        exact = expected(model, items, layer)
+        assert max(map(relative_error, found[layer], exact)) < 1e-5
 
 
 def test_the_graph_ends_at_the_layer(items):
