@@ -2,7 +2,7 @@
 
 "lowest" holds the versions of constraints/lowest.txt, "newest" whatever pip finds; the variable
 TORCH says which PyTorch both get, so that the module that `make build` made fits. The environments
-hold dependencies only and are kept in the cache folder of the package, for all clones. They are
+hold dependencies only and are kept in the user's cache folder, for all clones. They are
 made anew when pyproject.toml, the constraints or TORCH change, and the newest every week.
 """
 
@@ -21,8 +21,6 @@ from importlib import metadata
 from pathlib import Path
 
 from packaging.requirements import Requirement
-
-from gradsafe.testbed.cache import cache_root
 
 ROOT = Path(__file__).resolve().parents[1]
 LOWEST = ROOT / "constraints" / "lowest.txt"
@@ -68,7 +66,8 @@ def run(*command: str) -> None:
 
 def environment(kind: str, torch: str) -> str:
     """Path of the interpreter of an environment, which is made if need be."""
-    base = cache_root() / "compat"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    base = Path(cache) / "gradsafe" / "compat"
     base.mkdir(parents=True, exist_ok=True)
     folder = base / f"{kind}-{key(kind, torch)}"
     complete = folder / ".complete"
