@@ -38,7 +38,7 @@ def main() -> None:
                 [sys.executable, "-c", SELF_TEST],
                 cwd=temporary,
                 env={**env, "PYTHONPATH": str(target)},
-                capture_output=True,
+                stdout=subprocess.PIPE,
                 text=True,
                 check=True,
             ).stdout
