@@ -15,7 +15,7 @@
 
 #include "../common/kl_value.h"
 #include "common/async_copy.cuh"
-#include "common/device_limits.cuh"
+#include "common/device.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "gradsafe/kl_divergence.h"
@@ -518,7 +518,7 @@ Status kl_divergence_cuda(const KlProblem& p, void* stream) {
     const Choice choice = choose_ring(row_bytes, kernels.chunk_bytes, limits.shared_bytes);
     if (choice.ring > 0) {
       call.ring = choice.ring;
-      const int64_t blocks = int64_t{limits.processors} * choice.blocks;
+      const int64_t blocks = int64_t{limits.multiprocessors} * choice.blocks;
       const dim3 grid(static_cast<unsigned>(std::min(p.rows, blocks)));
       return launch(kernels.ring, grid, dim3(kThreads), choice.ring * kernels.chunk_bytes, stream,
                     call);

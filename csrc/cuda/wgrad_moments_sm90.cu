@@ -18,9 +18,9 @@
 
 #include "../common/tiling.h"
 
-#if defined(GRADSAFE_EMULATE) || defined(GRADSAFE_WITHOUT_SM90A)
+#if defined(GRADSAFE_WITHOUT_SM90A)
 
-// No code for 9.0 is wanted; or this is the emulated grid, which has no wgmma and no copy engine.
+// No code for 9.0 is wanted.
 namespace gradsafe {
 bool wgrad_sm90_takes(const WgradProblem&, const DeviceLimits&) { return false; }
 WgradTiles wgrad_sm90_tiles(const WgradProblem&) { return {}; }
@@ -546,4 +546,4 @@ Status wgrad_moments_sm90(const WgradProblem& p, const SampleParts& parts, float
 
 }  // namespace gradsafe
 
-#endif  // GRADSAFE_EMULATE || GRADSAFE_WITHOUT_SM90A
+#endif  // GRADSAFE_WITHOUT_SM90A

@@ -27,7 +27,7 @@ INCLUDES = ("csrc/tests", "csrc/include", "csrc/cuda")
 
 # GPU kernels reinterpret memory freely, and fuse a * b + c only where they say fmaf.
 COMMON = ("-std=c++17", "-g1", "-DGRADSAFE_EMULATE", "-ffp-contract=off", "-fno-strict-aliasing",
-          "-Wall", "-Wextra", "-Wno-unknown-pragmas")  # fmt: skip
+          "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi")  # fmt: skip
 # "checked": every access is seen by the emulator itself (races, bounds, initialisation).
 # "asan": the compiler's own memory checks, which also know each thread's local arrays.
 FLAVOURS = {"checked": "thread", "asan": "address"}

@@ -29,7 +29,7 @@ FLOAT_ONLY = [
     ),
 ]
 # A device on which a ring holds four chunks: longer rows are kept in part and loaded again.
-SMALL_DEVICE = ("cuda/common/device_limits.cuh", "= 227 * 1024;", "= 70 * 1024;")
+SMALL_DEVICE = ("cuda/common/device.cuh", '_SHARED_KB", 227)', '_SHARED_KB", 70)')
 
 BUGS = {
     "no barrier before the warps' sums are read": Bug(

@@ -1,4 +1,4 @@
-// What a launcher asks of the current device.
+// What a launcher asks of the current device. Cheap, and allowed while a graph is captured.
 #pragma once
 
 #include "launch.cuh"
@@ -15,14 +15,24 @@ struct DeviceLimits {
   int shared_bytes = 0;  // of a block, dynamic and static together
 };
 
-// No result depends on these limits, but for which of two kernels with the same sums runs.
-inline Status device_limits(DeviceLimits& limits) {
 #if defined(GRADSAFE_EMULATE)
-  // Tests choose the shared memory, to run what small devices run.
-  const char* kilobytes = std::getenv("GRADSAFE_EMULATED_SHARED_KB");
-  limits = {8, 0, 132, (kilobytes != nullptr ? std::atoi(kilobytes) : 227) * 1024};
+
+inline int emulated_number(const char* variable, int otherwise) {
+  const char* text = std::getenv(variable);
+  return text != nullptr ? std::atoi(text) : otherwise;
+}
+
+// Tests choose the device. It has few multiprocessors: persistent blocks take several units of work.
+inline Status device_limits(DeviceLimits& limits) {
+  const int capability = emulated_number("GRADSAFE_EMULATED_CAPABILITY", 80);
+  limits = {capability / 10, capability % 10, emulated_number("GRADSAFE_EMULATED_SMS", 2),
+            emulated_number("GRADSAFE_EMULATED_SHARED_KB", 227) * 1024};
   return {};
+}
+
 #else
+
+inline Status device_limits(DeviceLimits& limits) {
   int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   const auto ask = [&](int& value, cudaDeviceAttr attribute) {
@@ -33,7 +43,8 @@ inline Status device_limits(DeviceLimits& limits) {
   ask(limits.multiprocessors, cudaDevAttrMultiProcessorCount);
   ask(limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return detail::to_status(error);
-#endif
 }
+
+#endif
 
 }  // namespace gradsafe

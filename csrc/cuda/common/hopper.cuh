@@ -3,12 +3,18 @@
 // An address in shared memory is a 32-bit number here (shared_address).
 #pragma once
 
-#include <cuda.h>
-
 #include "launch.cuh"
 #include "vec.cuh"
 
+#if defined(GRADSAFE_EMULATE)
+#include "emulated_hopper.h"  // what is left out below
+#else
+#include <cuda.h>
+#endif
+
 namespace gradsafe {
+
+#if !defined(GRADSAFE_EMULATE)
 
 __device__ inline uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
@@ -72,8 +78,6 @@ __device__ inline void store_shared_zeros(uint32_t to) {  // 16 bytes
 __device__ inline void fence_async_proxy() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// What is computed from these is computed behind this place, and not kept in registers before.
-__device__ inline void keep_in_place(int& a, int& b) { asm volatile("" : "+r"(a), "+r"(b)); }
 template <int kRegisters>
 __device__ inline void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -86,15 +90,6 @@ __device__ inline void give_registers() {
 template <int kInFlight>
 __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kInFlight) : "memory");
-}
-
-// Operand in shared memory, stored by k in rows of 64 16-bit elements (128 bytes), 16-byte chunk c
-// of row k at place c ^ (k % 8); eight rows lie together. `next_columns`: bytes to the next 64
-// columns, `next_rows`: bytes to the next eight rows.
-__device__ inline uint64_t wgmma_operand(uint32_t address, int next_columns, int next_rows) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
-  return kSwizzle128 | uint64_t{static_cast<uint32_t>(next_rows) >> 4} << 32 |
-         uint64_t{static_cast<uint32_t>(next_columns) >> 4} << 16 | (address & 0x3ffff) >> 4;
 }
 
 // d (+)= a^T b for a [16 kSteps, 64] and b [16 kSteps, 128], as a group of its own. Element
@@ -152,6 +147,20 @@ __device__ inline void wgmma_m64n128(float (&d)[64], uint64_t a, uint64_t b, int
 #undef GRADSAFE_WGMMA
 #undef GRADSAFE_WGMMA_STEPS
 
+#endif  // !GRADSAFE_EMULATE
+
+// What is computed from these is computed behind this place, and not kept in registers before.
+__device__ inline void keep_in_place(int& a, int& b) { asm volatile("" : "+r"(a), "+r"(b)); }
+
+// Operand in shared memory, stored by k in rows of 64 16-bit elements (128 bytes), 16-byte chunk c
+// of row k at place c ^ (k % 8); eight rows lie together. `next_columns`: bytes to the next 64
+// columns, `next_rows`: bytes to the next eight rows.
+__device__ inline uint64_t wgmma_operand(uint32_t address, int next_columns, int next_rows) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | uint64_t{static_cast<uint32_t>(next_rows) >> 4} << 32 |
+         uint64_t{static_cast<uint32_t>(next_columns) >> 4} << 16 | (address & 0x3ffff) >> 4;
+}
+
 // ---- host ------------------------------------------------------------------------------------
 // cuTensorMapEncodeTiled of the driver, asked for through the runtime: libcuda is not linked. Null
 // where the driver has none.
@@ -161,6 +170,9 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
 inline EncodeTiled encode_tiled() {
+#if defined(GRADSAFE_EMULATE)
+  return &emulated::encode_tiled;
+#else
   static const EncodeTiled function = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult found{};
@@ -171,6 +183,7 @@ inline EncodeTiled encode_tiled() {
                : nullptr;
   }();
   return function;
+#endif
 }
 
 // A map of a [depth, rows, cols] tensor for boxes of `box_rows` rows of 128 bytes, swizzled.

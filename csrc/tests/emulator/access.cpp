@@ -46,6 +46,10 @@ struct SharedSpace {
 
 BlockOrder order;
 
+// As on a device, dynamic shared memory lies behind something and below 2^18, where the operands of
+// wgmma must be. Shared variables, whose size over all kernels has no bound, lie above here.
+constexpr uint32_t kDynamicNumber = 0x480, kStaticNumber = 1u << 18;
+
 // How far `now` has seen the block and lane of `before`.
 bool is_ordered(const Access& before, const Access& now) {
   if (before.block < block().launch_first) return true;  // launches of a stream follow each other
@@ -54,9 +58,7 @@ bool is_ordered(const Access& before, const Access& now) {
     return seen != order.seen.end() && seen->second.covers(before);
   }
   if (before.thread == now.thread || before.epoch < now.epoch) return true;
-  if (before.thread / kLanes != now.thread / kLanes) return false;
-  const auto& known = block().clocks[now.thread / kLanes].known;
-  return known[now.thread % kLanes][before.thread % kLanes] >= before.clock;
+  return block().clocks.sees(now.thread, before.thread, before.clock);
 }
 
 // What lies at an address. Text is made only for a report: this is built at every access.
@@ -90,6 +92,8 @@ const char* verb_of(Touch touch) {
     case Touch::read: return "reads ";
     case Touch::write: return "writes ";
     case Touch::atomic: return "updates ";
+    case Touch::end_copy: return "ends a copy to ";
+    case Touch::async_read: return "wgmma reads ";
     default: return "starts a copy to ";
   }
 }
@@ -99,9 +103,16 @@ const char* verb_of(Touch touch) {
   fail(kind, verb_of(touch) + describe(place, bytes) + at_line(code) + more);
 }
 
+std::string name_of(unsigned thread) {
+  const Clocks& clocks = block().clocks;
+  if (thread < clocks.warpgroup(0)) return "thread " + std::to_string(thread);
+  if (thread >= clocks.copies(0)) return "the copy engine";
+  return "a wgmma of warpgroup " + std::to_string(thread - clocks.warpgroup(0));
+}
+
 [[noreturn]] void report_race(const Place& place, std::size_t bytes, Touch touch, const Access& now,
                               const Access& before, const char* verb) {
-  std::string more = "\n  thread " + std::to_string(before.thread);
+  std::string more = "\n  " + name_of(before.thread);
   if (before.block != now.block) {
     more += " of another block (the " + std::to_string(before.block - block().launch_first + 1) +
             ". to run)";
@@ -112,12 +123,28 @@ const char* verb_of(Touch touch) {
   report("race", place, bytes, touch, now.code, more);
 }
 
+bool behind_async_proxy(Touch touch) {
+  return touch == Touch::async_read || touch == Touch::start_bulk;
+}
+
+// Whether the writer has called fence_async_proxy since, and `now` has seen that.
+bool is_fenced(const Access& writer, const Access& now) {
+  const Thread* by = thread(writer.thread);
+  if (!by) return true;  // written behind the async proxy itself
+  if (writer.proxy_fences >= by->proxy_fences.size()) return false;
+  Access fence = writer;
+  fence.epoch = by->proxy_fences[writer.proxy_fences].epoch;
+  fence.clock = by->proxy_fences[writer.proxy_fences].clock;
+  return is_ordered(fence, now);
+}
+
 void check_cell(Cell& cell, const Place& place, std::size_t bytes, Touch touch, const Access& now) {
   const bool stale = place.is_shared && cell.writer.block != now.block;
   const bool unwritten = cell.writer.block == 0 || stale;
+  const bool reads = touch == Touch::read || touch == Touch::async_read;
   if (unwritten) {
     const bool initialised = place.allocation && place.allocation->kind == Kind::inout;
-    if (touch == Touch::read && !initialised && sees_plain_stores) {
+    if (reads && !initialised && sees_plain_stores) {
       report("uninitialised", place, bytes, touch, now.code, ", which nobody has written");
     }
   } else {
@@ -125,12 +152,17 @@ void check_cell(Cell& cell, const Place& place, std::size_t bytes, Touch touch, 
     if (!both_atomic && !is_ordered(cell.writer, now)) {
       report_race(place, bytes, touch, now, cell.writer, "writes");
     }
-    if (touch == Touch::read && cell.writer.in_flight) {
-      report("uninitialised", place, bytes, touch, now.code,
+    if (cell.writer.in_flight && touch != Touch::end_copy) {
+      report(reads ? "uninitialised" : "overwritten copy", place, bytes, touch, now.code,
              ", to which an asynchronous copy is still in flight");
     }
+    if (behind_async_proxy(touch) && !is_fenced(cell.writer, now)) {
+      report("missing fence", place, bytes, touch, now.code,
+             "\n  " + name_of(cell.writer.thread) + " writes it" + at_line(cell.writer.code) +
+                 " and does not call fence_async_proxy afterwards");
+    }
   }
-  if (touch == Touch::read) {
+  if (reads) {
     for (Access& reader : cell.readers) {
       if ((place.is_shared && reader.block != now.block) || is_ordered(reader, now)) {
         reader = now;
@@ -210,14 +242,18 @@ std::unique_ptr<Cell[]> make_cells(std::size_t bytes) {
   return std::unique_ptr<Cell[]>(new Cell[bytes / kGranule + 2]);
 }
 
-void check_access(const void* pointer, std::size_t bytes, std::size_t alignment, Touch touch,
+void check_access(const void* address, std::size_t bytes, std::size_t alignment, Touch touch,
                   const void* code) {
+  check_access_of(running() ? running()->number : 0, address, bytes, alignment, touch, code);
+}
+
+void check_access_of(unsigned actor, const void* pointer, std::size_t bytes, std::size_t alignment,
+                     Touch touch, const void* code) {
   const char* address = static_cast<const char*>(pointer);
   const bool global = ranges().is_global(address);
   // Anything else is registers, local memory and arguments of one thread.
   if (!global && !ranges().is_shared(address)) return;
-  const Thread* self = running();
-  if (!self) {
+  if (!running()) {
     if (global) fail("host access", "host code touches device memory" + at_line(code));
     return;
   }
@@ -230,20 +266,47 @@ void check_access(const void* pointer, std::size_t bytes, std::size_t alignment,
   if (!place.cells) return;
   Access now;
   now.block = block().number;
-  now.thread = self->number;
+  now.thread = actor;
   now.epoch = block().epoch;
-  now.clock = block().clocks[self->number / kLanes].known[self->number % kLanes]
-                                                        [self->number % kLanes];
+  now.clock = block().clocks.at(actor, actor);
   now.time = order.time;
   now.code = code;
   now.atomic = touch == Touch::atomic;
-  now.in_flight = touch == Touch::start_copy;
+  now.in_flight = touch == Touch::start_copy || touch == Touch::start_bulk;
+  now.proxy_fences = static_cast<uint32_t>(running()->proxy_fences.size());
   const std::size_t last = (place.cell_offset + bytes - 1) / kGranule;
   for (std::size_t i = place.cell_offset / kGranule; i <= last; ++i) {
     check_cell(place.cells[i], place, bytes, touch, now);
   }
 
   if (touch == Touch::atomic && global) order.meet(address, now);
+}
+
+void end_bulk(const void* address, std::size_t bytes, const Access& copy) {
+  const Place place = find_shared(static_cast<const char*>(address), bytes, Touch::end_copy, copy.code);
+  for (std::size_t i = 0; i < bytes / kGranule; ++i) {
+    Cell& cell = place.cells[place.cell_offset / kGranule + i];
+    cell.writer = copy;
+    cell.readers[0] = cell.readers[1] = Access{};
+  }
+}
+
+uint32_t shared_number(const void* address) {
+  const char* const p = static_cast<const char*>(address);
+  if (!ranges().is_shared(p)) fail("shared address", "the pointer is none to shared memory");
+  const bool dynamic =
+      static_cast<std::size_t>(p - dynamic_shared_begin()) < kMaxDynamicShared + kSharedGuard;
+  return static_cast<uint32_t>(dynamic ? kDynamicNumber + (p - dynamic_shared_begin())
+                                       : kStaticNumber + (p - Symbols::get().shared_begin));
+}
+
+char* shared_pointer(uint32_t number) {
+  return number < kStaticNumber ? dynamic_shared_begin() + (int64_t{number} - kDynamicNumber)
+                                : Symbols::get().shared_begin + (number - kStaticNumber);
+}
+
+std::string place_name(const void* address, std::size_t bytes) {
+  return describe(find_shared(static_cast<const char*>(address), bytes, Touch::atomic, nullptr), bytes);
 }
 
 void start_launch(const void* kernel) {

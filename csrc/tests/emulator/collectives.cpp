@@ -81,17 +81,16 @@ void warp_collective(const char* name, unsigned mask, void* data, Exchange excha
 
 void warp_sync(unsigned mask, Site site) {
   warp_collective("__syncwarp", mask, nullptr, [](void* const (&)[kLanes], unsigned members) {
-    auto& known = block().clocks[running()->number / kLanes].known;
-    uint32_t joined[kLanes] = {};
+    Clocks& clocks = block().clocks;
+    const unsigned first = running()->number / kLanes * kLanes;
+    std::vector<uint32_t> joined(clocks.width());
     for (unsigned t = 0; t < kLanes; ++t) {
-      for (unsigned s = 0; s < kLanes && (members >> t & 1); ++s) {
-        joined[s] = std::max(joined[s], known[t][s]);
-      }
+      if (members >> t & 1) clocks.join(joined.data(), clocks.row(first + t));
     }
     for (unsigned t = 0; t < kLanes; ++t) {
       if (!(members >> t & 1)) continue;
-      std::memcpy(known[t], joined, sizeof(joined));
-      ++known[t][t];
+      std::copy(joined.begin(), joined.end(), clocks.row(first + t));
+      ++clocks.at(first + t, first + t);
     }
   }, site);
 }

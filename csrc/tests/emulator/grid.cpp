@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "access.h"
+#include "mbarrier.h"
 #include "memory.h"
 #include "symbols.h"
 
@@ -115,24 +116,32 @@ void run_block(uint64_t linear, dim3 grid) {
               static_cast<unsigned>(linear / grid.x % grid.y),
               static_cast<unsigned>(linear / grid.x / grid.y)};
   now.block.epoch = 0;
-  for (auto& warp : now.block.clocks) {
-    std::memset(&warp, 0, sizeof(warp));
-    for (unsigned lane = 0; lane < kLanes; ++lane) warp.known[lane][lane] = 1;
-  }
+  now.block.clocks.reset(now.block.threads);
   std::memset(dynamic_shared_begin(), kPoison, now.shared_bytes);
   start_block();
+  start_mbarriers();
   for (unsigned i = 0; i < now.block.threads; ++i) {
     Thread& t = *now.threads[i];
     t.number = i;
     t.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     t.copy_groups.assign(1, {});
+    t.products.clear();
+    t.products_issued = 0;
+    t.proxy_fences.clear();
     t.fiber.start(&run_thread);
     set_ready(t);
   }
   for (unsigned live = now.block.threads; live > 0;) {
+    const bool random = now.schedule.order == Schedule::Order::random;
+    if (random && copies_in_flight() && next_random() % 4 == 0) end_copy(next_random());
     Thread* next = choose();
     if (!next) {
-      release_barrier();
+      if (copies_in_flight()) {
+        end_copy(0);  // the latest moment that hardware may choose
+      } else {
+        report_deadlock();
+        release_barrier();
+      }
       continue;
     }
     now.current = next;
@@ -141,6 +150,7 @@ void run_block(uint64_t linear, dim3 grid) {
     now.current = nullptr;
     if (next->state == State::done) --live;
   }
+  check_leftovers();
 }
 
 uint64_t hash_of(const char* data, std::size_t bytes) {
@@ -199,7 +209,6 @@ void run(const LaunchSizes& sizes, const std::function<void()>& body) {
   now.shared_bytes = sizes.shared_bytes;
   now.block.threads = static_cast<unsigned>(threads);
   now.block.launch_first = now.block.number + 1;
-  now.block.clocks.resize((threads + kLanes - 1) / kLanes);
   now.ready.assign((threads + 63) / 64, 0);
   while (now.threads.size() < threads) now.threads.emplace_back(new Thread);
   start_launch(sizes.kernel);
@@ -225,6 +234,7 @@ void run(const LaunchSizes& sizes, const std::function<void()>& body) {
 
 Thread* running() { return now.current; }
 Block& block() { return now.block; }
+const Schedule& schedule() { return now.schedule; }
 const std::string& kernel_name() { return now.kernel; }
 void* dynamic_shared() {
   if (now.shared_bytes == 0) fail("launch", "dynamic shared memory was not asked for");

@@ -6,19 +6,26 @@
 #include <vector>
 
 #include "../emulated_grid.h"
+#include "clocks.h"
 #include "fiber.h"
 
 namespace emulated {
 
-constexpr unsigned kLanes = 32;
-
-enum class State : uint8_t { ready, at_barrier, at_collective, done };
+enum class State : uint8_t { ready, at_barrier, at_collective, at_mbarrier, at_warpgroup, done };
 
 struct PendingCopy {
   char* to;
   const char* from;
   int bytes, valid_bytes;
 };
+
+// A thread's part of a group of wgmma that it has not waited for.
+struct PendingProduct {
+  float* sums;
+  float values[64];
+};
+
+struct Mbarrier;
 
 struct Thread {
   Fiber fiber;
@@ -31,6 +38,10 @@ struct Thread {
   void* data = nullptr;
   // Asynchronous copies in order of issue: groups that are committed, then the open one.
   std::vector<std::vector<PendingCopy>> copy_groups;
+  std::vector<PendingProduct> products;  // in order of issue
+  uint32_t products_issued = 0;
+  std::vector<Moment> proxy_fences;
+  const Mbarrier* mbarrier = nullptr;  // that it waits for
 };
 
 // The order in which ready threads, and blocks, take their turns.
@@ -46,9 +57,7 @@ struct Block {
   uint32_t launch_first = 0;  // number of the first block of the launch
   uint32_t epoch = 0;         // barriers so far
   unsigned threads = 0;
-  // known[t][s]: how far lane t of a warp has seen lane s, by common __syncwarp calls.
-  struct WarpClocks { uint32_t known[kLanes][kLanes]; };
-  std::vector<WarpClocks> clocks;
+  Clocks clocks;
 };
 
 void set_schedule(const Schedule& schedule);
@@ -60,6 +69,7 @@ Block& block();
 void wait(State state);           // the running thread lets others run
 void set_ready(Thread& thread);
 unsigned missing_lanes(const Thread& waiting);  // lanes that its warp collective lacks
+const Schedule& schedule();
 const std::string& kernel_name();
 
 // Poisoned memory that kernels get through GRADSAFE_DYNAMIC_SHARED.

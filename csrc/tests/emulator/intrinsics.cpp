@@ -152,7 +152,7 @@ void cp_async_wait(int groups_in_flight) {
   auto& groups = running()->copy_groups;
   while (groups.size() - 1 > static_cast<std::size_t>(groups_in_flight)) {
     for (const PendingCopy& copy : groups.front()) {
-      check_access(copy.to, copy.bytes, copy.bytes, Touch::write, code);
+      check_access(copy.to, copy.bytes, copy.bytes, Touch::end_copy, code);
       std::memset(copy.to, 0, copy.bytes);  // what lies behind the valid bytes reads as zero
       std::memcpy(copy.to, copy.from, copy.valid_bytes);
     }
