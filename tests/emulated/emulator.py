@@ -11,7 +11,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,15 +99,43 @@ def _decode(data: bytes, cases: int) -> list[list[bytes]]:
 
 
 def run(
-    program: Path, cases: Iterable[Case], schedules: Sequence[str] = SCHEDULES
+    program: Path,
+    cases: Iterable[Case],
+    schedules: Sequence[str] = SCHEDULES,
+    device: Mapping[str, int] | None = None,
 ) -> list[list[bytes]]:
     """Outputs of every case, in the order in which its entry asked for them.
+
+    Args:
+        program: What `build` returns.
+        cases: One after the other, each under every schedule.
+        schedules: "forward", "reverse" or "random:<seed>".
+        device: What launchers are told of it: CAPABILITY (80 or 90; 80 if left out), SMS (2),
+            SHARED_KB (227).
 
     Raises:
         BugFound: with the report, at the first case in which something was found.
     """
     cases = list(cases)
+    return _decode(_execute(program, cases, schedules, device)[0], len(cases))
+
+
+def kernels(
+    program: Path, cases: Iterable[Case], device: Mapping[str, int] | None = None
+) -> list[str]:
+    """Names of the kernels that the cases launch, in order."""
+    return _execute(program, list(cases), SCHEDULES[:1], device)[1].splitlines()
+
+
+def _execute(
+    program: Path,
+    cases: Sequence[Case],
+    schedules: Sequence[str],
+    device: Mapping[str, int] | None,
+) -> tuple[bytes, str]:
+    """What the program writes to its result file and to standard output."""
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=0"}
+    options |= {f"GRADSAFE_EMULATED_{name}": str(n) for name, n in (device or {}).items()}
     with tempfile.TemporaryDirectory() as folder:
         problem, result = Path(folder, "problem"), Path(folder, "result")
         problem.write_bytes(b"".join(map(_encode, cases)))
@@ -120,7 +148,7 @@ def run(
         )
         if done.returncode != 0:
             raise BugFound(f"exit status {done.returncode}\n{done.stderr}")
-        return _decode(result.read_bytes(), len(cases))
+        return result.read_bytes(), done.stdout
 
 
 # ---- building ------------------------------------------------------------------------------------

@@ -172,6 +172,18 @@ def test_batches_longer_than_a_launch(emulate):
     assert_equals_oracle(functools.partial(emulate, schedules=("random:2",)), [problem])
 
 
+@pytest.mark.parametrize("axis", AXES)
+def test_two_stages_give_the_results_of_three(emulate, axis):
+    """Two where a block may take 99 KB: compute capability 8.6, 8.9 and 12.0."""
+    problems = [make((136, 136), (0, 1, 17, 50, 64, 130), k, axis) for k in (0, 1, 2, 4)]
+    problems.append(make((72, 72), LENGTHS, 2, axis, dtype=torch.float32))
+    three, two = (
+        solve(functools.partial(emulate, device={"SHARED_KB": kb}), problems) for kb in (227, 99)
+    )
+    for a, b in zip(itertools.chain(*three), itertools.chain(*two), strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
 def test_error_is_no_larger_than_that_of_a_float32_product(emulate):
     problem = make((64, 128), (200,), 2, "tensor", dtype=torch.float32)
     (want,), _ = problem.expected(0)

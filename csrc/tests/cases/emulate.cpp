@@ -1,5 +1,6 @@
 // emulate PROBLEM RESULT SCHEDULE...: runs every case of PROBLEM once per schedule, compares the
-// memory that the schedules leave behind, and writes the outputs to RESULT. Exit status 0: nothing
+// memory that the schedules leave behind, writes the outputs to RESULT and prints the names of the
+// kernels that ran. Exit status 0: nothing
 // found; 3: a bug was found, see stderr. A file is a sequence of int64 counts and raw bytes; the
 // other side is tests/emulated/emulator.py.
 #include <cstdio>
@@ -118,7 +119,10 @@ void run_all(const char* problem, const char* result, const std::vector<Schedule
     for (std::size_t s = 0; s < schedules.size(); ++s) {
       set_schedule(schedules[s]);
       run_once(data, found->second);
-      if (s == 0) first = launch_log();
+      if (s == 0) {
+        first = launch_log();
+        for (const LaunchRecord& launch : first) std::printf("%s\n", launch.kernel.c_str());
+      }
       compare(first, launch_log(), schedules[0].name);
     }
     write_outputs(stream);

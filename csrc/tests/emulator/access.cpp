@@ -8,6 +8,7 @@
 #include "grid.h"
 #include "memory.h"
 #include "symbols.h"
+#include "common/device.cuh"
 
 extern "C" __attribute__((weak)) void __asan_init();
 
@@ -117,7 +118,7 @@ std::string name_of(unsigned thread) {
     more += " of another block (the " + std::to_string(before.block - block().launch_first + 1) +
             ". to run)";
   }
-  more += std::string(" ") + verb + " it" + at_line(before.code);
+  more += std::string(" ") + (before.in_flight ? "copies to" : verb) + " it" + at_line(before.code);
   more += before.block == now.block ? " with no barrier between them"
                                     : " and blocks of a launch have no order";
   report("race", place, bytes, touch, now.code, more);
@@ -325,6 +326,11 @@ void start_launch(const void* kernel) {
     bytes += v.bytes;
   }
   if (bytes > 48 << 10) fail("launch", "more than 48 KiB of static shared memory");
+  gradsafe::DeviceLimits limits;
+  (void)gradsafe::device_limits(limits);
+  if (bytes + dynamic_shared_bytes() > static_cast<std::size_t>(limits.shared_bytes)) {
+    fail("launch", "more shared memory than the device has for a block");
+  }
   order.released.clear();
 }
 
