@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,11 +13,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gradsafe.models.compat import hooks_inside_checkpoint
+from gradsafe.models.experts import Routing, Tap, replaced_experts
 from gradsafe.models.inspection import base_model
 from gradsafe.models.layers import Layers, LinearLayer
 from gradsafe.models.modes import checkpointing_modules, decoder_loop, evaluating, frozen
+from gradsafe.models.products import Product, watch
 
-Consume = Callable[[LinearLayer, Tensor, Tensor], None]
+# consume(layer, x, dy), and a Routing behind them for a layer with experts.
+Consume = Callable[..., None]
 
 
 @contextmanager
@@ -31,17 +36,22 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
         model: The model that runs, PEFT wrapper or not.
         layers: From `find_layers(model)`.
         consume: `consume(layer, x, dy)` with `x [B, T, I]` the layer's input and `dy [B, T, O]` the
-            gradient of its output, same device and dtype (x follows dy). Called once per layer, the
-            last block first. The tensors may be non-contiguous, must not be modified, and are
-            freed after the call unless it keeps them. Exceptions leave `backward()`.
+            gradient of its output, same device and dtype (x follows dy). Where a layer sees several
+            rows per token, or runs several times, these lie side by side: `[B, T * n, I]`. Where
+            `layer.layout.time` is None the rows are no tokens. A layer with experts is called as
+            `consume(layer, x, dy, routing)` with `x [N, I]`, `dy [N, O]` and their `Routing`.
+            Called once per layer, the last block first. The tensors may be non-contiguous, must
+            not be modified, and are freed after the call unless it keeps them. Exceptions leave
+            `backward()`.
 
     Yields:
         None. Run forward and backward in turns inside the context.
 
     Raises:
         ValueError: `layers` is empty or belongs to another model.
-        RuntimeError: In the forward pass, a layer runs twice or has an unusable shape; at the next
-            forward pass or the end, a backward pass reached only some of the layers.
+        RuntimeError: In the forward pass, a layer has another shape than `find_layers` saw, or
+            needs a batch of one sample (`layers.one_at_a_time`); at the next forward pass or the
+            end, a backward pass reached only some of the layers.
     """
     if not layers.scored:
         raise ValueError("gradsafe.capture: layers.scored is empty; nothing to capture")
@@ -54,6 +64,7 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
         stack.enter_context(evaluating(model, checkpointed))
         for handle in session.register(model):
             stack.callback(handle.remove)
+        stack.enter_context(replaced_experts(session.expert_taps()))
         cuts = {0, start}
         inside = any(map(hooks_inside_checkpoint, checkpointed))
         if inside and start > 0:
@@ -66,8 +77,9 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
             cuts = {start}
             stack.callback(_differentiable_embedding(model).remove)
         for index in cuts:
-            cut = _Cut(requires_grad=bool(checkpointed) and index == start)
+            cut = _Cut(session, requires_grad=bool(checkpointed) and index == start)
             block = layers.blocks[index]
+            stack.callback(model.register_forward_pre_hook(cut.begin).remove)
             stack.callback(block.register_forward_pre_hook(cut, with_kwargs=True).remove)
         yield
         session.check()
@@ -82,14 +94,16 @@ class _Session:
         # Makes tapped outputs differentiable although neither weights nor inputs are, so that the
         # gradient of the first scored block's input is never computed.
         self.anchor = torch.empty(0, requires_grad=True)
-        self.ran: set[str] | None = None  # None outside the model's forward, as when recomputing
+        self.running = False  # inside the model's forward, and not recomputing
+        self.calls: Counter[str] = Counter()  # of each layer in the last forward pass
+        self.waiting: dict[str, list[_Part]] = {}  # parts of layers that ran several times
         self.reached: set[str] = set()
         self.interrupted = False
-        self.shape: tuple[int, int] | None = None  # [B, T] of the hidden states of this block
+        self.shape: tuple[int, int] | None = None  # [B, T] of the batch
 
     def register(self, model: nn.Module) -> Iterator[Any]:
         """Register the hooks that observe; yields their handles."""
-        yield model.register_forward_pre_hook(self._begin)
+        yield model.register_forward_pre_hook(self._begin, with_kwargs=True)
         yield model.register_forward_hook(self._end, always_call=True)
         scored = {id(layer.module) for layer in self.layers.scored}
         for index in sorted({layer.block for layer in self.layers.scored}):
@@ -98,93 +112,234 @@ class _Session:
             for module in [block, *block.children()]:
                 if id(module) not in scored:
                     yield module.register_forward_pre_hook(self._note_shape, with_kwargs=True)
+        products = {layer.name: layer for layer in self.layers.scored if layer.use == "product"}
         for layer in self.layers.scored:
-            yield layer.module.register_forward_hook(self._tap(layer), with_kwargs=True)
+            if layer.use == "call":
+                yield layer.module.register_forward_hook(self._called(layer), with_kwargs=True)
+
+        def multiplied(name: str, product: Product | None, x: Tensor, output: Tensor) -> Tensor:
+            return self._multiplied(products[name], product, x, output)
+
+        weights = [
+            (layer.name, layer.module, layer.parameter, layer.around or layer.module)
+            for layer in products.values()
+        ]
+        yield from watch(weights, multiplied)
+
+    def expert_taps(self) -> list[tuple[nn.Module, Tap]]:
+        """Experts modules, each with what sees its products."""
+        owners: dict[int, tuple[nn.Module, dict[str, LinearLayer]]] = {}
+        for layer in self.layers.scored:
+            if layer.use == "experts":
+                _, members = owners.setdefault(id(layer.module), (layer.module, {}))
+                members[layer.parameter] = layer
+        return [(module, self._routed(members)) for module, members in owners.values()]
 
     def check(self) -> None:
-        """Raise if the last backward pass reached some layers and missed others."""
+        """Finish a backward pass; raise if it reached some layers and missed others."""
+        if self.interrupted:
+            self.waiting.clear()
+            return
+        for name in list(self.waiting):  # calls that lie below the graph never arrive
+            self._finish(name)
         missed = [layer.name for layer in self.layers.scored if layer.name not in self.reached]
-        if self.reached and missed and not self.interrupted:
+        if self.reached and missed:
             raise RuntimeError(
                 f"gradsafe.capture: the backward pass reached {len(self.reached)} of "
                 f"{len(self.layers.scored)} layers; {missed[0]} took no part in the loss "
                 f"(and {len(missed) - 1} more); leave such layers out of layers.scored"
             )
 
-    def deliver(self, layer: LinearLayer, x: Tensor, dy: Tensor, shape: tuple[int, int]) -> None:
-        """Pass one layer's pair to the consumer."""
-        self.interrupted = True
-        self.consume(
-            layer,
-            x.to(device=dy.device, dtype=dy.dtype).reshape(*shape, layer.in_features),
-            dy.reshape(*shape, layer.out_features),
-        )
-        self.interrupted = False
-        self.reached.add(layer.name)
+    def deliver(self, part: _Part) -> None:
+        """Take x and dy of one call; the consumer gets them when all calls are there."""
+        name = part.layer.name
+        parts = self.waiting.setdefault(name, [])
+        parts.append(part)
+        if len(parts) >= self.calls[name]:
+            del part
+            self._finish(name)
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _finish(self, name: str) -> None:
+        parts = self.waiting.pop(name)
+        layer = parts[0].layer
+        self.interrupted = True
+        if layer.experts:
+            self.consume(layer, *_merge_stack(parts))
+        else:
+            self.consume(layer, *_merge(parts))
+        self.interrupted = False
+        self.reached.add(name)
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.check()
         self.reached.clear()
         self.interrupted = False
-        self.ran = set()
+        self.running = True
+        self.calls.clear()
+        inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+        batch = next((value for value in inputs if isinstance(value, Tensor)), None)
+        self.shape = None if batch is None or batch.ndim < 2 else (batch.shape[0], batch.shape[1])
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        self.ran = None
+        self.running = False
 
     def _note_shape(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.running:  # the batch said it
+            return
         for value in (*args[:1], kwargs.get("hidden_states")):
             if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
                 self.shape = (value.shape[0], value.shape[1])
                 return
 
-    def _tap(self, layer: LinearLayer) -> Callable[..., Tensor]:
+    def _count(self, layer: LinearLayer) -> None:
+        if self.running:
+            self.calls[layer.name] += 1
+
+    def _called(self, layer: LinearLayer) -> Callable[..., Tensor]:
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
         ) -> Tensor:
-            if self.ran is not None:
-                if layer.name in self.ran:
-                    raise RuntimeError(
-                        f"gradsafe.capture: {layer.name} ran twice in one forward pass; layers "
-                        f"shared between places are not supported, leave it out of layers.scored"
-                    )
-                self.ran.add(layer.name)
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if x is None or not isinstance(output, Tensor):
                 raise RuntimeError(
                     f"gradsafe.capture: expected {layer.name} ({type(module).__name__}) to map a "
                     f"tensor to a tensor; leave it out of layers.scored"
                 )
-            shape = self._batch_shape(layer, x, output)
-            return _Tap.apply(output, x.detach(), self.anchor, layer, self, shape)
+            return self._dense(layer, x, output)
 
         return hook
 
-    def _batch_shape(self, layer: LinearLayer, x: Tensor, output: Tensor) -> tuple[int, int]:
-        """Return [B, T]; accepts activations flattened to `[B * T, I]` in that order."""
-        if x.ndim == 3 and self.shape in (None, tuple(x.shape[:2])):
-            return x.shape[0], x.shape[1]
-        if x.ndim == 2 and self.shape is not None and len(x) == self.shape[0] * self.shape[1]:
-            return self.shape
-        raise RuntimeError(
-            f"gradsafe.capture: expected the input of {layer.name} to be [B, T, I] or [B * T, I] "
-            f"with [B, T] = {list(self.shape or ())}, got {list(x.shape)} -> {list(output.shape)}; "
-            f"layers that see only some tokens (experts) are not supported, leave it out of "
-            f"layers.scored"
-        )
+    def _dense(self, layer: LinearLayer, x: Tensor, output: Tensor) -> Tensor:
+        self._count(layer)
+        shape = self._check_shape(layer, x, output)
+        return _Tap.apply(output, x.detach(), self.anchor, layer, self, shape, None)
+
+    def _check_shape(self, layer: LinearLayer, x: Tensor, output: Tensor) -> tuple[int, int]:
+        """Return [B, T], after a look whether x has the layer's layout."""
+        layout = layer.layout
+        samples, width = self.shape or (0, 0)
+        try:
+            if layout is None or samples == 0:
+                raise ValueError
+            rows = layout.rows(x, samples).shape[1]
+            if layout.time is not None and rows % width:
+                raise ValueError
+        except ValueError:
+            raise RuntimeError(
+                f"gradsafe.capture: expected the input of {layer.name} to hold [B, T] = "
+                f"{[samples, width]} as {layout}, got {list(x.shape)} -> {list(output.shape)}; "
+                f"layers that see only some tokens are not supported, leave it out of layers.scored"
+            ) from None
+        return samples, width
+
+    def _multiplied(
+        self, layer: LinearLayer, product: Product | None, x: Tensor, output: Tensor
+    ) -> Tensor:
+        """One product with a bare weight, or with a part of a stack."""
+        expected = (max(1, layer.experts), layer.out_features, layer.in_features)
+        if product is None or (product.stack, product.out_features, product.in_features) != expected:
+            raise RuntimeError(
+                f"gradsafe.capture: {layer.name} is used in another way than find_layers saw; "
+                f"leave it out of layers.scored"
+            )
+        if not layer.experts:
+            return self._dense(layer, x, output)
+        self._count(layer)
+        samples, width = self.shape or (0, 0)
+        numbers = torch.arange(product.first, product.first + product.matrices, device=x.device)
+        per_matrix = x.shape[-3 if product.matrices > 1 else 0 :-1].numel() // product.matrices
+        tokens = None
+        if layer.layout is not None:
+            flat = torch.arange(samples * width, device=x.device).view(samples, width, 1)
+            tokens = layer.layout.tokens(flat, x.shape[product.matrices > 1 : -1])
+            tokens = tokens.repeat(product.matrices)
+        elif samples != 1:
+            raise RuntimeError(
+                f"gradsafe.capture: rows of {layer.name} cannot be told apart in a batch of "
+                f"{samples} samples; pass one sample at a time"
+            )
+        routing = Routing(tokens, numbers.repeat_interleave(per_matrix), samples, width)
+        return _Tap.apply(output, x.detach(), self.anchor, layer, self, (samples, width), routing)
+
+    def _routed(self, members: dict[str, LinearLayer]) -> Tap:
+        def tap(name: str, output: Tensor, x: Tensor, tokens: Tensor, experts: Tensor) -> Tensor:
+            if name not in members:
+                return output
+            self._count(members[name])
+            shape = self.shape or (0, 0)
+            routing = Routing(tokens, experts, *shape)
+            rest = (self.anchor, members[name], self, shape, routing)
+            return _Tap.apply(output, x.detach(), *rest)
+
+        return tap
+
+
+@dataclass
+class _Part:
+    """x and dy of one call of a layer."""
+
+    layer: LinearLayer
+    x: Tensor
+    dy: Tensor
+    shape: tuple[int, int]
+    routing: Routing | None
+
+
+def _merge(parts: list[_Part]) -> tuple[Tensor, Tensor]:
+    """`[B, rows, F]` of all calls, the calls of one token side by side."""
+    pairs = []
+    for part in parts:
+        layout, samples = part.layer.layout, part.shape[0]
+        assert layout is not None
+        x = part.x.to(device=part.dy.device, dtype=part.dy.dtype)
+        pairs.append((layout.rows(x, samples), layout.rows(part.dy, samples)))
+    parts.clear()
+    if len(pairs) == 1:
+        return pairs[0]
+    x, dy = (torch.stack(values, 2).flatten(1, 2) for values in zip(*pairs, strict=True))
+    return x, dy
+
+
+def _merge_stack(parts: list[_Part]) -> tuple[Tensor, Tensor, Routing]:
+    """`[N, F]` of all calls, sorted by expert, then token."""
+    routings = [part.routing for part in parts if part.routing is not None]
+    pairs = [
+        (part.x.to(part.dy).flatten(0, -2), part.dy.flatten(0, -2)) for part in parts
+    ]
+    parts.clear()
+    if len(pairs) == 1:
+        return *pairs[0], routings[0]
+    x, dy = (torch.cat(values) for values in zip(*pairs, strict=True))
+    experts = torch.cat([routing.experts for routing in routings])
+    tokens = [routing.tokens for routing in routings if routing.tokens is not None]
+    samples, width = routings[0].samples, routings[0].width
+    if len(tokens) == len(routings):
+        where = torch.cat(tokens)
+        order = torch.argsort(experts * (samples * width) + where, stable=True)
+        return x[order], dy[order], Routing(where[order], experts[order], samples, width)
+    order = torch.argsort(experts, stable=True)
+    return x[order], dy[order], Routing(None, experts[order], samples, width)
 
 
 class _Cut:
     """Forward pre-hook that detaches a block's hidden states: no graph below this block."""
 
-    def __init__(self, *, requires_grad: bool) -> None:
+    def __init__(self, session: _Session, *, requires_grad: bool) -> None:
         # Reentrant checkpointing builds no graph unless an input of the block requires grad.
         self.requires_grad = requires_grad
+        self.session = session
+        self.done = False  # a block that runs again in the same pass is not cut again
+
+    def begin(self, *_: Any) -> None:
+        """A forward pass of the model begins."""
+        self.done = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (self.done and self.session.running):
             return None
+        self.done = True
         if args and isinstance(args[0], Tensor):
             return (self._detach(args[0]), *args[1:]), kwargs
         hidden = kwargs.get("hidden_states")
@@ -214,19 +369,20 @@ class _Tap(torch.autograd.Function):
         layer: LinearLayer,
         session: _Session,
         shape: tuple[int, int],
+        routing: Routing | None,
     ) -> Tensor:
         """Save x; the result aliases `output` but is no view of it, so models may write to it."""
         ctx.save_for_backward(x)
-        ctx.layer, ctx.session, ctx.shape = layer, session, shape
+        ctx.layer, ctx.session, ctx.shape, ctx.routing = layer, session, shape, routing
         return output.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Deliver x and dy, then pass dy on."""
         (x,) = ctx.saved_tensors
-        ctx.session.deliver(ctx.layer, x, dy, ctx.shape)
-        return dy if ctx.needs_input_grad[0] else None, None, None, None, None, None
+        ctx.session.deliver(_Part(ctx.layer, x, dy, ctx.shape, ctx.routing))
+        return (dy if ctx.needs_input_grad[0] else None, *[None] * 6)
 
 
 def _differentiable_embedding(model: nn.Module) -> Any:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from gradsafe.models.inspection import base_model
-from gradsafe.models.linear import is_router, linear_shape, wrapped_layer
+from gradsafe.models.linear import linear_shape, wrapped_layer
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ def skipped_parameters(
     model: nn.Module,
     blocks: nn.ModuleList,
     chosen: set[int],
-    scored: Sequence[nn.Module],
+    scored: Sequence[tuple[nn.Module, str]],
+    reasons: Mapping[tuple[int, str], str],
 ) -> list[Skipped]:
     """List all parameters outside the scored weights, grouped over blocks.
 
@@ -39,14 +40,15 @@ def skipped_parameters(
         model: The model as the user holds it.
         blocks: Its decoder blocks.
         chosen: Indices of the blocks that may be scored.
-        scored: The scored modules.
+        scored: Module and parameter name of the scored weights.
+        reasons: Why other weights that were looked at are left out, by id of the module and name.
 
     Returns:
         Groups in model order. A parameter shared by several modules counts once, at its first.
     """
     names = {id(module): name for name, module in model.named_modules()}
     prefix = names[id(blocks)]
-    scored_ids = {id(module) for module in scored}
+    scored_keys = {(id(module), leaf) for module, leaf in scored}
     head = _output_head(model)
     groups: dict[tuple[str, str], int] = {}
     seen: set[int] = set()
@@ -60,7 +62,7 @@ def skipped_parameters(
             if path.startswith(f"{prefix}."):
                 index, _, rest = f"{path}.{leaf}".removeprefix(f"{prefix}.").partition(".")
                 if int(index) in chosen:
-                    reason = _reason_in_block(owners, leaf, scored_ids)
+                    reason = _reason_in_block(owners, leaf, scored_keys, reasons)
                     label = f"{prefix}.*.{rest}"
                 else:
                     reason, label = "outside the chosen blocks", f"{prefix}.*"
@@ -71,29 +73,42 @@ def skipped_parameters(
     return [Skipped(label, reason, count) for (label, reason), count in groups.items()]
 
 
-def _reason_in_block(owners: list[nn.Module], leaf: str, scored_ids: set[int]) -> str | None:
+def _reason_in_block(
+    owners: list[nn.Module],
+    leaf: str,
+    scored: set[tuple[int, str]],
+    reasons: Mapping[tuple[int, str], str],
+) -> str | None:
     """Reason for one parameter of a chosen block; None for a scored weight."""
-    for depth, owner in enumerate(owners):
-        if id(owner) not in scored_ids:
+    owner = owners[-1]
+    if (id(owner), leaf) in scored:
+        return None
+    for depth, wrapper in enumerate(owners[:-1]):
+        if wrapped_layer(wrapper) is None:
             continue
         # Down the chain of adapter wrappers to the layer that holds the weight.
-        inner: nn.Module | None = owner
+        inner: nn.Module | None = wrapper
         for below in owners[depth + 1 :]:
             inner = wrapped_layer(inner) if inner is not None else None
             if inner is not below:
                 return "adapter (part of its layer's effective weight)"
-        return "bias" if leaf == "bias" else None
-    owner = owners[-1]
-    if any(is_router(module) for module in owners):
-        return "router"
-    # The block list itself is an nn.ModuleList; a second one inside a block holds experts.
-    if sum(isinstance(module, nn.ModuleList) for module in owners) > 1:
-        return "list of experts (routed tokens)"
+        if (id(wrapper), leaf) in scored:
+            return None
+    if leaf.endswith("bias") and (linear_shape(owner) is not None or _has_scored(owner, scored)):
+        return "bias"
+    for module in (*owners[::-1],):
+        reason = reasons.get((id(module), leaf))
+        if reason is not None:
+            return reason
     if "norm" in type(owner).__name__.lower():
         return "norm"
-    if linear_shape(owner) is not None:
-        return "bias" if leaf == "bias" else "not in the chosen modules"
-    return f"unsupported module {type(owner).__name__}"
+    if isinstance(owner, nn.modules.conv._ConvNd):
+        return "convolution"
+    return f"no matrix ({type(owner).__name__})"
+
+
+def _has_scored(owner: nn.Module, scored: set[tuple[int, str]]) -> bool:
+    return any((id(owner), name) in scored for name in owner._parameters)
 
 
 def _reason_outside(owners: list[nn.Module], head: nn.Module | None) -> str:

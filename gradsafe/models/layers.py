@@ -9,24 +9,33 @@ from typing import Literal
 
 from torch import nn
 
+from gradsafe.models.candidates import Role, Use, find_candidates
 from gradsafe.models.coverage import Skipped, skipped_parameters
 from gradsafe.models.decoder import decoder_blocks, head_dimension
-from gradsafe.models.linear import linear_shape, topmost_linears
-
-Role = Literal["attention", "mlp"]
+from gradsafe.models.layout import Layout
+from gradsafe.models.probe import observe
 
 
 @dataclass(frozen=True)
 class LinearLayer:
-    """One scored weight.
+    """One scored weight, or one stack of expert matrices.
 
     Attributes:
-        name: Qualified name of the module in the model.
-        module: The linear-like module; for LoRA the wrapper, whose output the adapter is part of.
+        name: Qualified name of the module, and of the parameter where the module holds others.
+        module: The linear-like module; for LoRA the wrapper, whose output the adapter is part of;
+            for a bare parameter its owner.
         block: Index of its decoder block.
         role: "attention" inside an attention module, else "mlp".
         out_features: O; the weight gradient is `[O, I]` (also for `Conv1D`, which stores `[I, O]`).
         in_features: I.
+        experts: E of a stack `[E, O, I]` (also where `[E, I, O]` is stored), 0 for a plain matrix.
+        parameter: Name of the weight in its module.
+        use: "call" of the module, "product" with the weight, or "experts" behind transformers'
+            interface.
+        transposed: Whether a bare parameter stores I before O.
+        layout: Where samples and tokens lie in its input; None where a row's sample is only known
+            when it is alone.
+        around: Module around `module`.
     """
 
     name: str
@@ -35,6 +44,17 @@ class LinearLayer:
     role: Role
     out_features: int
     in_features: int
+    experts: int = 0
+    parameter: str = "weight"
+    use: Use = "call"
+    transposed: bool = False
+    layout: Layout | None = Layout()
+    around: nn.Module | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of weight entries."""
+        return max(1, self.experts) * self.out_features * self.in_features
 
 
 @dataclass
@@ -46,17 +66,24 @@ class Layers:
         skipped: Parameters that are not scored, grouped by place and reason.
         blocks: All decoder blocks.
         head_dim: Size of an attention head, None where unknown.
+        block_parameters: Number of all parameters of the chosen blocks.
     """
 
     scored: list[LinearLayer]
     skipped: list[Skipped]
     blocks: nn.ModuleList
     head_dim: int | None
+    block_parameters: int = 0
+
+    @property
+    def one_at_a_time(self) -> bool:
+        """Whether some rows belong to a sample only while no other is in the batch."""
+        return any(layer.layout is None for layer in self.scored)
 
     @property
     def scored_parameters(self) -> int:
         """Number of scored weight entries."""
-        return sum(layer.out_features * layer.in_features for layer in self.scored)
+        return sum(layer.parameters for layer in self.scored)
 
     @property
     def total_parameters(self) -> int:
@@ -87,6 +114,9 @@ def find_layers(
 ) -> Layers:
     """Choose the weights to score.
 
+    One forward pass over a few tokens shows how the weights are used: which take part, and where
+    samples and tokens lie in their inputs.
+
     Args:
         model: A causal language model, PEFT wrapper or not.
         layers: None for all blocks, n for the last n blocks, or block indices (negative ones count
@@ -98,7 +128,8 @@ def find_layers(
 
     Raises:
         TypeError: `layers` holds something else than integers.
-        ValueError: `layers` is out of range, `modules` is unknown, or no supported layer is there.
+        ValueError: `layers` is out of range, `modules` is unknown, the model cannot read text, or
+            no supported layer is there.
     """
     if modules not in ("all", "attention", "mlp"):
         raise ValueError(
@@ -106,28 +137,45 @@ def find_layers(
         )
     blocks = decoder_blocks(model)
     chosen = _block_indices(layers, len(blocks))
-    names = {id(module): name for name, module in model.named_modules()}
-    candidates: list[LinearLayer] = []
-    for index, block in enumerate(blocks):
-        for name, module in topmost_linears(block):
-            shape = linear_shape(module)
-            assert shape is not None
-            full_name = f"{names[id(block)]}.{name}" if name else names[id(block)]
-            candidates.append(LinearLayer(full_name, module, index, _role(block, name), *shape))
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    candidates = list(find_candidates(blocks, prefix))
+    usages = observe(model, candidates)
+    usable = [
+        LinearLayer(
+            name=c.name,
+            module=c.module,
+            block=c.block,
+            role=c.role,
+            out_features=usages[c.name].shape[1],
+            in_features=usages[c.name].shape[2],
+            experts=usages[c.name].shape[0],
+            parameter=c.parameter,
+            use=use,
+            transposed=usages[c.name].transposed,
+            layout=usages[c.name].layout,
+            around=c.around,
+        )
+        for c in candidates
+        if (use := usages[c.name].use) is not None
+    ]
     scored = [
         layer
-        for layer in candidates
+        for layer in usable
         if layer.block in chosen and (modules == "all" or layer.role == modules)
     ]
     if not scored:
         types = sorted({type(m).__name__ for i in chosen for m in blocks[i].modules()})
         raise ValueError(
             f"gradsafe.find_layers: no supported linear layer among blocks {sorted(chosen)} of "
-            f"{type(model).__name__} with modules={modules!r}; {len(candidates)} in all blocks; "
+            f"{type(model).__name__} with modules={modules!r}; {len(usable)} in all blocks; "
             f"module types found there: {', '.join(types)}"
         )
-    skipped = skipped_parameters(model, blocks, chosen, [layer.module for layer in scored])
-    return Layers(scored, skipped, blocks, head_dimension(model))
+    reasons = {(id(c.module), c.parameter): usages[c.name].reason for c in candidates}
+    reasons |= {(id(x.module), x.parameter): "not in the chosen modules" for x in usable}
+    scored_weights = [(layer.module, layer.parameter) for layer in scored]
+    skipped = skipped_parameters(model, blocks, chosen, scored_weights, reasons)
+    inside = {id(p): p.numel() for i in chosen for p in blocks[i].parameters()}
+    return Layers(scored, skipped, blocks, head_dimension(model), sum(inside.values()))
 
 
 def _block_indices(layers: int | Sequence[int] | None, depth: int) -> set[int]:
@@ -156,16 +204,6 @@ def _block_indices(layers: int | Sequence[int] | None, depth: int) -> set[int]:
                 f"{depth} blocks, so pass {-depth} to {depth - 1}"
             )
     return {index % depth for index in indices}
-
-
-def _role(block: nn.Module, name: str) -> Role:
-    module = block
-    for part in name.split(".")[:-1]:
-        module = module.get_submodule(part)
-        kind = type(module).__name__.lower()
-        if "attention" in kind or "attn" in kind:
-            return "attention"
-    return "mlp"
 
 
 def _short(count: int) -> str:

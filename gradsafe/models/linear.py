@@ -42,27 +42,29 @@ def wrapped_layer(module: nn.Module) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) and hasattr(module, "get_base_layer") else None
 
 
-def is_router(module: nn.Module) -> bool:
-    """Whether a module picks experts: its output is a choice, not an activation."""
-    return "router" in type(module).__name__.lower()
-
-
 def topmost_linears(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Yield `(qualified name, module)` of the outermost linear-like modules, in module order.
-
-    Lists of experts (an `nn.ModuleList` inside a block) and routers are left out: a routed expert
-    sees some tokens only, so its activations cannot be attributed to samples.
 
     Args:
         module: Where to look, itself included.
         name: Qualified name of `module`.
     """
-    if isinstance(module, nn.ModuleList) or is_router(module):
-        return
+    for path, inner in without_adapters(module, name):
+        if linear_shape(inner) is not None:
+            yield path, inner
+
+
+def without_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield `(qualified name, module)` down to linear-like modules, past the parts of adapters.
+
+    Args:
+        module: Where to start, itself included.
+        name: Qualified name of `module`.
+    """
+    yield name, module
     if linear_shape(module) is not None:
-        yield name, module
         return
     inner = wrapped_layer(module)
     children = [("base_layer", inner)] if inner is not None else module.named_children()
     for child_name, child in children:
-        yield from topmost_linears(child, f"{name}.{child_name}" if name else child_name)
+        yield from without_adapters(child, f"{name}.{child_name}" if name else child_name)

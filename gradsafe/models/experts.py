@@ -1,0 +1,157 @@
+"""Fused experts: their x and dy through transformers' own interface for experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+try:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError:  # releases before the interface hold no fused experts that could be replaced
+    ALL_EXPERTS_FUNCTIONS = None
+
+IMPLEMENTATION = "gradsafe_capture"
+
+# The setting lies behind a property that would also change the configs of other towers.
+_SETTING = "_experts_implementation_internal"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which token and which expert each of N rows belongs to.
+
+    Attributes:
+        tokens: `[N]` int64, b * T + t; None where only the sample is known, which is then alone.
+        experts: `[N]` int64, ascending; rows of one expert are in the order of their tokens.
+        samples: B.
+        width: T.
+    """
+
+    tokens: Tensor | None
+    experts: Tensor
+    samples: int
+    width: int
+
+
+# tap(name, output, x, tokens, experts) returns the output, observed.
+Tap = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+_taps: dict[int, Tap] = {}  # by id of the experts module
+
+
+def stacked_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
+    """Fused weights that the interface reaches: name to (E, O, I); empty for other modules.
+
+    Args:
+        module: Any module.
+    """
+    if ALL_EXPERTS_FUNCTIONS is None or not hasattr(module, "has_gate"):
+        return {}
+    if not hasattr(getattr(module, "config", None), "_experts_implementation"):
+        return {}
+    found = {}
+    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+        weight = getattr(module, name, None)
+        if not isinstance(weight, Tensor) or weight.ndim != 3 or not weight.is_floating_point():
+            return {}
+        experts, first, second = weight.shape
+        found[name] = (experts, second, first) if module.is_transposed else (experts, first, second)
+    return found
+
+
+@contextmanager
+def replaced_experts(taps: Sequence[tuple[nn.Module, Tap]]) -> Iterator[None]:
+    """Run these experts modules through `experts_forward`; restore the configs at the end.
+
+    Args:
+        taps: Experts modules, each with what sees its products.
+    """
+    if not taps:
+        yield
+        return
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    configs: dict[int, Any] = {id(module.config): module.config for module, _ in taps}
+    before = {key: getattr(config, _SETTING) for key, config in configs.items()}
+    try:
+        for config in configs.values():
+            setattr(config, _SETTING, IMPLEMENTATION)
+        _taps.update((id(module), tap) for module, tap in taps)
+        yield
+    finally:
+        for module, _ in taps:
+            _taps.pop(id(module), None)
+        for key, config in configs.items():
+            setattr(config, _SETTING, before[key])
+
+
+def experts_forward(
+    module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """The interface's arithmetic with rows sorted by expert, then token.
+
+    Args:
+        module: Experts module; the flags of the interface say what its weights are.
+        hidden_states: `[T, H]`.
+        top_k_index: `[T, k]` int64, experts of each token; E and above mean none.
+        top_k_weights: `[T, k]`, what their outputs are multiplied by.
+
+    Returns:
+        `[T, H]`, dtype of `hidden_states`.
+    """
+    tap = _taps.get(id(module))
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    count, width = getattr(module, up_name).shape[0], top_k_index.shape[-1]
+    experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    counts = torch.bincount(experts.clamp(max=count), minlength=count + 1).tolist()[:count]
+    used = sum(counts)
+    experts, chosen = experts[:used], order[:used]
+    tokens = chosen // width
+
+    def project(name: str, x: Tensor) -> Tensor:
+        output = _grouped_linear(x, getattr(module, name), counts, module.is_transposed)
+        if tap is not None:
+            output = tap(name, output, x, tokens, experts)
+        return output + getattr(module, f"{name}_bias")[experts] if module.has_bias else output
+
+    inner = project(up_name, hidden_states[tokens])
+    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    output = project("down_proj", inner)
+    if getattr(module, "has_post_expert_norm", False):
+        output = module.post_expert_norm(output)
+    output = output * top_k_weights.reshape(-1)[chosen, None]
+    # One slot per choice, summed in the order of the choices: no atomic additions.
+    slots = output.new_zeros(len(order), output.shape[1]).index_copy(0, chosen, output)
+    return slots.unflatten(0, (-1, width)).sum(1).to(hidden_states.dtype)
+
+
+def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int], transposed: bool) -> Tensor:
+    """Rows of each expert times its matrix; `weight` `[E, O, I]`, or `[E, I, O]` if transposed."""
+    x = x.to(weight.dtype)
+    if _has_grouped_kernel(x, weight):
+        ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
+        return functional.grouped_mm(
+            x, weight if transposed else weight.transpose(1, 2), offs=ends
+        )
+    parts = [
+        part @ weight[e] if transposed else functional.linear(part, weight[e])
+        for e, part in enumerate(x.split(counts))
+        if len(part)
+    ]
+    return torch.cat(parts) if parts else x.new_zeros(0, weight.shape[2 if transposed else 1])
+
+
+def _has_grouped_kernel(x: Tensor, weight: Tensor) -> bool:
+    aligned = all(size * x.element_size() % 16 == 0 for size in weight.shape[1:])
+    return (
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and aligned
+        and hasattr(functional, "grouped_mm")
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
