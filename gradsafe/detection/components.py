@@ -26,7 +26,8 @@ class Slices:
     """How one layer's slices map to components: axis of the read, component of each slice."""
 
     axis: Axis
-    components: Tensor  # [slices] int64; rows before columns for axis "both"
+    # [slices] int64; rows before columns for axis "both"; those of a stack expert by expert.
+    components: Tensor
 
 
 class ComponentMap:
@@ -36,7 +37,8 @@ class ComponentMap:
         layers: The scored layers.
         granularity: See `DetectorConfig`.
         output_projections: Names of the layers whose input, not output, is split into heads.
-        rows: Rows that are kept of each weight, see `choose_rows`; None or empty for all.
+        rows: Rows that are kept of each weight, see `choose_rows`; None or empty for all. Every
+            expert of a stack keeps the same.
 
     Attributes:
         size: Number of components C.
@@ -61,7 +63,7 @@ class ComponentMap:
             if granularity == "layer":
                 if layer.block not in blocks:
                     blocks[layer.block] = self._add(f"block {layer.block}")
-                self._slices[layer.name] = Slices("tensor", torch.tensor([blocks[layer.block]]))
+                self._slices[layer.name] = self._whole(layer, blocks[layer.block])
             else:
                 self._slices[layer.name] = self._slices_of(layer)
 
@@ -101,9 +103,9 @@ class ComponentMap:
         return first
 
     def _slices_of(self, layer: LinearLayer) -> Slices:
-        kept = self.rows.get(layer.name)
-        rows = range(layer.out_features) if kept is None else kept.tolist()
-        cols = range(layer.in_features)
+        if layer.experts:
+            return self._slices_of_stack(layer)
+        rows, cols = self._row_numbers(layer), range(layer.in_features)
         if self.granularity == "row":
             return Slices("row", self._each(layer, "row", rows))
         if self.granularity == "column":
@@ -119,7 +121,32 @@ class ComponentMap:
                 heads = self._each(layer, "head", range(split // head))
                 which = torch.tensor(cols if by_input else rows) // head
                 return Slices("column" if by_input else "row", heads[which])
-        return Slices("tensor", torch.tensor([self._add(layer.name)]))
+        return self._whole(layer, self._add(layer.name))
+
+    def _slices_of_stack(self, layer: LinearLayer) -> Slices:
+        """A stack `[E, O, I]` is read as one matrix `[E * O, I]`, or expert by expert."""
+        kind, experts = self.granularity, range(layer.experts)
+        if kind == "expert":
+            return Slices("tensor", self._each(layer, "expert", experts))
+        if kind not in ("row", "column", "row+column"):
+            return self._whole(layer, self._add(layer.name))
+        parts = []
+        if kind != "column":
+            kept = self._row_numbers(layer)
+            numbers = [e * layer.out_features + row for e in experts for row in kept]
+            parts.append(self._each(layer, "row", numbers).view(layer.experts, -1))
+        if kind != "row":
+            columns = self._each(layer, "column", range(layer.in_features))
+            parts.append(columns.expand(layer.experts, -1))
+        axis: Axis = "both" if kind == "row+column" else kind
+        return Slices(axis, torch.cat(parts, dim=1).flatten())
+
+    def _whole(self, layer: LinearLayer, component: int) -> Slices:
+        return Slices("tensor", torch.full((max(1, layer.experts),), component))
+
+    def _row_numbers(self, layer: LinearLayer) -> Sequence[int]:
+        kept = self.rows.get(layer.name)
+        return range(layer.out_features) if kept is None else kept.tolist()
 
     def _each(self, layer: LinearLayer, kind: str, numbers: Sequence[int]) -> Tensor:
         first = self._add(layer.name, kind, numbers)

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 
 Method = Literal["gradcoo", "gradsafe", "cascade", "nll", "gradnorm"]
-Granularity = Literal["tensor", "row", "column", "row+column", "head", "layer"]
+Granularity = Literal["tensor", "row", "column", "row+column", "head", "layer", "expert"]
 Relative = Literal["share", "ratio", "logratio", "difference", "unsafe"]
 Reduction = Literal["mean", "weighted", "median"]
 ReferenceOrder = Literal["mean_then_norm", "norm_then_mean"]
@@ -59,7 +59,9 @@ class DetectorConfig:
         response: Compliance response whose loss is differentiated.
         append_eos: Close the response with EOS; None means only for "gradsafe", as published.
         granularity: What one component is: a weight tensor, its rows, columns or both, an attention
-            head (MLP weights stay whole), or all weights of a decoder block.
+            head (MLP weights stay whole), all weights of a decoder block, or an expert's matrix
+            (other weights stay whole). Fused expert weights `[E, O, I]` are one tensor, of E * O
+            rows and I columns.
         relative: Evidence of a component from a (unsafe) and b (safe): "share" a/(a+b), "ratio"
             a/b, "logratio" log(a/b), "difference" (a-b)/n, "unsafe" a/n, with n its entries.
         unsigned: Take absolute values (the co-occurrence); False is the ablation "no abs".
@@ -71,7 +73,8 @@ class DetectorConfig:
         layers: Last n blocks, block indices, or None for all.
         modules: Score attention weights, MLP weights, or all.
         row_fraction: Part of the rows of every weight that is scored, above 0 and at most 1; time
-            and memory for references and scores shrink with it.
+            and memory for references and scores shrink with it. Of fused expert weights every
+            expert keeps the same rows.
         row_seed: Seed of the draw of these rows.
         reference_dtype: Storage of the references: "float32", "bfloat16", "float16" or "float8"
             (e4m3); each weight's reference is scaled into the range of its dtype.

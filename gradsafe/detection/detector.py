@@ -33,6 +33,10 @@ class UncalibratedWarning(UserWarning):
     """Prompts were flagged with a threshold that was never checked on this model."""
 
 
+class CoverageWarning(UserWarning):
+    """Less than half of the weights of the chosen blocks are scored."""
+
+
 class Detector:
     """Scores prompts by the gradients they cause; higher means more likely unsafe.
 
@@ -99,10 +103,13 @@ class Detector:
         Warns:
             ReferenceGapWarning: The references are less than 1 nat apart in NLL of the response:
                 the model does not refuse the unsafe ones, and scores will be poor.
+            CoverageWarning: Less than half of the weights of the chosen blocks are scored.
         """
         config = DetectorConfig(**options)
         detector = cls(model, tokenizer, config)
         gradients = detector._gradient_pass(batch_tokens)
+        if config.uses_gradients:
+            _check_coverage(config, detector.layers)
         if config.uses_references:
             groups = [
                 detector._encode(_references(config, name, prompts))
@@ -343,6 +350,17 @@ class Detector:
 
     def _gradient_pass(self, batch_tokens: int) -> GradientPass:
         return GradientPass(self.model, self.layers, self.tokenizer, batch_tokens, self.rows)
+
+
+def _check_coverage(config: DetectorConfig, layers: Layers) -> None:
+    share = layers.scored_parameters / max(1, layers.block_parameters)
+    if config.modules == "all" and share < 0.5:
+        warnings.warn(
+            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
+            f"are scored, and what the others would say is not seen; {layers}",
+            CoverageWarning,
+            stacklevel=3,
+        )
 
 
 def _references(config: DetectorConfig, name: str, prompts: Sequence[str] | None) -> list[str]:

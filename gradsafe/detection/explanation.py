@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gradsafe.detection.components import DOTS
 from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.factors import Factors
 from gradsafe.detection.gradients import GradientPass, TableCollector, Visit
 from gradsafe.detection.methods import GradCoo, GradSafe
-from gradsafe.detection.token_evidence import layer_token_evidence
 from gradsafe.models import Encoded, LinearLayer, prompt_span, token_texts
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _worst(
 
 
 def _token_evidence(
-    detector: Detector, item: Encoded, factors: Tensor, gradients: GradientPass
+    detector: Detector, item: Encoded, factors_of_slices: Tensor, gradients: GradientPass
 ) -> Tensor:
     """Evidence of every token, `[T]` float64.
 
@@ -180,19 +180,12 @@ def _token_evidence(
     method, components = _parts(detector)
     parts: list[Tensor] = []
 
-    def visit(layer: LinearLayer, x: Tensor, dy: Tensor, lengths: list[int]) -> None:
+    def visit(layer: LinearLayer, factors: Factors) -> None:
         slices = components[layer]
         scales = torch.tensor(method.scales(layer), dtype=torch.float64)
-        parts.append(
-            layer_token_evidence(
-                x[0],
-                dy[0],
-                method.references(layer),
-                factors[slices.components] * scales,
-                slices.axis,
-                method.unsigned,
-            )
-        )
+        shares = factors_of_slices[slices.components] * scales
+        refs = method.references(layer)
+        parts.append(factors.token_evidence(refs, shares, slices.axis, method.unsigned))
 
     def begin(indices: list[int]) -> Visit:
         return visit

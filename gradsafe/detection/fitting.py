@@ -17,7 +17,7 @@ from gradsafe.detection.references import (
     find_output_projections,
 )
 from gradsafe.detection.scoring import score_with_gradients
-from gradsafe.models import Encoded
+from gradsafe.models import Encoded, Layers
 
 MIN_REFERENCE_GAP = 1.0  # nats
 
@@ -53,6 +53,7 @@ def fit_references(
     progress: bool,
 ) -> Fitted:
     """Methods that compare with references; see `Detector.fit`."""
+    _check_stacks(config, gradients.layers)
     groups = {"unsafe": unsafe, "safe": safe}
     granularity = "row+column" if config.method == "gradsafe" else config.granularity
     projections: list[str] = []
@@ -80,6 +81,18 @@ def fit_references(
         method = GradCoo(config, built["unsafe"], built["safe"])
         losses = {name: reference.nll for name, reference in built.items()}
     return Fitted(method, components, _check_gap(config, losses))
+
+
+def _check_stacks(config: DetectorConfig, layers: Layers) -> None:
+    """Refuse options that would need the gradient of all experts of a layer at once."""
+    stack = next((layer.name for layer in layers.scored if layer.experts), None)
+    for name, value in (("center", True), ("reference_order", "norm_then_mean")):
+        if stack is not None and getattr(config, name) == value:
+            raise ValueError(
+                f"gradsafe.Detector.fit: {name}={value!r} changes the gradients of experts that a "
+                f"prompt never reaches, and {stack} is a stack of experts; leave {name} out, or "
+                'score modules="attention"'
+            )
 
 
 def _check_gap(config: DetectorConfig, losses: dict[str, Tensor]) -> float:

@@ -10,24 +10,25 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradsafe.detection.components import ComponentMap, slice_values
+from gradsafe.detection.components import ComponentMap
+from gradsafe.detection.factors import Buffers, Factors, MatrixFactors, StackFactors
 from gradsafe.detection.rows import Rows
 from gradsafe.models import (
     Encoded,
     Layers,
     LinearLayer,
+    Routing,
     capture,
     collate,
     pad_token_id,
     plan_batches,
     response_nll,
 )
+from gradsafe.models.fallback import announce_fallback
 from gradsafe.models.modes import evaluating
-from gradsafe.ops import Axis, moments, wgrad_moments
+from gradsafe.ops import Axis
 
-# visit(layer, x, dy, lengths): x [B, T, I] and dy [B, T, R] of a batch, R the rows of the weight
-# that take part; prompt b has lengths[b] tokens, padding behind them.
-Visit = Callable[[LinearLayer, Tensor, Tensor, list[int]], None]
+Visit = Callable[[LinearLayer, Factors], None]
 
 
 class NonFiniteGradientError(ValueError):
@@ -74,8 +75,15 @@ class GradientPass:
             `[n]` float32 NLL of each item's response, in input order.
         """
         nll = torch.empty(len(items), dtype=torch.float32)
+        budget = self.batch_tokens
+        if begin is not None and self.layers.one_at_a_time and len(items) > 1:
+            budget = 1
+            announce_fallback(
+                "gradsafe.Detector: this model does not show which sample a row of its experts "
+                "belongs to; prompts run one at a time"
+            )
         with tqdm(total=len(items), desc=progress, disable=progress is None, unit="prompt") as bar:
-            for indices in plan_batches([len(item) for item in items], self.batch_tokens):
+            for indices in plan_batches([len(item) for item in items], budget):
                 visit = begin(indices) if begin is not None else None
                 batch = [items[i] for i in indices]
                 with self._explained(batch):
@@ -113,38 +121,31 @@ class GradientPass:
             with torch.no_grad(), evaluating(self.model, ()):
                 return response_nll(self.model, batch).float().cpu()
 
-        def consume(layer: LinearLayer, x: Tensor, dy: Tensor) -> None:
+        width = batch.input_ids.shape[1]
+
+        def consume(
+            layer: LinearLayer, x: Tensor, dy: Tensor, routing: Routing | None = None
+        ) -> None:
             if dy.dtype == torch.float64:
                 raise TypeError(
                     "gradsafe.Detector: float64 models are not supported; call model.float() first"
                 )
             if self.rows:  # the others are never computed
-                dy = dy.index_select(2, self.rows[layer.name].to(dy.device))
-            visit(layer, x.contiguous(), dy.contiguous(), batch.lengths)
+                dy = dy.index_select(-1, self.rows[layer.name].to(dy.device))
+            if routing is not None:
+                visit(layer, StackFactors.of(x, dy, routing, batch.lengths, layer.experts))
+                return
+            repeat, lengths = 0, [x.shape[1]] * len(items)
+            if layer.layout is not None and layer.layout.time is not None:
+                repeat = x.shape[1] // width
+                lengths = [repeat * length for length in batch.lengths]
+            visit(layer, MatrixFactors(x.contiguous(), dy.contiguous(), lengths, repeat))
 
         with torch.enable_grad(), capture(self.model, self.layers, consume):
             loss = response_nll(self.model, batch)
             # Samples do not meet in a batch: the gradient of the sum holds each prompt's own.
             loss.sum().backward()
         return loss.detach().float().cpu()
-
-
-class Buffers:
-    """One scratch matrix per device and dtype, as large as the largest gradient asked for."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        """G = dy^T x, `[O, I]`, in a buffer that the next call overwrites."""
-        rows, cols = dy.shape[1], x.shape[1]
-        key = (dy.device, dy.dtype)
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < rows * cols:
-            flat = self._flat[key] = torch.empty(rows * cols, device=dy.device, dtype=dy.dtype)
-        out = flat[: rows * cols].view(rows, cols)
-        torch.mm(dy.t(), x, out=out)
-        return out
 
 
 class TableCollector:
@@ -155,7 +156,7 @@ class TableCollector:
 
     Args:
         components: The component map.
-        references: K references of a layer, each `[O, I]`.
+        references: K references of a layer, each `[O, I]`, or `[E, O, I]` of a stack.
         scales: Factor of a layer's dots.
         unsigned: Dots of abs(g).
         prepare: Changes a gradient in place before it is read (ablations), given its axis.
@@ -188,19 +189,15 @@ class TableCollector:
         self._reached.clear()
         return self._visit
 
-    def _visit(self, layer: LinearLayer, x: Tensor, dy: Tensor, lengths: list[int]) -> None:
+    def _visit(self, layer: LinearLayer, factors: Factors) -> None:
         axis = self.components[layer].axis
         refs = self.references(layer)
         if self.prepare is None:
-            result = wgrad_moments(x, dy, refs, axis, self.unsigned, lengths)
-            self._reached.append((layer, slice_values(result)))
-            return
-        tables = []
-        for b, length in enumerate(lengths):
-            grad = self.buffers.weight_gradient(x[b, :length], dy[b, :length])
-            self.prepare(grad, axis)
-            tables.append(slice_values(moments([grad], [refs], axis, self.unsigned)))
-        self._reached.append((layer, torch.cat(tables)))
+            values = factors.moments(refs, axis, self.unsigned)
+        else:
+            rest = (self.prepare, self.buffers)
+            values = factors.prepared_moments(refs, axis, self.unsigned, *rest)
+        self._reached.append((layer, values))
 
     def end(self, indices: list[int]) -> None:
         """Bring the batch's sums together; devices are waited for here and not per layer."""

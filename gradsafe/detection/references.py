@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gradsafe.detection.components import ComponentMap, slice_values, standard_deviation
 from gradsafe.detection.config import REFERENCE_DTYPES, DetectorConfig
-from gradsafe.detection.gradients import Buffers, GradientPass, NonFiniteGradientError, Visit
+from gradsafe.detection.factors import Buffers, Factors, MatrixFactors
+from gradsafe.detection.gradients import GradientPass, NonFiniteGradientError, Visit
 from gradsafe.models import Encoded, LinearLayer
 from gradsafe.ops import Axis, Moments, moments
 
@@ -20,8 +21,9 @@ class Reference:
     """The reference gradient of one group of prompts (unsafe or safe).
 
     Attributes:
-        weights: Per layer name `[R, I]` in the storage dtype, divided by the layer's scale; R are
-            the rows that take part, all O unless `row_fraction` says otherwise.
+        weights: Per layer name `[R, I]` (`[E, R, I]` for a stack of experts) in the storage dtype,
+            divided by the layer's scale; R are the rows that take part, all O unless `row_fraction`
+            says otherwise.
         scales: Per layer name the scale, so that the true reference is weights * scale. It keeps
             the small entries of small layers inside the range of 16-bit floats.
         std: `[C]` float64, standard deviation of the reference gradient per component; what the
@@ -64,7 +66,7 @@ def find_output_projections(gradients: GradientPass, item: Encoded) -> list[str]
     seen: set[str] = set()
     found: list[str] = []
 
-    def visit(layer: LinearLayer, x: Tensor, dy: Tensor, lengths: list[int]) -> None:
+    def visit(layer: LinearLayer, factors: Factors) -> None:
         parent = layer.name.rpartition(".")[0]
         if layer.role == "attention" and parent not in seen:
             found.append(layer.name)
@@ -83,9 +85,10 @@ def build_reference(
 ) -> Reference:
     """Build one group's reference.
 
-    The mean over prompts of G_b = dy_b^T x_b is one product over the tokens of all prompts. While
-    the group fits one batch, each layer's mean is finished as the backward pass reaches it; else
-    float32 sums of all layers are kept until the last batch.
+    The mean over prompts of G_b = dy_b^T x_b is one product over the tokens of all prompts, for a
+    stack of experts one per expert that they reach. While the group fits one batch, each layer's
+    mean is finished as the backward pass reaches it; else float32 sums of all layers are kept until
+    the last batch.
 
     Args:
         gradients: Runs the prompts.
@@ -110,42 +113,41 @@ def build_reference(
     prepare = None if raw else prepare_function(config)
     per_prompt = not raw and config.normalize and config.reference_order == "norm_then_mean"
 
-    def mean_part(layer: LinearLayer, x: Tensor, dy: Tensor, lengths: list[int]) -> Tensor:
-        pairs = [(x[b, :n].float(), dy[b, :n].float()) for b, n in enumerate(lengths)]
+    def add(total: Tensor, layer: LinearLayer, factors: Factors) -> None:
         if not per_prompt:
-            inputs, outputs = (torch.cat(parts) for parts in zip(*pairs, strict=True))
-            return buffers.weight_gradient(inputs, outputs / len(items))
-        total = torch.zeros(dy.shape[2], x.shape[2], device=dy.device)
-        for inputs, outputs in pairs:
-            grad = buffers.weight_gradient(inputs, outputs)
+            factors.add_mean(total, len(items), buffers)
+            return
+        assert isinstance(factors, MatrixFactors)
+        for grad in factors.gradients(buffers):
             _normalize_(grad, layer, components, config)
             total.add_(grad, alpha=1 / len(items))
-        return total
 
     def begin(indices: list[int]) -> Visit:
         nonlocal left
         left -= len(indices)
-        last, single = left == 0, len(indices) == len(items)
+        last = left == 0
 
-        def visit(layer: LinearLayer, x: Tensor, dy: Tensor, lengths: list[int]) -> None:
-            part = mean_part(layer, x, dy, lengths)
-            if not single:
-                if layer.name in sums:
-                    sums[layer.name] += part
-                else:
-                    sums[layer.name] = part.clone()
-                part = sums[layer.name]
+        def visit(layer: LinearLayer, factors: Factors) -> None:
+            total = sums.pop(layer.name, None)
+            if total is None:
+                shape = (layer.experts,) if layer.experts else ()
+                shape = (*shape, factors.dy.shape[-1], factors.x.shape[-1])
+                total = torch.zeros(shape, device=factors.dy.device)
+            add(total, layer, factors)
             if last:
-                store(layer, part)
-                sums.pop(layer.name, None)
+                store(layer, total)
+            else:
+                sums[layer.name] = total
 
         return visit
 
     def store(layer: LinearLayer, grad: Tensor) -> None:
         axis = components[layer].axis
+        matrices = list(grad.view(-1, *grad.shape[-2:]))
         if prepare is not None and not per_prompt:
-            prepare(grad, axis)
-        values = slice_values(moments([grad], None, axis)).cpu()
+            for matrix in matrices:
+                prepare(matrix, axis)
+        values = slice_values(moments(matrices, None, axis)).flatten(0, 1)[None].cpu()
         if not torch.isfinite(values).all():
             raise NonFiniteGradientError(
                 f"gradsafe.Detector.fit: the reference gradient of {layer.name} holds NaN or Inf; "

@@ -18,6 +18,7 @@ def choose_rows(layers: Layers, fraction: float, seed: int) -> Rows:
 
     The O rows of a weight are cut into ceil(fraction * O) strata of nearly equal size, and one row
     is drawn from each: every attention head keeps its share, and draws differ less than free ones.
+    The experts of a stack `[E, O, I]` keep the same rows.
 
     Args:
         layers: The scored layers.

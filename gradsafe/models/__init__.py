@@ -4,6 +4,7 @@ from gradsafe.models.batching import Batch, collate, pad_token_id, plan_batches
 from gradsafe.models.capture import capture
 from gradsafe.models.coverage import Skipped
 from gradsafe.models.encode import ContextOverflowError, Encoded, context_length, encode
+from gradsafe.models.experts import Routing
 from gradsafe.models.layers import Layers, LinearLayer, find_layers
 from gradsafe.models.loss import response_nll
 from gradsafe.models.pieces import prompt_span, token_texts
@@ -15,6 +16,7 @@ __all__ = [
     "Encoded",
     "Layers",
     "LinearLayer",
+    "Routing",
     "Skipped",
     "capture",
     "collate",

@@ -60,15 +60,34 @@ SIZES: dict[str, Any] = {
 }
 
 
+OVERRIDES: dict[str, dict[str, Any]] = {}
+
+
 def families() -> list[str]:
     """Model types of transformers' mapping of causal language models."""
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+LIMIT = 3_000_000  # weights of a tiny model: more means that a size was missed
+
+
 def make_config(family: str) -> PretrainedConfig:
+    """Tiny configuration of a family."""
     kind = CONFIG_MAPPING[family]
     default = kind().to_dict()
-    return kind(**{k: v for k, v in SIZES.items() if k in default})
-def model_class(family):
+    sizes = {name: size for name, size in SIZES.items() if name in default}
+    return kind(**{**sizes, **OVERRIDES.get(family, {})})
+
+
+def make_model(family: str) -> nn.Module:
+    """Tiny random model of a family."""
     import transformers
-    return getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+
+    torch.manual_seed(0)
+    config = make_config(family)
+    kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+    with torch.device("meta"):
+        size = sum(p.numel() for p in kind(config).parameters())
+    if size > LIMIT:
+        raise ValueError(f"{size} weights")
+    return kind(config).eval()

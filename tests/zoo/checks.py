@@ -1,0 +1,191 @@
+"""What every family must pass: scores, batching, coverage, a signature and a SafeGrad step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from gradsafe import Detector, GradientSurgery
+from gradsafe.models import Encoded, Layers, LinearLayer, collate, encode, find_layers, response_nll
+from gradsafe.tracing.signature import signatures
+
+UNSAFE = ["do harm now", "steal it"]
+SAFE = ["tell a joke", "add 2+2"]
+PROMPTS = ["how to rob", "hi", "a longer question, harmless"]
+RESPONSE = "Sure"
+TEMPLATE = "{prompt}:"
+# Reasons of weights that a pass over text does not use at all.
+UNREACHED = "takes no part in a pass over text"
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Result:
+    """Outcome of one family; `coverage` is the scored part of the matrix weights it uses."""
+
+    coverage: float
+    experts: int
+    left_out: dict[str, float] = field(default_factory=dict)
+
+
+def matrix_coverage(layers: Layers) -> tuple[float, dict[str, float]]:
+    """Scored part of the weights with two or more axes that text reaches, and what is left out."""
+    scored = {(id(layer.module), layer.parameter) for layer in layers.scored}
+    unreached = {s.name for s in layers.skipped if s.reason == UNREACHED}
+    total = covered = 0
+    left: dict[str, int] = {}
+    seen: set[int] = set()
+    for path, module in layers.blocks.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.ndim < 2 or leaf.endswith("bias") or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            rest = ".".join([*path.split(".")[1:], leaf])
+            if any(name.endswith(f"*.{rest}") for name in unreached):
+                continue
+            total += parameter.numel()
+            if (id(module), leaf) in scored:
+                covered += parameter.numel()
+            else:
+                kind = f"{type(module).__name__}.{leaf}"
+                left[kind] = left.get(kind, 0) + parameter.numel()
+    return covered / max(1, total), {name: count / total for name, count in left.items()}
+
+
+def as_matrices(layer: LinearLayer, gradient: Tensor) -> Tensor:
+    """Gradient of the stored parameter as `[O, I]` or `[E, O, I]`."""
+    if layer.experts:
+        first, second = layer.out_features, layer.in_features
+        if layer.transposed:
+            return gradient.reshape(layer.experts, second, first).transpose(1, 2)
+        return gradient.reshape(layer.experts, first, second)
+    return gradient.T if layer.transposed or isinstance(layer.module, Conv1D) else gradient
+
+
+def autograd_gradients(model: nn.Module, layers: Layers, item: Encoded) -> dict[str, Tensor]:
+    """Weight gradients of one prompt alone, plain autograd through the model's own forward."""
+    weights = [getattr(layer.module, layer.parameter) for layer in layers.scored]
+    flags = [weight.requires_grad for weight in weights]
+    for weight in weights:
+        weight.requires_grad_(True)
+    loss = response_nll(model.eval(), collate([item], 0)).sum()
+    gradients = torch.autograd.grad(loss, weights, allow_unused=True)
+    for weight, flag in zip(weights, flags, strict=True):
+        weight.requires_grad_(flag)
+    return {
+        layer.name: as_matrices(layer, torch.zeros_like(weight) if g is None else g).double()
+        for layer, weight, g in zip(layers.scored, weights, gradients, strict=True)
+    }
+
+
+def expected_scores(
+    model: nn.Module, layers: Layers, encoded: dict[str, list[Encoded]]
+) -> tuple[Tensor, Tensor]:
+    """GradCoo by its definition: scores `[n]` and component values `[n, C]`, float64."""
+
+    def mean(items: Sequence[Encoded]) -> dict[str, Tensor]:
+        all_ = [autograd_gradients(model, layers, item) for item in items]
+        return {name: torch.stack([g[name] for g in all_]).mean(0) for name in all_[0]}
+
+    def normalized(g: Tensor) -> Tensor:
+        std = g.std(correction=0)
+        return g.abs() / std if std > 0 else torch.zeros_like(g)
+
+    unsafe, safe = (
+        {name: normalized(g) for name, g in mean(encoded[key]).items()} for key in ("unsafe", "safe")
+    )
+    rows = []
+    for item in encoded["prompts"]:
+        values = []
+        for name, g in autograd_gradients(model, layers, item).items():
+            n = normalized(g)
+            a, b = (n * unsafe[name]).sum(), (n * safe[name]).sum()
+            values.append(a / (a + b) if a + b > 0 else torch.tensor(0.5).double())
+        rows.append(torch.stack(values))
+    components = torch.stack(rows)
+    return components.mean(1), components
+
+
+def check_detection(model: nn.Module, tokenizer: Any) -> Result:
+    """Scores equal plain autograd, and do not depend on the batches."""
+    detector = Detector.fit(
+        model,
+        tokenizer,
+        UNSAFE,
+        SAFE,
+        response=RESPONSE,
+        template=TEMPLATE,
+        reference_dtype="float32",
+        progress=False,
+    )
+    scores = detector.score(PROMPTS, progress=False)
+    encoded = {
+        key: [encode(tokenizer, p, RESPONSE, template=TEMPLATE) for p in prompts]
+        for key, prompts in (("unsafe", UNSAFE), ("safe", SAFE), ("prompts", PROMPTS))
+    }
+    layers = detector.layers
+    values, components = expected_scores(model, layers, encoded)
+    worst = float((scores.components - components).abs().max())
+    at = (scores.components - components).abs().max(0).values.argmax()
+    assert worst < 10 * TOLERANCE, f"component {layers.scored[int(at)].name} is off by {worst:.1e}"
+    error = float((scores.values - values).abs().max())
+    assert error < TOLERANCE, f"scores differ from autograd by {error:.1e}"
+    alone = detector.score(PROMPTS, batch_tokens=1, progress=False)
+    change = float((scores.values - alone.values).abs().max())
+    assert change < TOLERANCE, f"scores depend on the batch by {change:.1e}"
+    coverage, left = matrix_coverage(layers)
+    return Result(coverage, sum(layer.experts > 0 for layer in layers.scored), left)
+
+
+def check_signature(model: nn.Module, tokenizer: Any) -> None:
+    """Signatures are finite and do not depend on the batches."""
+    items = [encode(tokenizer, p, RESPONSE, template=TEMPLATE) for p in PROMPTS]
+    depth = len(find_layers(model).blocks)
+    together = signatures(model, items, [depth], 0)[depth]
+    alone = signatures(model, items, [depth], 0, batch_tokens=1)[depth]
+    assert torch.isfinite(together).all()
+    for half in together.shape[1] // 2 * torch.arange(3).unfold(0, 2, 1):
+        part = slice(*half.tolist())
+        error = (together[:, part] - alone[:, part]).norm() / alone[:, part].norm()
+        assert error < TOLERANCE, f"signatures depend on the batch by {float(error):.1e}"
+
+
+def check_safegrad_step(model: nn.Module, tokenizer: Any) -> None:
+    """One step of surgery: the merged gradient does not oppose the alignment gradient."""
+    user, align = (
+        collate([encode(tokenizer, p, RESPONSE, template=TEMPLATE) for p in prompts], 0)
+        for prompts in (UNSAFE, SAFE)
+    )
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.grad = None
+    surgery = GradientSurgery(parameters, rho=1.0)
+    response_nll(model, user).sum().backward()
+    surgery.stash()
+    response_nll(model, align).sum().backward()
+    alignment = [None if p.grad is None else p.grad.clone() for p in parameters]
+    surgery.merge()
+    dot = norm = 0.0
+    for parameter, gradient in zip(parameters, alignment, strict=True):
+        if gradient is not None and parameter.grad is not None:
+            dot += float((parameter.grad.double() * gradient).sum())
+            norm += float(gradient.double().square().sum())
+    assert norm > 0
+    assert dot >= (1 - 1e-4) * norm, "the merged gradient opposes the alignment gradient"
+
+
+def check_family(model: nn.Module, tokenizer: Any) -> Result:
+    """All checks on one model."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = check_detection(model, tokenizer)
+        check_signature(model, tokenizer)
+        check_safegrad_step(model, tokenizer)
+    return result
