@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
+import inspect
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 300
@@ -54,13 +53,63 @@ SIZES: dict[str, Any] = {
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 8,
     "v_head_dim": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 64,
+    "o_lora_rank": 16,
+    "o_groups": 2,
+    "dim_ff": 48,
+    "dff": 48,
+    "d_ff": 48,
+    "d_inner": 48,
+    "moe_num_experts": EXPERTS,
+    "moe_k": 2,
+    "mamba_n_heads": 4,
+    "mamba_num_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_head_dim": 16,
+    "mamba_d_ssm": 64,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 16,
+    "mamba_expand": 2,
+    "mamba_ngroups": 1,
+    "mamba_dt_rank": 4,
+    "ssm_state_size": 8,
+    "state_size": 4,
+    "chunk_size": 16,
+    "n_groups": 1,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 8,
+    "sliding_window": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
 
 
-OVERRIDES: dict[str, dict[str, Any]] = {}
+# What the table cannot know: sizes that hang together, and names of one family alone.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"num_key_value_heads": 2},
+    "codegen": {"rotary_dim": 4},
+    "cohere_compass_text": {"layer_types": ["sliding_attention"] * LAYERS},
+    "cpmant": {"dim_head": 8, "prompt_types": 2, "prompt_length": 4, "segment_types": 2},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": EXPERTS, "moe_top_k": 2},
+    },
+    "dots1": {"n_shared_experts": 1},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gptj": {"rotary_dim": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
+    "reformer": {"is_decoder": True},
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def families() -> list[str]:
@@ -73,21 +122,26 @@ LIMIT = 3_000_000  # weights of a tiny model: more means that a size was missed
 
 def make_config(family: str) -> PretrainedConfig:
     """Tiny configuration of a family."""
-    kind = CONFIG_MAPPING[family]
-    default = kind().to_dict()
-    sizes = {name: size for name, size in SIZES.items() if name in default}
-    return kind(**{**sizes, **OVERRIDES.get(family, {})})
+    return _shrunk(CONFIG_MAPPING[family], OVERRIDES.get(family, {}))
+
+
+def _shrunk(kind: type[PretrainedConfig], overrides: dict[str, Any]) -> PretrainedConfig:
+    known = set(inspect.signature(kind).parameters)
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    if "kv_lora_rank" in known or "mla" in kind.__name__.lower():
+        sizes["num_key_value_heads"] = HEADS
+    for name, inner in kind.sub_configs.items():
+        if inner is not AutoConfig:
+            sizes[name] = _shrunk(inner, overrides.get(name, {})).to_dict()
+    return kind(**{**sizes, **{k: v for k, v in overrides.items() if k not in kind.sub_configs}})
 
 
 def make_model(family: str) -> nn.Module:
     """Tiny random model of a family."""
-    import transformers
-
     torch.manual_seed(0)
     config = make_config(family)
-    kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
     with torch.device("meta"):
-        size = sum(p.numel() for p in kind(config).parameters())
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > LIMIT:
-        raise ValueError(f"{size} weights")
-    return kind(config).eval()
+        raise ValueError(f"a size was missed: {size} weights")
+    return AutoModelForCausalLM.from_config(config).eval()
