@@ -286,7 +286,9 @@ class _Part:
 
 
 def _merge(parts: list[_Part]) -> tuple[Tensor, Tensor]:
-    """`[B, rows, F]` of all calls, the calls of one token side by side."""
+    """`[B, rows, F]` of all calls; where rows are tokens, the calls of one lie side by side."""
+    width = parts[0].shape[1]
+    by_token = parts[0].layer.layout is not None and parts[0].layer.layout.time is not None
     pairs = []
     for part in parts:
         layout, samples = part.layer.layout, part.shape[0]
@@ -296,7 +298,11 @@ def _merge(parts: list[_Part]) -> tuple[Tensor, Tensor]:
     parts.clear()
     if len(pairs) == 1:
         return pairs[0]
-    x, dy = (torch.stack(values, 2).flatten(1, 2) for values in zip(*pairs, strict=True))
+    if by_token:
+        pairs = [(x.unflatten(1, (width, -1)), dy.unflatten(1, (width, -1))) for x, dy in pairs]
+        x, dy = (torch.cat(values, 2).flatten(1, 2) for values in zip(*pairs, strict=True))
+    else:
+        x, dy = (torch.cat(values, 1) for values in zip(*pairs, strict=True))
     return x, dy
 
 

@@ -40,6 +40,8 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 def head_dimension(model: nn.Module) -> int | None:
     """Return the size of one attention head, or None where the config does not say."""
     config = text_config(model)
+    if getattr(config, "per_layer_config", None):  # heads of several sizes
+        return None
     explicit = getattr(config, "head_dim", None)
     if isinstance(explicit, int):
         return explicit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -22,6 +22,13 @@ class Layout:
     batch: int = 0
     time: int | None = 1
     merged: bool = False
+
+    def common(self, other: Layout) -> Layout | None:
+        """The layout that holds for tensors of either, None without one."""
+        if self == other:
+            return self
+        same = (self.batch, self.merged) == (other.batch, other.merged)
+        return replace(self, time=None) if same else None
 
     def rows(self, value: Tensor, samples: int) -> Tensor:
         """Read `[..., F]` as `[samples, rows, F]`.

@@ -1,4 +1,4 @@
-"""One small forward pass shows how a model uses each weight, whatever its family."""
+"""One small pass shows how a model uses each weight, whatever its family."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from gradsafe.models.experts import stacked_parameters
 from gradsafe.models.inspection import base_model, forward_parameters, input_device, text_config
 from gradsafe.models.layout import Layout, find_layout
 from gradsafe.models.linear import linear_shape
-from gradsafe.models.modes import evaluating
+from gradsafe.models.modes import evaluating, frozen
 from gradsafe.models.products import Product, watch
 
 SAMPLES, TOKENS = 3, 7  # sizes that no model is likely to have elsewhere
 
 UNUSED = "takes no part in a pass over text"
+NO_GRADIENT = "has no gradient (its output only chooses)"
 ROUTED = "list of experts (routed tokens)"
 SHARED_INPUT = "its input has no axis of samples"
 NO_PRODUCT = "not used in a product that is supported"
@@ -44,6 +45,7 @@ class Usage:
     shape: tuple[int, int, int] = (0, 0, 0)
     transposed: bool = False
     layout: Layout | None = None
+    reached: bool = False
 
 
 def observe(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, Usage]:
@@ -73,17 +75,21 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, Usag
                 usages[candidate.name] = Usage("call", "", (0, *shape), False, Layout())
         return usages
     open_ = [c for c in candidates if usages[c.name].use is None]
+    fused = [c for c in candidates if usages[c.name].use is not None]
     with ExitStack() as stack_:
-        for handle in _hooks(open_, usages):
+        for handle in (*_hooks(open_, usages), *_expert_hooks(fused, usages)):
             stack_.callback(handle.remove)
-        stack_.enter_context(torch.no_grad())
+        stack_.enter_context(frozen(model))
         stack_.enter_context(evaluating(model, ()))
-        _run(model)
+        with torch.enable_grad():
+            _run(model)
     _mark_routed(open_, usages)
-    for candidate in open_:
+    for candidate in candidates:
         usage = usages[candidate.name]
         if usage.reason == UNUSED and linear_shape(candidate.module) is None:
             usage.reason = NO_PRODUCT
+        if usage.use is not None and not usage.reached:
+            usage.use, usage.reason = None, NO_GRADIENT
     return usages
 
 
@@ -106,7 +112,10 @@ def _run(model: nn.Module) -> None:
     if "position_ids" in accepted:
         inputs["position_ids"] = torch.arange(TOKENS, device=ids.device).expand(SAMPLES, TOKENS)
     try:
-        base(**inputs, use_cache=False)
+        output = base(**inputs, use_cache=False)
+        logits = output.logits if hasattr(output, "logits") else output[0]
+        if logits.requires_grad:
+            logits.float().sum().backward()
     except Exception as error:
         raise ValueError(
             f"gradsafe.find_layers: {type(base).__name__} fails on {SAMPLES} texts of {TOKENS} "
@@ -121,10 +130,11 @@ def _hooks(candidates: Sequence[Candidate], usages: dict[str, Usage]) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
             if shape is None or x is None or not isinstance(output, Tensor):
-                return
+                return output
             if tuple(output.shape) == (*x.shape[:-1], shape[0]) and x.shape[-1] == shape[1]:
                 layout = find_layout(x.shape, SAMPLES, TOKENS)
                 _note(usages[candidate.name], "call", (0, *shape), False, layout)
+            return _noted(output, [usages[candidate.name]])
 
         return hook
 
@@ -142,13 +152,40 @@ def _hooks(candidates: Sequence[Candidate], usages: dict[str, Usage]) -> Any:
             _note(usage, "product", (0, *shape[1:]), product.transposed, layout)
         else:
             _note_stack(usage, shape, product.transposed, layout)
-        return output
+        return _noted(output, [usage])
 
     weights = [(c.name, c.module, c.parameter, c.around) for c in candidates if _is_plain(c)]
     yield from watch(weights, multiplied)
     for candidate in candidates:
         if linear_shape(candidate.module) is not None:
             yield candidate.module.register_forward_hook(called(candidate), with_kwargs=True)
+
+
+def _expert_hooks(candidates: Sequence[Candidate], usages: dict[str, Usage]) -> Any:
+    members: dict[int, tuple[nn.Module, list[Usage]]] = {}
+    for candidate in candidates:
+        _, group = members.setdefault(id(candidate.module), (candidate.module, []))
+        group.append(usages[candidate.name])
+    for module, group in members.values():
+        yield module.register_forward_hook(lambda m, args, out, group=group: _noted(out, group))
+
+
+def _noted(output: Any, usages: list[Usage]) -> Any:
+    """An output whose gradient, if it gets one, marks the weights as reached."""
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        return output
+    if not torch.is_grad_enabled():  # the model switched gradients off here
+        return output
+    if not output.requires_grad:
+        output.requires_grad_(True)
+    output = output.clone()  # models may write to it
+
+    def mark(gradient: Tensor) -> None:
+        for usage in usages:
+            usage.reached = True
+
+    output.register_hook(mark)
+    return output
 
 
 def _is_plain(candidate: Candidate) -> bool:
@@ -167,7 +204,9 @@ def _note(
     """A whole weight was used; a call of its module says more than the product inside it."""
     if usage.reason not in ("", UNUSED) and use == "product":
         return
-    if layout is None or (usage.use == use and usage.layout != layout):
+    if layout is not None and usage.use == use and usage.layout is not None:
+        layout = layout.common(usage.layout)
+    if layout is None:
         usage.use, usage.reason = None, SHARED_INPUT
         return
     usage.use, usage.reason = use, ""

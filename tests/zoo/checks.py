@@ -23,6 +23,7 @@ TEMPLATE = "{prompt}:"
 # Reasons of weights that a pass over text does not use at all.
 UNREACHED = "takes no part in a pass over text"
 TOLERANCE = 1e-5
+NEGLIGIBLE = 1e-6  # of the largest gradient of the prompt
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Result:
     coverage: float
     experts: int
     left_out: dict[str, float] = field(default_factory=dict)
+    noise: list[str] = field(default_factory=list)
 
 
 def matrix_coverage(layers: Layers) -> tuple[float, dict[str, float]]:
@@ -87,7 +89,11 @@ def autograd_gradients(model: nn.Module, layers: Layers, item: Encoded) -> dict[
 def expected_scores(
     model: nn.Module, layers: Layers, encoded: dict[str, list[Encoded]]
 ) -> tuple[Tensor, Tensor]:
-    """GradCoo by its definition: scores `[n]` and component values `[n, C]`, float64."""
+    """GradCoo by its definition: component values `[n, C]`, float64, and which `[C]` are no noise.
+
+    A gradient that is zero but for rounding, as that of a router whose only weight is normalised
+    to one, has no direction that two orders of summation could agree on.
+    """
 
     def mean(items: Sequence[Encoded]) -> dict[str, Tensor]:
         all_ = [autograd_gradients(model, layers, item) for item in items]
@@ -100,16 +106,18 @@ def expected_scores(
     unsafe, safe = (
         {name: normalized(g) for name, g in mean(encoded[key]).items()} for key in ("unsafe", "safe")
     )
-    rows = []
+    rows, norms = [], []
     for item in encoded["prompts"]:
         values = []
-        for name, g in autograd_gradients(model, layers, item).items():
+        gradients = autograd_gradients(model, layers, item)
+        for name, g in gradients.items():
             n = normalized(g)
             a, b = (n * unsafe[name]).sum(), (n * safe[name]).sum()
             values.append(a / (a + b) if a + b > 0 else torch.tensor(0.5).double())
         rows.append(torch.stack(values))
-    components = torch.stack(rows)
-    return components.mean(1), components
+        norms.append(torch.stack([g.norm() for g in gradients.values()]))
+    strength = torch.stack(norms)
+    return torch.stack(rows), (strength / strength.max()).amin(0) > NEGLIGIBLE
 
 
 def check_detection(model: nn.Module, tokenizer: Any) -> Result:
@@ -130,17 +138,21 @@ def check_detection(model: nn.Module, tokenizer: Any) -> Result:
         for key, prompts in (("unsafe", UNSAFE), ("safe", SAFE), ("prompts", PROMPTS))
     }
     layers = detector.layers
-    values, components = expected_scores(model, layers, encoded)
-    worst = float((scores.components - components).abs().max())
-    at = (scores.components - components).abs().max(0).values.argmax()
-    assert worst < 10 * TOLERANCE, f"component {layers.scored[int(at)].name} is off by {worst:.1e}"
-    error = float((scores.values - values).abs().max())
+    components, clear = expected_scores(model, layers, encoded)
+    errors = ((scores.components - components).abs() * clear).amax(0)
+    worst = int(errors.argmax())
+    name = layers.scored[worst].name
+    assert errors[worst] < 10 * TOLERANCE, f"component {name} is off by {float(errors[worst]):.1e}"
+    values = components[:, clear].mean(1)
+    error = float((scores.components[:, clear].mean(1) - values).abs().max())
     assert error < TOLERANCE, f"scores differ from autograd by {error:.1e}"
     alone = detector.score(PROMPTS, batch_tokens=1, progress=False)
-    change = float((scores.values - alone.values).abs().max())
+    change = scores.components[:, clear].mean(1) - alone.components[:, clear].mean(1)
+    change = float(change.abs().max())
     assert change < TOLERANCE, f"scores depend on the batch by {change:.1e}"
     coverage, left = matrix_coverage(layers)
-    return Result(coverage, sum(layer.experts > 0 for layer in layers.scored), left)
+    noise = [layers.scored[int(i)].name for i in (~clear).nonzero()]
+    return Result(coverage, sum(layer.experts > 0 for layer in layers.scored), left, noise)
 
 
 def check_signature(model: nn.Module, tokenizer: Any) -> None:

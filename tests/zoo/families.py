@@ -92,6 +92,15 @@ SIZES: dict[str, Any] = {
 }
 
 
+_INKLING = {
+    "swa_num_attention_heads": 4,
+    "swa_num_key_value_heads": 2,
+    "swa_head_dim": 8,
+    "d_rel": 4,
+    "rel_extent": 32,
+    "unpadded_vocab_size": VOCABULARY,
+    "loop_gate_rank": 8,
+}
 # What the table cannot know: sizes that hang together, and names of one family alone.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_key_value_heads": 2},
@@ -102,12 +111,60 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": EXPERTS, "moe_top_k": 2},
     },
+    "dots3_note_text": {"shared_experts_intermediate_size": 24},
     "dots1": {"n_shared_experts": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
     "gptj": {"rotary_dim": 4},
+    "hunyuan_v1_moe": {"moe_topk": 2},
+    "inkling_text": _INKLING,
+    "inkling2_text": _INKLING,
+    "inkling2_loop_text": {**_INKLING, "loop_layer_index_start": 0, "loop_layer_index_end": 2},
+    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "longcat_flash": {
+        "ffn_hidden_size": 48,
+        "zero_expert_num": 2,
+        "expert_ffn_hidden_size": 24,
+        "num_hidden_layers": 2 * LAYERS,
+    },
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "reformer": {"is_decoder": True},
+    "minimax_m3_vl_text": {
+        "dense_intermediate_size": 48,
+        "shared_intermediate_size": 24,
+        "rotary_dim": 8,
+    },
+    "nemotron_h": {"moe_shared_expert_intermediate_size": 24},
+    "qwen4_exp_text": {"hc_lowrank": 8},
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds_dim": (16, 16),
+        "axial_pos_shape": (8, 16),
+        "attention_head_size": 8,
+        "feed_forward_size": 48,
+        "attn_layers": ["local", "local"],
+    },
+    "roc_bert": {
+        "pronunciation_embed_dim": 16,
+        "pronunciation_vocab_size": VOCABULARY,
+        "shape_embed_dim": 16,
+        "shape_vocab_size": VOCABULARY,
+    },
+    "xlm": {"emb_dim": HIDDEN},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "hybrid_layer_ids": [1],
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "adapter_rank": 8,
+        "num_key_value_heads": 4,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 
