@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gradsafe.detection.calibration import Calibration
 from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.detector import Detector, UncalibratedWarning
+from gradsafe.detection.detector import CoverageWarning, Detector, UncalibratedWarning
 from gradsafe.detection.explanation import Explanation
 from gradsafe.detection.fitting import ReferenceGapWarning
 from gradsafe.detection.gradients import NonFiniteGradientError
@@ -12,6 +12,7 @@ from gradsafe.detection.scores import Scores
 
 __all__ = [
     "Calibration",
+    "CoverageWarning",
     "Detector",
     "DetectorConfig",
     "Explanation",

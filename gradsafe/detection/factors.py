@@ -50,9 +50,7 @@ class MatrixFactors:
     lengths: list[int]
     repeat: int = 1
 
-    def moments(
-        self, refs: Sequence[Tensor], axis: Axis, unsigned: bool
-    ) -> Tensor:
+    def moments(self, refs: Sequence[Tensor], axis: Axis, unsigned: bool) -> Tensor:
         """Sums over slices `[B, slices, 3 + K]` float64, see `ops.wgrad_moments`."""
         return slice_values(wgrad_moments(self.x, self.dy, refs, axis, unsigned, self.lengths))
 

@@ -79,8 +79,12 @@ class GradientPass:
         if begin is not None and self.layers.one_at_a_time and len(items) > 1:
             budget = 1
             announce_fallback(
-                "gradsafe.Detector: this model does not show which sample a row of its experts "
-                "belongs to; prompts run one at a time"
+                "gradsafe.Detector: prompts run one at a time, since this model "
+                + (
+                    "does not show which sample a row of its experts belongs to"
+                    if self.layers.padding
+                    else "computes something else for a prompt with padding behind it"
+                )
             )
         with tqdm(total=len(items), desc=progress, disable=progress is None, unit="prompt") as bar:
             for indices in plan_batches([len(item) for item in items], budget):

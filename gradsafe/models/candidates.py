@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -28,6 +28,7 @@ class Candidate:
         block: Index of the decoder block.
         role: "attention" inside an attention module, else "mlp".
         listed: Path of the list of modules inside the block that holds it, "" without one.
+        twins: Other linear modules with the same weight; what they do adds up.
     """
 
     name: str
@@ -37,27 +38,39 @@ class Candidate:
     block: int
     role: Role
     listed: str
+    twins: list[nn.Module] = field(default_factory=list)
 
 
-def find_candidates(blocks: nn.ModuleList, prefix: str) -> Iterator[Candidate]:
-    """List the weights of all blocks, first block first; a module in two places counts once.
+def find_candidates(blocks: nn.ModuleList, prefix: str) -> list[Candidate]:
+    """List the weights of all blocks, first block first; one in two places counts once.
 
     Args:
         blocks: Decoder blocks.
         prefix: Qualified name of the list.
     """
-    seen: set[int] = set()
+    found: list[Candidate] = []
+    modules: set[int] = set()
+    owners: dict[int, Candidate] = {}  # by id of the weight
     for index, block in enumerate(blocks):
         start = f"{prefix}.{index}"
         parents: dict[str, nn.Module] = {start.rpartition(".")[0]: blocks}
         for path, module in without_adapters(block, start):
             parents[path] = module
-            if id(module) in seen:
+            if id(module) in modules:
                 continue
-            seen.add(id(module))
-            place = parents[path.rpartition(".")[0]], index, *_place(block, path, start)
+            modules.add(id(module))
+            around, place = parents[path.rpartition(".")[0]], _place(block, path, start)
             for leaf, name in _weights(module, path):
-                yield Candidate(name, module, place[0], leaf, *place[1:])
+                weight = module._parameters.get(leaf)
+                owner = owners.get(id(weight))
+                if weight is not None and owner is not None:
+                    owner.twins.append(module)
+                    continue
+                candidate = Candidate(name, module, around, leaf, index, *place)
+                found.append(candidate)
+                if weight is not None:
+                    owners[id(weight)] = candidate
+    return found
 
 
 def _weights(module: nn.Module, path: str) -> Iterator[tuple[str, str]]:
@@ -92,5 +105,3 @@ def _place(block: nn.Module, path: str, start: str) -> tuple[Role, str]:
         if part:
             module, walked = module.get_submodule(part), f"{walked}.{part}"
     return role, listed  # type: ignore[return-value]
-
-

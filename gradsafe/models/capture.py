@@ -115,7 +115,8 @@ class _Session:
         products = {layer.name: layer for layer in self.layers.scored if layer.use == "product"}
         for layer in self.layers.scored:
             if layer.use == "call":
-                yield layer.module.register_forward_hook(self._called(layer), with_kwargs=True)
+                for module in (layer.module, *layer.twins):
+                    yield module.register_forward_hook(self._called(layer), with_kwargs=True)
 
         def multiplied(name: str, product: Product | None, x: Tensor, output: Tensor) -> Tensor:
             return self._multiplied(products[name], product, x, output)
@@ -237,7 +238,10 @@ class _Session:
     ) -> Tensor:
         """One product with a bare weight, or with a part of a stack."""
         expected = (max(1, layer.experts), layer.out_features, layer.in_features)
-        if product is None or (product.stack, product.out_features, product.in_features) != expected:
+        if (
+            product is None
+            or (product.stack, product.out_features, product.in_features) != expected
+        ):
             raise RuntimeError(
                 f"gradsafe.capture: {layer.name} is used in another way than find_layers saw; "
                 f"leave it out of layers.scored"
@@ -247,7 +251,7 @@ class _Session:
         self._count(layer)
         samples, width = self.shape or (0, 0)
         numbers = torch.arange(product.first, product.first + product.matrices, device=x.device)
-        per_matrix = x.shape[-3 if product.matrices > 1 else 0 :-1].numel() // product.matrices
+        per_matrix = x.shape[-3 if product.matrices > 1 else 0 : -1].numel() // product.matrices
         tokens = None
         if layer.layout is not None:
             flat = torch.arange(samples * width, device=x.device).view(samples, width, 1)
@@ -309,9 +313,7 @@ def _merge(parts: list[_Part]) -> tuple[Tensor, Tensor]:
 def _merge_stack(parts: list[_Part]) -> tuple[Tensor, Tensor, Routing]:
     """`[N, F]` of all calls, sorted by expert, then token."""
     routings = [part.routing for part in parts if part.routing is not None]
-    pairs = [
-        (part.x.to(part.dy).flatten(0, -2), part.dy.flatten(0, -2)) for part in parts
-    ]
+    pairs = [(part.x.to(part.dy).flatten(0, -2), part.dy.flatten(0, -2)) for part in parts]
     parts.clear()
     if len(pairs) == 1:
         return *pairs[0], routings[0]

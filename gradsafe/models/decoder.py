@@ -40,9 +40,10 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
 def head_dimension(model: nn.Module) -> int | None:
     """Return the size of one attention head, or None where the config does not say."""
     config = text_config(model)
-    if getattr(config, "per_layer_config", None):  # heads of several sizes
+    try:
+        explicit = getattr(config, "head_dim", None)
+    except RuntimeError:  # a config whose blocks have heads of different sizes says so
         return None
-    explicit = getattr(config, "head_dim", None)
     if isinstance(explicit, int):
         return explicit
     hidden = getattr(config, "hidden_size", None)
@@ -51,8 +52,14 @@ def head_dimension(model: nn.Module) -> int | None:
 
 
 def _lists(module: nn.Module, depth: int) -> list[nn.ModuleList]:
-    """Lists of `depth` modules, outermost only: a block may hold a list of as many experts."""
-    found = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    """Lists of `depth` modules, outermost only: a block may hold a list of as many experts.
+
+    Without one, lists of a whole fraction: such a block counts as several layers, or runs again.
+    """
+    lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    found = [m for m in lists if len(m) == depth] or [
+        m for m in lists if len(m) > 1 and depth % len(m) == 0
+    ]
     nested = {id(inner) for outer in found for inner in outer.modules() if inner is not outer}
     return [m for m in found if id(m) not in nested]
 

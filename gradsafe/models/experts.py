@@ -135,9 +135,7 @@ def _grouped_linear(x: Tensor, weight: Tensor, counts: list[int], transposed: bo
     x = x.to(weight.dtype)
     if _has_grouped_kernel(x, weight):
         ends = torch.tensor(counts, device=x.device).cumsum(0).to(torch.int32)
-        return functional.grouped_mm(
-            x, weight if transposed else weight.transpose(1, 2), offs=ends
-        )
+        return functional.grouped_mm(x, weight if transposed else weight.transpose(1, 2), offs=ends)
     parts = [
         part @ weight[e] if transposed else functional.linear(part, weight[e])
         for e, part in enumerate(x.split(counts))

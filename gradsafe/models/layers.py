@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
@@ -36,6 +36,7 @@ class LinearLayer:
         layout: Where samples and tokens lie in its input; None where a row's sample is only known
             when it is alone.
         around: Module around `module`.
+        twins: Other modules with the same weight; what they do adds up.
     """
 
     name: str
@@ -48,8 +49,9 @@ class LinearLayer:
     parameter: str = "weight"
     use: Use = "call"
     transposed: bool = False
-    layout: Layout | None = Layout()
+    layout: Layout | None = field(default_factory=Layout)
     around: nn.Module | None = None
+    twins: tuple[nn.Module, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -67,6 +69,7 @@ class Layers:
         blocks: All decoder blocks.
         head_dim: Size of an attention head, None where unknown.
         block_parameters: Number of all parameters of the chosen blocks.
+        padding: Whether a sample's logits are the same with padding behind it.
     """
 
     scored: list[LinearLayer]
@@ -74,11 +77,12 @@ class Layers:
     blocks: nn.ModuleList
     head_dim: int | None
     block_parameters: int = 0
+    padding: bool = True
 
     @property
     def one_at_a_time(self) -> bool:
-        """Whether some rows belong to a sample only while no other is in the batch."""
-        return any(layer.layout is None for layer in self.scored)
+        """Whether a sample's gradients are only right while no other is in the batch."""
+        return not self.padding or any(layer.layout is None for layer in self.scored)
 
     @property
     def scored_parameters(self) -> int:
@@ -138,8 +142,8 @@ def find_layers(
     blocks = decoder_blocks(model)
     chosen = _block_indices(layers, len(blocks))
     prefix = next(name for name, module in model.named_modules() if module is blocks)
-    candidates = list(find_candidates(blocks, prefix))
-    usages = observe(model, candidates)
+    candidates = find_candidates(blocks, prefix)
+    usages, padding = observe(model, candidates)
     usable = [
         LinearLayer(
             name=c.name,
@@ -154,6 +158,7 @@ def find_layers(
             transposed=usages[c.name].transposed,
             layout=usages[c.name].layout,
             around=c.around,
+            twins=tuple(c.twins),
         )
         for c in candidates
         if (use := usages[c.name].use) is not None
@@ -175,7 +180,7 @@ def find_layers(
     scored_weights = [(layer.module, layer.parameter) for layer in scored]
     skipped = skipped_parameters(model, blocks, chosen, scored_weights, reasons)
     inside = {id(p): p.numel() for i in chosen for p in blocks[i].parameters()}
-    return Layers(scored, skipped, blocks, head_dimension(model), sum(inside.values()))
+    return Layers(scored, skipped, blocks, head_dimension(model), sum(inside.values()), padding)
 
 
 def _block_indices(layers: int | Sequence[int] | None, depth: int) -> set[int]:

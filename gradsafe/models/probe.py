@@ -19,6 +19,7 @@ from gradsafe.models.modes import evaluating, frozen
 from gradsafe.models.products import Product, watch
 
 SAMPLES, TOKENS = 3, 7  # sizes that no model is likely to have elsewhere
+SHORT = 5  # tokens of a padded text
 
 UNUSED = "takes no part in a pass over text"
 NO_GRADIENT = "has no gradient (its output only chooses)"
@@ -48,7 +49,7 @@ class Usage:
     reached: bool = False
 
 
-def observe(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, Usage]:
+def observe(model: nn.Module, candidates: Sequence[Candidate]) -> tuple[dict[str, Usage], bool]:
     """Run a few tokens through the model and note what each candidate does.
 
     Args:
@@ -56,8 +57,9 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, Usag
         candidates: Its weights.
 
     Returns:
-        By name of the candidate. A model whose weights are on the "meta" device cannot run: there
-        linear modules are taken as called with `[B, T, I]`.
+        Usages by name of the candidate, and whether padding leaves a sample's logits alone. A model
+        whose weights are on the "meta" device cannot run: there linear modules are taken as called
+        with `[B, T, I]`.
 
     Raises:
         ValueError: The forward pass fails.
@@ -73,7 +75,7 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, Usag
             shape = linear_shape(candidate.module)
             if shape is not None:
                 usages[candidate.name] = Usage("call", "", (0, *shape), False, Layout())
-        return usages
+        return usages, True
     open_ = [c for c in candidates if usages[c.name].use is None]
     fused = [c for c in candidates if usages[c.name].use is not None]
     with ExitStack() as stack_:
@@ -83,6 +85,8 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, Usag
         stack_.enter_context(evaluating(model, ()))
         with torch.enable_grad():
             _run(model)
+    with evaluating(model, ()):
+        padding = _padding_is_harmless(model)
     _mark_routed(open_, usages)
     for candidate in candidates:
         usage = usages[candidate.name]
@@ -90,7 +94,7 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> dict[str, Usag
             usage.reason = NO_PRODUCT
         if usage.use is not None and not usage.reached:
             usage.use, usage.reason = None, NO_GRADIENT
-    return usages
+    return usages, padding
 
 
 def _cannot_run(model: nn.Module) -> bool:
@@ -100,20 +104,10 @@ def _cannot_run(model: nn.Module) -> bool:
 
 
 def _run(model: nn.Module) -> None:
-    base: Any = base_model(model)
-    config = text_config(model)
-    special = {value for name, value in vars(config).items() if name.endswith("token_id")}
-    size = getattr(config, "vocab_size", None) or 100
-    usable = [i for i in range(min(size, 100)) if i not in special] or [0]
-    ids = torch.tensor([usable[i % len(usable)] for i in range(SAMPLES * TOKENS)])
-    ids = ids.view(SAMPLES, TOKENS).to(input_device(model) or "cpu")
-    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    accepted = forward_parameters(model)
-    if "position_ids" in accepted:
-        inputs["position_ids"] = torch.arange(TOKENS, device=ids.device).expand(SAMPLES, TOKENS)
+    """Run the pass and its backward."""
+    base, ids = base_model(model), _ids(model)
     try:
-        output = base(**inputs, use_cache=False)
-        logits = output.logits if hasattr(output, "logits") else output[0]
+        logits = _logits(base, ids, TOKENS)
         if logits.requires_grad:
             logits.float().sum().backward()
     except Exception as error:
@@ -121,6 +115,39 @@ def _run(model: nn.Module) -> None:
             f"gradsafe.find_layers: {type(base).__name__} fails on {SAMPLES} texts of {TOKENS} "
             f"tokens ({type(error).__name__}: {error}); a decoder that reads text alone is needed"
         ) from error
+
+
+def _padding_is_harmless(model: nn.Module) -> bool:
+    """Whether the logits of a text are the same with padding behind it, but for rounding."""
+    base, ids = base_model(model), _ids(model)
+    with torch.no_grad():
+        alone, padded = _logits(base, ids[:1, :SHORT], SHORT), _logits(base, ids, SHORT)
+    if alone.ndim != 3 or padded.shape[1] != TOKENS:
+        return True
+    rounding = 1e-4 if alone.dtype in (torch.float32, torch.float64) else 0.1
+    alone, padded = alone.float(), padded[:1, :SHORT].float()
+    return bool((alone - padded).norm() <= rounding * alone.norm())
+
+
+def _ids(model: nn.Module) -> Tensor:
+    """`[SAMPLES, TOKENS]` token ids, none of them special."""
+    config = text_config(model)
+    special = {value for name, value in vars(config).items() if name.endswith("token_id")}
+    size = getattr(config, "vocab_size", None) or 100
+    usable = [i for i in range(min(size, 100)) if i not in special] or [0]
+    ids = torch.tensor([usable[i % len(usable)] for i in range(SAMPLES * TOKENS)])
+    return ids.view(SAMPLES, TOKENS).to(input_device(model) or "cpu")
+
+
+def _logits(base: Any, ids: Tensor, real: int) -> Tensor:
+    """Logits of a batch whose first row has `real` tokens and padding behind them."""
+    mask = torch.ones_like(ids)
+    mask[0, real:] = 0
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    if "position_ids" in forward_parameters(base):
+        inputs["position_ids"] = (mask.cumsum(1) - 1) * mask
+    output = base(**inputs)
+    return output.logits if hasattr(output, "logits") else output[0]
 
 
 def _hooks(candidates: Sequence[Candidate], usages: dict[str, Usage]) -> Any:
@@ -158,7 +185,8 @@ def _hooks(candidates: Sequence[Candidate], usages: dict[str, Usage]) -> Any:
     yield from watch(weights, multiplied)
     for candidate in candidates:
         if linear_shape(candidate.module) is not None:
-            yield candidate.module.register_forward_hook(called(candidate), with_kwargs=True)
+            for module in (candidate.module, *candidate.twins):
+                yield module.register_forward_hook(called(candidate), with_kwargs=True)
 
 
 def _expert_hooks(candidates: Sequence[Candidate], usages: dict[str, Usage]) -> Any:

@@ -158,7 +158,7 @@ def _product(matrix: Tensor, weight: Tensor) -> Product | None:
     else:
         return None
     several = matrix.ndim == 3 and matrix.shape[0] > 1
-    if not size or offset % size or weight.numel() % size or several and matrix.stride(0) != size:
+    if not size or offset % size or weight.numel() % size or (several and matrix.stride(0) != size):
         return None
     matrices = matrix.shape[0] if matrix.ndim == 3 else 1
     return Product(offset // size, matrices, weight.numel() // size, rows, cols, transposed)

@@ -384,14 +384,29 @@ def test_several_batches_in_one_context(build_model: Build, items: list[Encoded]
     assert len(calls) == 21 * len(items)
 
 
-def test_a_shared_layer_is_refused(build_model: Build, items: list[Encoded]) -> None:
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_calls_of_a_shared_layer_add_up(
+    build_model: Build, checkpoint_blocks: Switch, items: list[Encoded], reentrant: bool | None
+) -> None:
     model = build_model("llama")
     model.model.layers[2] = model.model.layers[0]
-    with (
-        pytest.raises(RuntimeError, match=r"model\.layers\.0\..* ran twice"),
-        capture(model, find_layers(model), lambda *_: None),
-    ):
-        response_nll(model, collate(items, 0))
+    layers = find_layers(model)
+    assert {layer.block for layer in layers.scored} == {0, 1}
+    expected = [plain(model, item) for item in items]
+    if reentrant is not None:
+        checkpoint_blocks(model, reentrant)
+    assert_same(captured(model, items, layers=layers), expected, 1e-5)
+
+
+def test_calls_of_modules_with_a_tied_weight_add_up(
+    build_model: Build, items: list[Encoded]
+) -> None:
+    model = build_model("llama")
+    first, last = model.model.layers[0].mlp, model.model.layers[2].mlp
+    last.up_proj.weight = first.up_proj.weight
+    layers = find_layers(model)
+    assert len(layers.scored) == 20
+    assert_same(captured(model, items), [plain(model, item) for item in items], 1e-5)
 
 
 class Wrapped(nn.Module):
@@ -405,15 +420,21 @@ class Wrapped(nn.Module):
         return self.change(self.inner, x)
 
 
-def test_a_layer_outside_the_loss_is_reported(build_model: Build, items: list[Encoded]) -> None:
+def test_a_layer_outside_the_loss_is_left_out(build_model: Build, items: list[Encoded]) -> None:
     model = build_model("llama")
+    layers = find_layers(model)
     block = model.model.layers[1]
-    block.mlp = Wrapped(block.mlp, lambda inner, x: inner(x).detach())
+    inner = block.mlp.forward
+    block.mlp.forward = lambda x: inner(x).detach()
     with (
         pytest.raises(RuntimeError, match=r"reached 18 of 21 .*layers\.1\.mlp"),
-        capture(model, find_layers(model), lambda *_: None),
+        capture(model, layers, lambda *_: None),
     ):
         response_nll(model, collate(items, 0)).sum().backward()
+    layers = find_layers(model)
+    assert len(layers.scored) == 18
+    assert "has no gradient (its output only chooses)" in {s.reason for s in layers.skipped}
+    captured(model, items)
 
 
 @pytest.mark.parametrize("reentrant", [None, False, True])
@@ -438,16 +459,47 @@ def test_flattened_activations(
         torch.testing.assert_close(gradient, before, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("change", [lambda x: x.flatten(0, 1)[:5], lambda x: x[None]])
-def test_other_shapes_are_refused(
-    build_model: Build, items: list[Encoded], change: Callable[[Tensor], Tensor]
-) -> None:
+def test_rows_that_are_no_tokens_are_left_out(build_model: Build, items: list[Encoded]) -> None:
     model = build_model("llama")
     block = model.model.layers[1]
-    block.mlp = Wrapped(block.mlp, lambda inner, x: x + inner(change(x)).sum())
+    block.mlp = Wrapped(block.mlp, lambda inner, x: x + inner(x.flatten(0, 1)[:5]).sum())
+    layers = find_layers(model)
+    assert not any("layers.1.mlp" in layer.name for layer in layers.scored)
+    assert {s.reason for s in layers.skipped if ".inner." in s.name} == {
+        "its input has no axis of samples"
+    }
+
+
+@pytest.mark.parametrize(
+    ("to", "back"),
+    [
+        (lambda x: x[None], lambda y: y[0]),
+        (lambda x: x.transpose(0, 1), lambda y: y.transpose(0, 1)),
+        (lambda x: torch.stack([x, 2 * x], 2), lambda y: y.sum(2)),
+        (lambda x: torch.stack([x, 2 * x], 1), lambda y: y.sum(1)),
+    ],
+)
+def test_layouts_are_recognised(
+    build_model: Build, items: list[Encoded], to: Callable[..., Any], back: Callable[..., Any]
+) -> None:
+    model = build_model("llama")
+    for block in model.model.layers:
+        block.mlp = Wrapped(block.mlp, lambda inner, x: back(inner(to(x))))
+    # As many samples as tokens: the sizes alone would not tell the axes apart.
+    square = [Encoded(list(range(3 + i, 8 + i)), 3) for i in range(5)]
+    for batch in (items, square):
+        assert_same(captured(model, batch), [plain(model, item) for item in batch], 1e-5)
+
+
+def test_another_layout_than_was_seen_is_refused(build_model: Build, items: list[Encoded]) -> None:
+    model = build_model("llama")
+    layers = find_layers(model)
+    mlp = model.model.layers[1].mlp
+    inner = mlp.forward
+    mlp.forward = lambda x: x + inner(x.flatten(0, 1)[:5]).sum()
     with (
-        pytest.raises(RuntimeError, match=r"layers\.1\.mlp.*\[B, T, I\].*leave it out"),
-        capture(model, find_layers(model), lambda *_: None),
+        pytest.raises(RuntimeError, match=r"layers\.1\.mlp.*\[B, T\].*leave it out"),
+        capture(model, layers, lambda *_: None),
     ):
         response_nll(model, collate(items, 0))
 

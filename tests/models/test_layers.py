@@ -180,12 +180,18 @@ def mixture_of_experts() -> nn.Module:
     return MixtralForCausalLM(config)
 
 
-def test_experts_are_skipped_and_listed() -> None:
+def test_fused_experts_and_routers_count() -> None:
     layers = find_layers(mixture_of_experts())
-    assert not any("experts" in layer.name for layer in layers.scored)
-    assert sum(layer.role == "attention" for layer in layers.scored) == 8
-    reasons = {entry.reason for entry in layers.skipped}
-    assert any("xperts" in reason for reason in reasons)
+    stacks = [layer for layer in layers.scored if layer.experts]
+    sizes = [(x.name, x.experts, x.out_features, x.in_features) for x in stacks[:2]]
+    assert sizes == [
+        ("model.layers.0.mlp.experts.gate_up_proj", 2, 96, 32),
+        ("model.layers.0.mlp.experts.down_proj", 2, 32, 48),
+    ]
+    routers = [layer for layer in layers.scored if layer.name.endswith("mlp.gate")]
+    assert [(x.out_features, x.in_features) for x in routers] == [(2, 32)] * 2
+    assert len(layers.scored) == 2 * (4 + 1 + 2)
+    assert {entry.reason for entry in layers.skipped} == {"embedding", "norm", "output head"}
 
 
 def test_a_list_of_experts_is_skipped(build_model: Build) -> None:
@@ -208,9 +214,8 @@ def test_a_vision_tower_of_the_same_depth_is_not_the_decoder(build_model: Build)
 def test_models_without_supported_layers(build_model: Build) -> None:
     model = build_model("llama")
     for block in model.model.layers:
-        block.self_attn = nn.Identity()
-        block.mlp = nn.Identity()
-    with pytest.raises(ValueError, match=r"no supported linear layer.*Identity"):
+        block.forward = lambda hidden_states, **_: hidden_states
+    with pytest.raises(ValueError, match=r"no supported linear layer.*LlamaMLP"):
         find_layers(model)
     with pytest.raises(ValueError, match="config"):
         find_layers(nn.Linear(2, 2))

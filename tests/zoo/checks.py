@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +29,19 @@ NEGLIGIBLE = 1e-6  # of the largest gradient of the prompt
 
 @dataclass
 class Result:
-    """Outcome of one family; `coverage` is the scored part of the matrix weights it uses."""
+    """Outcome of one family.
+
+    Attributes:
+        coverage: Scored part of the matrix weights that a pass over text uses.
+        experts: Number of scored stacks of experts.
+        left_out: Weights that are not scored, and their parts.
+        one_at_a_time: Whether prompts do not share batches.
+    """
 
     coverage: float
     experts: int
     left_out: dict[str, float] = field(default_factory=dict)
-    noise: list[str] = field(default_factory=list)
+    one_at_a_time: bool = False
 
 
 def matrix_coverage(layers: Layers) -> tuple[float, dict[str, float]]:
@@ -104,7 +112,8 @@ def expected_scores(
         return g.abs() / std if std > 0 else torch.zeros_like(g)
 
     unsafe, safe = (
-        {name: normalized(g) for name, g in mean(encoded[key]).items()} for key in ("unsafe", "safe")
+        {name: normalized(g) for name, g in mean(encoded[key]).items()}
+        for key in ("unsafe", "safe")
     )
     rows, norms = [], []
     for item in encoded["prompts"]:
@@ -151,17 +160,20 @@ def check_detection(model: nn.Module, tokenizer: Any) -> Result:
     change = float(change.abs().max())
     assert change < TOLERANCE, f"scores depend on the batch by {change:.1e}"
     coverage, left = matrix_coverage(layers)
-    noise = [layers.scored[int(i)].name for i in (~clear).nonzero()]
-    return Result(coverage, sum(layer.experts > 0 for layer in layers.scored), left, noise)
+    stacks = sum(layer.experts > 0 for layer in layers.scored)
+    return Result(coverage, stacks, left, layers.one_at_a_time)
 
 
 def check_signature(model: nn.Module, tokenizer: Any) -> None:
     """Signatures are finite and do not depend on the batches."""
     items = [encode(tokenizer, p, RESPONSE, template=TEMPLATE) for p in PROMPTS]
-    depth = len(find_layers(model).blocks)
+    layers = find_layers(model)
+    depth = len(layers.blocks)
     together = signatures(model, items, [depth], 0)[depth]
     alone = signatures(model, items, [depth], 0, batch_tokens=1)[depth]
     assert torch.isfinite(together).all()
+    if not layers.padding:  # the model itself computes something else with padding
+        return
     for half in together.shape[1] // 2 * torch.arange(3).unfold(0, 2, 1):
         part = slice(*half.tolist())
         error = (together[:, part] - alone[:, part]).norm() / alone[:, part].norm()
@@ -193,11 +205,16 @@ def check_safegrad_step(model: nn.Module, tokenizer: Any) -> None:
     assert dot >= (1 - 1e-4) * norm, "the merged gradient opposes the alignment gradient"
 
 
-def check_family(model: nn.Module, tokenizer: Any) -> Result:
-    """All checks on one model."""
+CHECKS: dict[str, Callable[[nn.Module, Any], Result | None]] = {
+    "detect": check_detection,
+    "trace": check_signature,
+    "SafeGrad": check_safegrad_step,
+}
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without the warnings that random models cause."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        result = check_detection(model, tokenizer)
-        check_signature(model, tokenizer)
-        check_safegrad_step(model, tokenizer)
-    return result
+        yield

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY = 300
@@ -105,29 +105,46 @@ _INKLING = {
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_key_value_heads": 2},
     "codegen": {"rotary_dim": 4},
-    "cohere_compass_text": {"layer_types": ["sliding_attention"] * LAYERS},
-    "cpmant": {"dim_head": 8, "prompt_types": 2, "prompt_length": 4, "segment_types": 2},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention"] * LAYERS,
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    },
+    "cpmant": {"dim_head": 8},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": EXPERTS, "moe_top_k": 2},
     },
     "dots3_note_text": {"shared_experts_intermediate_size": 24},
     "dots1": {"n_shared_experts": 1},
+    "blt": {
+        "encoder_hash_byte_group_vocab": 500,
+        "encoder_hash_byte_group_size": [3],
+        "patch_in_forward": False,
+    },
+    "git": {"vision_config": {"num_hidden_layers": 3, "image_size": 32, "patch_size": 16}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gptj": {"rotary_dim": 4},
     "hunyuan_v1_moe": {"moe_topk": 2},
     "inkling_text": _INKLING,
     "inkling2_text": _INKLING,
-    "inkling2_loop_text": {**_INKLING, "loop_layer_index_start": 0, "loop_layer_index_end": 2},
+    "inkling2_loop_text": {
+        **_INKLING,
+        "loop_layer_index_start": 1,
+        "loop_layer_index_end": 2,
+        "n_layers_per_attn_res_block": 1,
+    },
     "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {
         "ffn_hidden_size": 48,
+        "moe_topk": 2,
         "zero_expert_num": 2,
         "expert_ffn_hidden_size": 24,
         "num_hidden_layers": 2 * LAYERS,
     },
+    "falcon_mamba": {"hidden_size": 64, "intermediate_size": 128},
+    "mamba": {"hidden_size": 64, "intermediate_size": 128},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "minimax_m3_vl_text": {
         "dense_intermediate_size": 48,
@@ -150,12 +167,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "shape_embed_dim": 16,
         "shape_vocab_size": VOCABULARY,
     },
+    "recurrent_gemma": {"hidden_size": 64, "lru_width": 64},
     "xlm": {"emb_dim": HIDDEN},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
-        "layers_block_type": ["linear_attention", "hybrid"],
-        "attention_hidden_size": 64,
-        "attention_head_dim": 16,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+        "hidden_size": 64,
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_dt_rank": 2,
+        "mamba_d_state": 4,
     },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid"],
@@ -166,6 +188,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
     },
     "zaya": {"num_experts_per_tok": 1},
+}
+
+
+# Families that are no text model on their own, or that cannot be built here.
+LISTED: dict[str, str] = {
+    "blt": "reads bytes in patches: three stacks of blocks, none of which is the decoder",
+    "dots3_note": "its default configuration cannot be shrunk; its text decoder is dots3_note_text",
+    "gemma3n": "needs the package timm; its text decoder is gemma3n_text",
+    "gemma4_assistant": "a draft model that reads another model's states",
+    "gemma4_unified_assistant": "a draft model that reads another model's states",
+    "moshi": "reads audio codes",
+    "musicgen": "reads audio codes",
+    "musicgen_melody": "reads audio codes",
+    "reformer": "reversible blocks that compute their own backward pass",
 }
 
 
@@ -187,9 +223,10 @@ def _shrunk(kind: type[PretrainedConfig], overrides: dict[str, Any]) -> Pretrain
     sizes = {name: size for name, size in SIZES.items() if name in known}
     if "kv_lora_rank" in known or "mla" in kind.__name__.lower():
         sizes["num_key_value_heads"] = HEADS
-    for name, inner in kind.sub_configs.items():
-        if inner is not AutoConfig:
-            sizes[name] = _shrunk(inner, overrides.get(name, {})).to_dict()
+    inner = vars(kind()) if kind.sub_configs else {}
+    for name in kind.sub_configs:
+        if isinstance(inner.get(name), PretrainedConfig):
+            sizes[name] = _shrunk(type(inner[name]), overrides.get(name, {})).to_dict()
     return kind(**{**sizes, **{k: v for k, v in overrides.items() if k not in kind.sub_configs}})
 
 

@@ -1,0 +1,37 @@
+"""Every causal language model of transformers, in a tiny random configuration."""
+
+from __future__ import annotations
+
+import pytest
+import transformers
+from checks import CHECKS, Result, quietly
+from families import LISTED, families, make_model
+
+# What does not hold for one family alone.
+NO_SIGNATURE = {"hrm_text"}
+
+
+@pytest.fixture(autouse=True)
+def silent():
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
+@pytest.mark.parametrize("family", families())
+def test_family(family, tokenizer):
+    if family in LISTED:
+        pytest.skip(LISTED[family])
+    model = make_model(family)
+    for name, check in CHECKS.items():
+        if name == "trace" and family in NO_SIGNATURE:
+            continue
+        with quietly():
+            result = check(model, tokenizer)
+        if isinstance(result, Result):
+            assert result.coverage >= 0.9, result.left_out
+
+
+def test_listed_families_exist():
+    assert set(LISTED) <= set(families())
