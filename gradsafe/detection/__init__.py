@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from gradsafe.detection.calibration import Calibration
 from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.detector import CoverageWarning, Detector, UncalibratedWarning
+from gradsafe.detection.detector import Detector, UncalibratedWarning
 from gradsafe.detection.explanation import Explanation
-from gradsafe.detection.fitting import ReferenceGapWarning
+from gradsafe.detection.fitting import CoverageWarning, ReferenceGapWarning
 from gradsafe.detection.gradients import NonFiniteGradientError
 from gradsafe.detection.scores import Scores
 

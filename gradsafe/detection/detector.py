@@ -15,7 +15,11 @@ from gradsafe.detection.cascade import Band, choose_band
 from gradsafe.detection.components import ComponentMap
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.explanation import Explanation, explain
-from gradsafe.detection.fitting import fit_references, fit_without_references
+from gradsafe.detection.fitting import (
+    check_coverage,
+    fit_references,
+    fit_without_references,
+)
 from gradsafe.detection.gradients import GradientPass
 from gradsafe.detection.methods import GradientMethod, component_names
 from gradsafe.detection.rows import Rows, choose_rows
@@ -31,10 +35,6 @@ from gradsafe.models import Encoded, Layers, context_length, encode_prompts, fin
 
 class UncalibratedWarning(UserWarning):
     """Prompts were flagged with a threshold that was never checked on this model."""
-
-
-class CoverageWarning(UserWarning):
-    """Less than half of the weights of the chosen blocks are scored."""
 
 
 class Detector:
@@ -109,7 +109,7 @@ class Detector:
         detector = cls(model, tokenizer, config)
         gradients = detector._gradient_pass(batch_tokens)
         if config.uses_gradients:
-            _check_coverage(config, detector.layers)
+            check_coverage(config, detector.layers)
         if config.uses_references:
             groups = [
                 detector._encode(_references(config, name, prompts))
@@ -350,17 +350,6 @@ class Detector:
 
     def _gradient_pass(self, batch_tokens: int) -> GradientPass:
         return GradientPass(self.model, self.layers, self.tokenizer, batch_tokens, self.rows)
-
-
-def _check_coverage(config: DetectorConfig, layers: Layers) -> None:
-    share = layers.scored_parameters / max(1, layers.block_parameters)
-    if config.modules == "all" and share < 0.5:
-        warnings.warn(
-            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
-            f"are scored, and what the others would say is not seen; {layers}",
-            CoverageWarning,
-            stacklevel=3,
-        )
 
 
 def _references(config: DetectorConfig, name: str, prompts: Sequence[str] | None) -> list[str]:

@@ -29,6 +29,10 @@ class ReferenceGapWarning(UserWarning):
     """The model answers the unsafe reference prompts as readily as the safe ones."""
 
 
+class CoverageWarning(UserWarning):
+    """Less than half of the weights of the chosen blocks are scored."""
+
+
 @dataclass
 class Fitted:
     """What fitting found; None for what the method has not."""
@@ -81,6 +85,18 @@ def fit_references(
         method = GradCoo(config, built["unsafe"], built["safe"])
         losses = {name: reference.nll for name, reference in built.items()}
     return Fitted(method, components, _check_gap(config, losses))
+
+
+def check_coverage(config: DetectorConfig, layers: Layers) -> None:
+    """Warn where less than half of the weights of the chosen blocks are scored."""
+    share = layers.scored_parameters / max(1, layers.block_parameters)
+    if config.modules == "all" and share < 0.5:
+        warnings.warn(
+            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
+            f"are scored, and what the others would say is not seen; {layers}",
+            CoverageWarning,
+            stacklevel=3,
+        )
 
 
 def _check_stacks(config: DetectorConfig, layers: Layers) -> None:

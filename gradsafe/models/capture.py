@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from gradsafe.models.calls import Part, merge, merge_stack
 from gradsafe.models.compat import hooks_inside_checkpoint
+from gradsafe.models.cut import Cut, differentiable_embedding, differentiable_output
 from gradsafe.models.experts import Routing, Tap, replaced_experts
-from gradsafe.models.inspection import base_model
 from gradsafe.models.layers import Layers, LinearLayer
 from gradsafe.models.modes import checkpointing_modules, decoder_loop, evaluating, frozen
 from gradsafe.models.products import Product, watch
@@ -70,14 +70,14 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
         if inside and start > 0:
             cuts = {0}  # and one in front of the checkpoint
             before = layers.blocks[start - 1]
-            stack.callback(before.register_forward_hook(_differentiable_output).remove)
+            stack.callback(before.register_forward_hook(differentiable_output).remove)
         elif inside or loop in checkpointed:
             # Here a cut lies inside the checkpoint, and the reentrant kind needs an unbroken chain
             # of inputs that require grad, from the embedding up to the first scored block.
             cuts = {start}
-            stack.callback(_differentiable_embedding(model).remove)
+            stack.callback(differentiable_embedding(model).remove)
         for index in cuts:
-            cut = _Cut(session, requires_grad=bool(checkpointed) and index == start)
+            cut = Cut(lambda: session.running, requires_grad=bool(checkpointed) and index == start)
             block = layers.blocks[index]
             stack.callback(model.register_forward_pre_hook(cut.begin).remove)
             stack.callback(block.register_forward_pre_hook(cut, with_kwargs=True).remove)
@@ -96,7 +96,7 @@ class _Session:
         self.anchor = torch.empty(0, requires_grad=True)
         self.running = False  # inside the model's forward, and not recomputing
         self.calls: Counter[str] = Counter()  # of each layer in the last forward pass
-        self.waiting: dict[str, list[_Part]] = {}  # parts of layers that ran several times
+        self.waiting: dict[str, list[Part]] = {}  # parts of layers that ran several times
         self.reached: set[str] = set()
         self.interrupted = False
         self.shape: tuple[int, int] | None = None  # [B, T] of the batch
@@ -151,7 +151,7 @@ class _Session:
                 f"(and {len(missed) - 1} more); leave such layers out of layers.scored"
             )
 
-    def deliver(self, part: _Part) -> None:
+    def deliver(self, part: Part) -> None:
         """Take x and dy of one call; the consumer gets them when all calls are there."""
         name = part.layer.name
         parts = self.waiting.setdefault(name, [])
@@ -165,9 +165,9 @@ class _Session:
         layer = parts[0].layer
         self.interrupted = True
         if layer.experts:
-            self.consume(layer, *_merge_stack(parts))
+            self.consume(layer, *merge_stack(parts))
         else:
-            self.consume(layer, *_merge(parts))
+            self.consume(layer, *merge(parts))
         self.interrupted = False
         self.reached.add(name)
 
@@ -278,90 +278,6 @@ class _Session:
         return tap
 
 
-@dataclass
-class _Part:
-    """x and dy of one call of a layer."""
-
-    layer: LinearLayer
-    x: Tensor
-    dy: Tensor
-    shape: tuple[int, int]
-    routing: Routing | None
-
-
-def _merge(parts: list[_Part]) -> tuple[Tensor, Tensor]:
-    """`[B, rows, F]` of all calls; where rows are tokens, the calls of one lie side by side."""
-    width = parts[0].shape[1]
-    by_token = parts[0].layer.layout is not None and parts[0].layer.layout.time is not None
-    pairs = []
-    for part in parts:
-        layout, samples = part.layer.layout, part.shape[0]
-        assert layout is not None
-        x = part.x.to(device=part.dy.device, dtype=part.dy.dtype)
-        pairs.append((layout.rows(x, samples), layout.rows(part.dy, samples)))
-    parts.clear()
-    if len(pairs) == 1:
-        return pairs[0]
-    if by_token:
-        pairs = [(x.unflatten(1, (width, -1)), dy.unflatten(1, (width, -1))) for x, dy in pairs]
-        x, dy = (torch.cat(values, 2).flatten(1, 2) for values in zip(*pairs, strict=True))
-    else:
-        x, dy = (torch.cat(values, 1) for values in zip(*pairs, strict=True))
-    return x, dy
-
-
-def _merge_stack(parts: list[_Part]) -> tuple[Tensor, Tensor, Routing]:
-    """`[N, F]` of all calls, sorted by expert, then token."""
-    routings = [part.routing for part in parts if part.routing is not None]
-    pairs = [(part.x.to(part.dy).flatten(0, -2), part.dy.flatten(0, -2)) for part in parts]
-    parts.clear()
-    if len(pairs) == 1:
-        return *pairs[0], routings[0]
-    x, dy = (torch.cat(values) for values in zip(*pairs, strict=True))
-    experts = torch.cat([routing.experts for routing in routings])
-    tokens = [routing.tokens for routing in routings if routing.tokens is not None]
-    samples, width = routings[0].samples, routings[0].width
-    if len(tokens) == len(routings):
-        where = torch.cat(tokens)
-        order = torch.argsort(experts * (samples * width) + where, stable=True)
-        return x[order], dy[order], Routing(where[order], experts[order], samples, width)
-    order = torch.argsort(experts, stable=True)
-    return x[order], dy[order], Routing(None, experts[order], samples, width)
-
-
-class _Cut:
-    """Forward pre-hook that detaches a block's hidden states: no graph below this block."""
-
-    def __init__(self, session: _Session, *, requires_grad: bool) -> None:
-        # Reentrant checkpointing builds no graph unless an input of the block requires grad.
-        self.requires_grad = requires_grad
-        self.session = session
-        self.done = False  # a block that runs again in the same pass is not cut again
-
-    def begin(self, *_: Any) -> None:
-        """A forward pass of the model begins."""
-        self.done = False
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if not torch.is_grad_enabled() or (self.done and self.session.running):
-            return None
-        self.done = True
-        if args and isinstance(args[0], Tensor):
-            return (self._detach(args[0]), *args[1:]), kwargs
-        hidden = kwargs.get("hidden_states")
-        if isinstance(hidden, Tensor):
-            return args, {**kwargs, "hidden_states": self._detach(hidden)}
-        raise RuntimeError(
-            f"gradsafe.capture: expected the block {type(module).__name__} to receive its hidden "
-            f"states as first argument or as hidden_states="
-        )
-
-    def _detach(self, hidden: Tensor) -> Tensor:
-        return hidden.detach().requires_grad_(self.requires_grad)
-
-
 class _Tap(torch.autograd.Function):
     """Identity on a layer's output whose backward hands out the layer's x and dy.
 
@@ -389,20 +305,5 @@ class _Tap(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Deliver x and dy, then pass dy on."""
         (x,) = ctx.saved_tensors
-        ctx.session.deliver(_Part(ctx.layer, x, dy, ctx.shape, ctx.routing))
+        ctx.session.deliver(Part(ctx.layer, x, dy, ctx.shape, ctx.routing))
         return (dy if ctx.needs_input_grad[0] else None, *[None] * 6)
-
-
-def _differentiable_embedding(model: nn.Module) -> Any:
-    """Make the embedding's output require grad, for cuts that lie inside a checkpoint."""
-    base: Any = base_model(model)
-    return base.get_input_embeddings().register_forward_hook(_differentiable_output)
-
-
-def _differentiable_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-    """Forward hook: a graph starts at the module's output (or its first), and not before."""
-    if not torch.is_grad_enabled():
-        return output
-    if isinstance(output, tuple):
-        return (output[0].detach().requires_grad_(True), *output[1:])
-    return output.detach().requires_grad_(True)

@@ -14,7 +14,7 @@ from torch.nn import functional
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError:  # releases before the interface hold no fused experts that could be replaced
-    ALL_EXPERTS_FUNCTIONS = None
+    ALL_EXPERTS_FUNCTIONS = None  # type: ignore[assignment]
 
 IMPLEMENTATION = "gradsafe_capture"
 

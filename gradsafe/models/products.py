@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,11 +92,29 @@ class Products(TorchFunctionMode):
             if self._find(args[0]) is not None:  # W x^T is (x W^T)^T
                 x, matrix = args[1].transpose(-1, -2), args[0].transpose(-1, -2)
                 return self._seen(x, matrix, output.transpose(-1, -2)).transpose(-1, -2)
+        if func is torch.einsum and len(args) == 3 and self._find(args[2]) is not None:
+            return self._contracted(args[0], args[1], args[2], output)
         if func in _CASTS and output is not args[0]:
             found = self._find(args[0])
             if found is not None:
                 self._casts.append((found[0], output))
         return output
+
+    def _contracted(self, equation: str, x: Tensor, weight: Tensor, output: Tensor) -> Tensor:
+        """An einsum that is a product once axes side by side are taken as one."""
+        inputs, _, result = equation.replace(" ", "").partition("->")
+        left, _, right = inputs.partition(",")
+        shared = [axis for axis in right if axis in left and axis not in result]
+        kept = [axis for axis in right if axis not in shared]
+        lead = [axis for axis in left if axis not in shared]
+        plain = list(left) == lead + shared and list(result) == lead + kept
+        cols = [x.shape[left.index(axis)] for axis in shared]
+        if not plain or list(right) not in (shared + kept, kept + shared):
+            return output
+        matrix = weight.reshape(-1, math.prod(cols)) if list(right) == kept + shared else None
+        matrix = weight.reshape(math.prod(cols), -1) if matrix is None else matrix.t()
+        flat = output.flatten(len(lead))
+        return self._seen(x.flatten(len(lead)), matrix, flat).view(output.shape)
 
     def _find(self, value: Any) -> tuple[str, Tensor] | None:
         if not isinstance(value, Tensor):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from gradsafe import Detector
-from gradsafe.detection.detector import CoverageWarning
+from gradsafe.detection import CoverageWarning
 from gradsafe.models import collate, encode, find_layers, response_nll
 
 UNSAFE, SAFE, PROMPTS = (

@@ -70,12 +70,11 @@ def matrix_coverage(layers: Layers) -> tuple[float, dict[str, float]]:
 
 def as_matrices(layer: LinearLayer, gradient: Tensor) -> Tensor:
     """Gradient of the stored parameter as `[O, I]` or `[E, O, I]`."""
-    if layer.experts:
-        first, second = layer.out_features, layer.in_features
-        if layer.transposed:
-            return gradient.reshape(layer.experts, second, first).transpose(1, 2)
-        return gradient.reshape(layer.experts, first, second)
-    return gradient.T if layer.transposed or isinstance(layer.module, Conv1D) else gradient
+    first, second = layer.out_features, layer.in_features
+    lead = (layer.experts,) if layer.experts else ()
+    if layer.transposed or isinstance(layer.module, Conv1D):
+        return gradient.reshape(*lead, second, first).transpose(-1, -2)
+    return gradient.reshape(*lead, first, second)
 
 
 def autograd_gradients(model: nn.Module, layers: Layers, item: Encoded) -> dict[str, Tensor]:

@@ -210,7 +210,7 @@ def families() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-LIMIT = 3_000_000  # weights of a tiny model: more means that a size was missed
+LIMIT = 10_000_000  # weights of a tiny model: more means that a size was missed
 
 
 def make_config(family: str) -> PretrainedConfig:
