@@ -65,7 +65,10 @@ def row(family: str, tokenizer: object) -> Row:
     works: dict[str, bool] = {}
     remarks: list[str] = []
     result = None
-    model = make_model(family)
+    try:
+        model = make_model(family)
+    except Exception as error:  # whatever a family throws is what the table is for
+        return Row(family, {}, None, [f"not built: {str(error).splitlines()[0][:160]}"])
     for name, check in CHECKS.items():
         try:
             with quietly():

@@ -7,7 +7,7 @@ from typing import Any
 
 TESTBED = "testbed"
 METHODS = ("gradcoo", "gradsafe", "cascade", "nll", "gradnorm")
-GRANULARITIES = ("tensor", "row", "column", "row+column", "head", "layer")
+GRANULARITIES = ("tensor", "row", "column", "row+column", "head", "layer", "expert")
 RELATIVES = ("share", "ratio", "logratio", "difference", "unsafe")
 DTYPES = ("float32", "bfloat16", "float16")
 REFERENCE_DTYPES = (*DTYPES, "float8")

@@ -266,14 +266,20 @@ class _Session:
         return _Tap.apply(output, x.detach(), self.anchor, layer, self, (samples, width), routing)
 
     def _routed(self, members: dict[str, LinearLayer]) -> Tap:
-        def tap(name: str, output: Tensor, x: Tensor, tokens: Tensor, experts: Tensor) -> Tensor:
+        def tap(
+            name: str, output: Tensor, x: Tensor, tokens: Tensor, experts: Tensor, total: int
+        ) -> Tensor:
             if name not in members:
                 return output
-            self._count(members[name])
-            shape = self.shape or (0, 0)
+            layer, shape = members[name], self.shape or (0, 0)
+            if total != shape[0] * shape[1]:
+                raise RuntimeError(
+                    f"gradsafe.capture: expected the experts of {layer.name} to see [B, T] = "
+                    f"{list(shape)} tokens, got {total}; leave it out of layers.scored"
+                )
+            self._count(layer)
             routing = Routing(tokens, experts, *shape)
-            rest = (self.anchor, members[name], self, shape, routing)
-            return _Tap.apply(output, x.detach(), *rest)
+            return _Tap.apply(output, x.detach(), self.anchor, layer, self, shape, routing)
 
         return tap
 

@@ -39,8 +39,8 @@ class Routing:
     width: int
 
 
-# tap(name, output, x, tokens, experts) returns the output, observed.
-Tap = Callable[[str, Tensor, Tensor, Tensor, Tensor], Tensor]
+# tap(name, output, x, tokens, experts, T) returns the output, observed.
+Tap = Callable[[str, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 _taps: dict[int, Tap] = {}  # by id of the experts module
 
@@ -53,7 +53,7 @@ def stacked_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     """
     if ALL_EXPERTS_FUNCTIONS is None or not hasattr(module, "has_gate"):
         return {}
-    if not hasattr(getattr(module, "config", None), "_experts_implementation"):
+    if not hasattr(getattr(module, "config", None), _SETTING):
         return {}
     found = {}
     for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
@@ -116,7 +116,7 @@ def experts_forward(
     def project(name: str, x: Tensor) -> Tensor:
         output = _grouped_linear(x, getattr(module, name), counts, module.is_transposed)
         if tap is not None:
-            output = tap(name, output, x, tokens, experts)
+            output = tap(name, output, x, tokens, experts, len(top_k_index))
         return output + getattr(module, f"{name}_bias")[experts] if module.has_bias else output
 
     inner = project(up_name, hidden_states[tokens])

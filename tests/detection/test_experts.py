@@ -153,6 +153,24 @@ def test_batches_do_not_matter(model):
     torch.testing.assert_close(together.components, alone.components, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_nothing(model, reentrant):
+    detector = fit(model)
+    expected_scores = detector.score(PROMPTS, progress=False)
+    # transformers 5 renamed the methods.
+    enable, disable = (
+        getattr(model, f"activation_checkpointing_{word}", None)
+        or getattr(model, f"gradient_checkpointing_{word}")
+        for word in ("enable", "disable")
+    )
+    enable({"use_reentrant": reentrant})
+    try:
+        found = detector.score(PROMPTS, progress=False)
+    finally:
+        disable()
+    torch.testing.assert_close(found.components, expected_scores.components, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 1e-3), ("float8", 2e-2)])
 def test_small_references(model, dtype, tolerance):
     exact = fit(model).score(PROMPTS, progress=False)
