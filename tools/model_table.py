@@ -105,8 +105,8 @@ def main() -> None:
     summary = (
         f"Of {len(rows)} families {len(built)} are text models that can be built without further "
         f"packages; all three methods work for {len(good)} of them, and coverage is at least 0.9 "
-        f"for {len(covered)}. {len(mixtures)} are mixtures of experts, the lowest coverage among "
-        f"them {min((r.result.coverage for r in mixtures if r.result), default=0):.2f}."
+        f"for {len(covered)}.\n{len(mixtures)} are mixtures of experts, the lowest coverage among them "
+        f"is {min((r.result.coverage for r in mixtures if r.result), default=0):.2f}."
     )
     header = HEADER.format(version=transformers.__version__, summary=summary)
     arguments.output.write_text(header + "\n".join(map(str, rows)) + "\n")

@@ -92,6 +92,8 @@ class Products(TorchFunctionMode):
             if self._find(args[0]) is not None:  # W x^T is (x W^T)^T
                 x, matrix = args[1].transpose(-1, -2), args[0].transpose(-1, -2)
                 return self._seen(x, matrix, output.transpose(-1, -2)).transpose(-1, -2)
+        if func is torch.baddbmm and len(args) == 3:
+            return self._seen(args[1], args[2], output)
         if func is torch.einsum and len(args) == 3 and self._find(args[2]) is not None:
             return self._contracted(args[0], args[1], args[2], output)
         if func in _CASTS and output is not args[0]:

@@ -47,7 +47,7 @@ class Result:
 def matrix_coverage(layers: Layers) -> tuple[float, dict[str, float]]:
     """Scored part of the weights with two or more axes that text reaches, and what is left out."""
     scored = {(id(layer.module), layer.parameter) for layer in layers.scored}
-    unreached = {s.name for s in layers.skipped if s.reason == UNREACHED}
+    reasons = {s.name.partition("*.")[2]: s.reason for s in layers.skipped}
     total = covered = 0
     left: dict[str, int] = {}
     seen: set[int] = set()
@@ -57,13 +57,14 @@ def matrix_coverage(layers: Layers) -> tuple[float, dict[str, float]]:
                 continue
             seen.add(id(parameter))
             rest = ".".join([*path.split(".")[1:], leaf])
-            if any(name.endswith(f"*.{rest}") for name in unreached):
+            reason = reasons.get(rest, "")
+            if reason == UNREACHED:
                 continue
             total += parameter.numel()
             if (id(module), leaf) in scored:
                 covered += parameter.numel()
             else:
-                kind = f"{type(module).__name__}.{leaf}"
+                kind = f"{type(module).__name__}.{leaf} ({reason})"
                 left[kind] = left.get(kind, 0) + parameter.numel()
     return covered / max(1, total), {name: count / total for name, count in left.items()}
 
