@@ -32,7 +32,7 @@ random configuration on the CPU; written by `tools/model_table.py`, tested by `t
 - **coverage**: scored part of the weights with two or more axes that a pass over text uses, inside
   the decoder blocks. Weights that text does not reach, such as cross-attention without an encoder
   and image towers, are left out and listed by `detector.coverage`.
-- **experts**: stacks of fused expert weights that are scored.
+- **experts**: scored stacks of fused expert weights, or of the blocks of block-diagonal ones.
 
 {summary}
 
@@ -102,11 +102,12 @@ def main() -> None:
     good = [r for r in built if all(r.works.values())]
     covered = [r for r in built if r.result and r.result.coverage >= 0.9]
     mixtures = [r for r in built if r.result and r.result.experts]
+    lowest = min((r.result.coverage for r in mixtures if r.result), default=0)
     summary = (
         f"Of {len(rows)} families {len(built)} are text models that can be built without further "
         f"packages; all three methods work for {len(good)} of them, and coverage is at least 0.9 "
-        f"for {len(covered)}.\n{len(mixtures)} are mixtures of experts, the lowest coverage among them "
-        f"is {min((r.result.coverage for r in mixtures if r.result), default=0):.2f}."
+        f"for {len(covered)}.\n{len(mixtures)} have stacks of experts; the lowest coverage among "
+        f"these is {lowest:.2f}."
     )
     header = HEADER.format(version=transformers.__version__, summary=summary)
     arguments.output.write_text(header + "\n".join(map(str, rows)) + "\n")
