@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from gradsafe.ops.checks import (
+    FLOAT_DTYPES,
     REF_DTYPES,
+    are_alike,
     check_device,
     check_like,
     check_matrix,
@@ -100,13 +102,43 @@ def moments(
     """
     if axis not in AXES:
         raise ValueError(f"gradsafe.moments: expected axis in {list(AXES)}, got {axis!r}")
-    flat_refs, num_refs = _check(grads, refs)
+    flat_refs, num_refs = _alike(grads, refs) or _check(grads, refs)
     code = AXES.index(axis)
     if not grads:
         empty = Moments([], [], [], [])
         return (empty, Moments([], [], [], [])) if axis == "both" else empty
     out = torch.ops.gradsafe.moments(list(grads), flat_refs, num_refs, code, unsigned)
     return _unpack(out, [tuple(g.shape) for g in grads], num_refs, axis)
+
+
+def _alike(
+    grads: Sequence[Tensor], refs: Sequence[Sequence[Tensor]] | None
+) -> tuple[list[Tensor], int] | None:
+    """The references as one list and K, if a quick look finds nothing wrong; else None."""
+    if not isinstance(grads, (list, tuple)) or not grads or not isinstance(grads[0], Tensor):
+        return None
+    device = grads[0].device
+    if not are_alike(grads, FLOAT_DTYPES, device):
+        return None
+    check_supported_device("moments", grads[0])
+    if refs is None:
+        return [], 0
+    if not isinstance(refs, (list, tuple)) or len(refs) != len(grads):
+        return None
+    if not all(isinstance(group, (list, tuple)) for group in refs):
+        return None
+    count = len(refs[0])
+    flat = [ref for group in refs for ref in group]
+    fits = (
+        count <= MAX_REFS
+        and all(len(group) == count for group in refs)
+        and are_alike(flat, REF_DTYPES, device)
+        and all(
+            all(ref.shape == grad.shape for ref in group)
+            for grad, group in zip(grads, refs, strict=True)
+        )
+    )
+    return (flat, count) if fits else None
 
 
 def _check(
@@ -162,22 +194,23 @@ def _unpack(
 ) -> Moments | tuple[Moments, Moments]:
     """Views into the operator's one vector: per gradient [3 + K, slices], rows before columns."""
     reported = 3 + num_refs
+    if axis == "tensor":
+        table = out.view(len(shapes), reported)
+        count, total, squares = (list(table[:, q].unbind()) for q in range(3))
+        return Moments(count, total, squares, list(table[:, 3:].unbind()))
     rows: _Lists = ([], [], [], [])
     columns: _Lists = ([], [], [], [])
     sizes: list[int] = []
-    targets: list[tuple[_Lists, bool]] = []
+    targets: list[_Lists] = []
     for shape in shapes:
-        if axis == "tensor":
-            sizes.append(reported)
-            targets.append((rows, True))
         if axis in ("row", "both"):
             sizes.append(reported * shape[0])
-            targets.append((rows, False))
+            targets.append(rows)
         if axis in ("column", "both"):
             sizes.append(reported * shape[1])
-            targets.append((columns, False))
-    for block, (target, scalar) in zip(out.split(sizes), targets, strict=True):
-        table = block if scalar else block.view(reported, -1 if block.numel() else 0)
+            targets.append(columns)
+    for block, target in zip(out.split(sizes), targets, strict=True):
+        table = block.view(reported, -1 if block.numel() else 0)
         for field, values in zip(target, (table[0], table[1], table[2], table[3:]), strict=True):
             field.append(values)
     if axis == "both":
