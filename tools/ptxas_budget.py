@@ -190,12 +190,12 @@ def table_of(usages: list[Usage]) -> str:
 def write_table(name: str, table: str) -> None:
     """Replaces what stands between the two marks of this name in docs/performance.md."""
     path = ROOT / "docs/performance.md"
-    begin, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
+    begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
     before, _, rest = path.read_text().partition(begin)
     _, found, after = rest.partition(end)
     if not found:
         raise SystemExit(f"ptxas_budget: {path} lacks the marks of {name!r}")
-    path.write_text(before + begin + table + end + after)
+    path.write_text(f"{before}{begin}{table}\n{end}{after}")
 
 
 def main() -> int:

@@ -41,7 +41,7 @@ GATES = {
     "surgery_sums": Gate(256, 2, 10),
     "surgery_merge": Gate(256, 2, 8),
     "surgery_adamw": Gate(256, 5, 48),
-    "kl_ring": Gate(512, 0, 90),
+    "kl_ring": Gate(512, 0, 105),
 }
 
 
