@@ -138,8 +138,14 @@ def read_library(cuobjdump: str, library: Path, arch: int) -> list[Usage]:
     )
     reserved = 1024 if arch >= 90 else 0  # by the driver, and counted here
     return [
-        Usage(arch, *demangle(name), int(registers), int(shared) - reserved * (int(shared) > 0),
-              int(stack), int(local))
+        Usage(
+            arch,
+            *demangle(name),
+            int(registers),
+            int(shared) - reserved * (int(shared) > 0),
+            int(stack),
+            int(local),
+        )
         for name, registers, stack, shared, local in found
     ]
 

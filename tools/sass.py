@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -126,19 +126,22 @@ def _asked_for(body: list[Instruction], start: int) -> int:
     return total
 
 
-def functions(cuobjdump: str, binary: Path, arch: int) -> Iterator[Function]:
-    """Every kernel of an object, library or cubin that holds code for the architecture."""
-    run = subprocess.run(
-        [cuobjdump, "-sass", "-arch", f"sm_{arch}", str(binary)],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+def functions(cuobjdump: str, binary: Path, arch: int, names: Iterable[str]) -> Iterator[Function]:
+    """Kernels of an object, library or cubin for the architecture whose symbols hold a name."""
+    names = tuple(names)
+    command = [cuobjdump, "-sass", "-arch", f"sm_{arch}", str(binary)]
     current: Function | None = None
-    for line in run.stdout.splitlines():
-        if found := re.search(r"Function : (\S+)", line):
-            if current is not None:
-                yield current
-            current = Function(arch, found.group(1))
-        elif current is not None and (found := INSTRUCTION.search(line)):
-            current.code.append(Instruction(int(found.group(1), 16), *found.group(2, 3)))
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        for line in run.stdout:  # a library prints hundreds of megabytes
+            if found := re.search(r"Function : (\S+)", line):
+                if current is not None:
+                    yield current
+                wanted = any(name in found.group(1) for name in names)
+                current = Function(arch, found.group(1)) if wanted else None
+            elif current is not None and (found := INSTRUCTION.search(line)):
+                current.code.append(Instruction(int(found.group(1), 16), *found.group(2, 3)))
     if current is not None:
         yield current
+    if run.returncode:
+        raise SystemExit(f"sass: {' '.join(command)} failed with exit status {run.returncode}")

@@ -86,7 +86,7 @@ def loads_of(
 ) -> list[Loads]:
     """Measures every hot kernel of the library; `blocks` of each fit an SM."""
     found = []
-    for function in sass.functions(cuobjdump, library, arch):
+    for function in sass.functions(cuobjdump, library, arch, GATES):
         kernel, template = demangle(function.symbol)
         if kernel not in GATES:
             continue
