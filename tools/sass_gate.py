@@ -122,7 +122,7 @@ def table_of(loads: list[Loads]) -> str:
     lines = ["| kernel | arch | 16-byte loads in flight per thread | KB in flight per SM | "
              "instructions per element |", "| --- | --- | --- | --- | --- |"]  # fmt: skip
     for kernel, arch in sorted(
-        {(u.kernel, u.arch) for u in loads}, key=lambda k: list(GATES).index(k[0])
+        {(u.kernel, u.arch) for u in loads}, key=lambda k: (list(GATES).index(k[0]), k[1])
     ):
         group = [u for u in loads if (u.kernel, u.arch) == (kernel, arch)]
         flying = sorted(u.in_flight / 16 for u in group)
