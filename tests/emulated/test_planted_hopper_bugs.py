@@ -102,7 +102,7 @@ BUGS = {
     ),
     "slots released by one warpgroup only": Bug(
         SM90, "mbarrier_init(shared.empty(slot), kGroups);",
-        "mbarrier_init(shared.empty(slot), 1);", rf"({WRITTEN_LATE}|mbarrier: )",
+        "mbarrier_init(shared.empty(slot), 1);", rf"({WRITTEN_LATE}|deadlock: |mbarrier: )",
     ),
     "too many arrivals awaited": Bug(
         SM90, "mbarrier_init(shared.empty(slot), kGroups);",
@@ -118,7 +118,7 @@ BUGS = {
     "too few bytes expected": Bug(
         SM90, "mbarrier_expect(arrived, steps * (kSlabBytes / kSteps));",
         "mbarrier_expect(arrived, kSlabBytes / kSteps);",
-        r"(bulk copy: .* expected too few bytes|uninitialised: wgmma reads|deadlock: )",
+        rf"({WRITTEN_LATE}|bulk copy: .* expected too few bytes)",
     ),
     "boxes with more tokens than expected": Bug(
         SM90, "&b.dy[steps - 1]", "&b.dy[kSteps - 1]", r"(deadlock|bulk copy|out of bounds): "
@@ -201,7 +201,7 @@ BUGS = {
 
 def check(run: Runner) -> None:
     lengths = (17, 0, 70, 1, 64, 130)
-    wide = make((136, 328), lengths + (9,), 1)
+    wide = make((136, 328), (*lengths, 9), 1)
     wide.x[-9:] = wide.dy[-9:] = float("nan")  # tokens of nobody
     wide.starts, wide.lengths = wide.starts[:-1], wide.lengths[:-1]
     problems = [wide]

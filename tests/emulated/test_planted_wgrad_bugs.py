@@ -35,12 +35,16 @@ SMALL = [
 BUGS = {
     "no wait for the asynchronous copies": Bug(
         WGRAD,
-        "      if (stages == kMostStages) cp_async_wait<kMostStages - 2>(); else cp_async_wait<0>();\n",
+        "      if (stages == kMostStages) cp_async_wait<kMostStages - 2>(); "
+        "else cp_async_wait<0>();\n",
         "",
         r"in flight",
     ),
     "a wait for one group too few": Bug(
-        WGRAD, "cp_async_wait<kMostStages - 2>();", "cp_async_wait<kMostStages - 1>();", r"in flight"
+        WGRAD,
+        "cp_async_wait<kMostStages - 2>();",
+        "cp_async_wait<kMostStages - 1>();",
+        r"in flight",
     ),
     "a wait for one group too few with two stages": Bug(
         WGRAD, "cp_async_wait<0>();", "cp_async_wait<1>();", r"in flight"
