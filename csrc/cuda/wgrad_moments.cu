@@ -8,20 +8,9 @@
 // how many there are, does not enter any result. Metadata travels in kernel arguments: nothing is
 // copied to the device, and the call is safe under CUDA-graph capture.
 //
-// What bounds it, for [4096, 11008], 8 samples of 100 tokens, bf16, two bf16 references and
-// Axis::tensor, on an H200 (132 SMs at 1.755 GHz): 2752 tiles; estimates, to be confronted with a
-// measurement:
-//   tensor cores: 81 GFLOP (100 tokens are padded to 112); mma.sync reaches about 60 % of
-//                 989 TFLOP/s                                                            0.14 ms
-//   L2 to SM:     512 bytes a token and tile, 1.13 GB at about 5.5 TB/s                  0.21 ms
-//   shared:       16 KB of ldmatrix and 8 KB of cp.async for 16 tokens of a tile, 64 KB of
-//                 references a tile and sample: 5.1 GB at 128 bytes a clock and SM       0.17 ms
-//   issue slots:  about 2100 instructions a warp, tile and sample, half of them in the sums
-//                 (7.8 an entry), four a clock and SM                                    0.20 ms
-//   HBM:          references 180 MB, x and dy 24 MB, at 4.8 TB/s                         0.04 ms
-// Two blocks fit an SM, so one multiplies while the other one sums: about 0.3 ms are expected. (A
-// batched GEMM that stores G does the same products and writes 0.72 GB, 0.15 ms.) The next steps
-// would be operand tiles shared by a cluster, and wgmma.
+// This form takes every dtype, axis and alignment. Tensors of 16-bit x and dy with the axes tensor
+// and row go to wgrad_moments_sm90.cu on Hopper. What was expected of both and what was measured:
+// docs/performance.md.
 #include <algorithm>
 
 #include "common/finish_wgrad.cuh"
