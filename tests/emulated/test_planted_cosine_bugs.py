@@ -264,8 +264,9 @@ def check(run: Runner) -> None:
         problems.append(spread)
         problems.append(Problem(spread.queries.float(), spread.rows.float(), 20))
     problems += [make(q, 7, 600, 5, dtype) for q in (2, 12) for dtype in DTYPES]
-    # Better and better, with equal leading digits: all pass the filter, one digit is not enough.
-    angles = torch.linspace(0.3, 0.1, 300)
+    # Better and better, so that all pass the filter; most with one leading digit, some above it.
+    angles = torch.linspace(0.72, 0.66, 300)
+    angles[::8] = torch.linspace(0.3, 0.25, 38)
     rows = torch.stack([angles.cos(), angles.sin()], 1)
     problems += [Problem(torch.tensor([[1.0, 0.0]]).repeat(q, 1), rows, 33) for q in (1, 12)]
     assert_equals_oracle(run, problems)
