@@ -1,6 +1,6 @@
 """Runs the steps of steps.py so that a kill at any moment loses the running step only.
 
-bash benchmarks/gpu/run.sh OUT [--only a,b] [--skip-done] [--list] [--minutes 9.5]
+bash benchmarks/gpu/run.sh OUT [--only a,b] [--skip-done] [--built] [--list] [--minutes 9.5]
 
 Every step has a folder in build/gpu_run: its log, its tables and, once it ended, its verdict in
 done.json. OUT gets two files: results.tar.gz, that folder, replaced every few seconds and after
@@ -203,7 +203,7 @@ def chosen(arguments: argparse.Namespace) -> list[Step]:
         step
         for step in STEPS
         if (step.name in only and not (arguments.skip_done and is_done(step)))
-        or (step.needed and not arguments.dry)  # takes seconds if no source changed
+        or (step.needed and not arguments.dry and not arguments.built)
     ]
     return [step for step in steps if step.dry or not arguments.dry]
 
@@ -221,6 +221,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("out", nargs="?", type=Path, default=ROOT / "build" / "gpu_results")
     parser.add_argument("--only", default="", help="names of steps, with commas between")
     parser.add_argument("--skip-done", action="store_true", help="leave out what passed before")
+    parser.add_argument(
+        "--built", action="store_true", help="gradsafe._C is there already; a build takes 2 minutes"
+    )
     parser.add_argument("--list", action="store_true", help="names and limits of the steps")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
     arguments = parser.parse_args(argv)

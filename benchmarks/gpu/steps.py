@@ -63,6 +63,7 @@ _OPS = (*PYTEST, "tests/ops", "-m", "gpu", "--junitxml={out}/junit.xml")
 STEPS = (
     Step("build", 240, _BUILD, _BUILD, needed=True),
     Step("smoke", 45, _SMOKE, _SMOKE),
+    Step("quick", 45, ("benchmarks/gpu/quick.py", "{out}/quick_cuda.csv")),
     Step("suite", 120, _SUITE, _SUITE),
     Step("ops", 60, _OPS, _OPS),
     _measure("wgrad", 40, "wgrad_moments"),
