@@ -128,6 +128,12 @@ class ResponsePass:
             # Samples do not meet in a batch: the sum holds each row's own gradient.
             loss = (nll.sum(1) / torch.tensor(counts, device=nll.device, dtype=nll.dtype)).sum()
             self._check(held)
+            if not loss.requires_grad:
+                raise RuntimeError(
+                    f"gradsafe.tracing: the logits of {type(base_model(self.model)).__name__} do "
+                    f"not depend on its hidden state at layer {self.layers[0]}; choose another "
+                    f"layer"
+                )
             gradients = torch.autograd.grad(loss, [held[layer] for layer in self.layers])
         found = {}
         for layer, gradient in zip(self.layers, gradients, strict=True):
@@ -284,6 +290,8 @@ def _on_input(take: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
 
 def _on_output(take: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return take(output)
         if hasattr(output, "last_hidden_state"):
             output.last_hidden_state = take(output.last_hidden_state)
             return output
