@@ -189,7 +189,7 @@ def check(run: Runner) -> None:
     assert_equals_oracle(two_stages, [problems[0], problems[2]])
 
 
-TARGET = Target(["wgrad_moments"], SMALL, check)
+TARGET = Target(["wgrad_moments", "wgrad_moments_sm90"], SMALL, check)
 
 
 def test_the_unmodified_kernel_passes(tmp_path):
