@@ -189,6 +189,19 @@ BUGS = {
         SM90, "      __syncwarp();\n      if (lane == 0) mbarrier_arrive(shared.sums_full(group));",
         "      if (lane == 0) mbarrier_arrive(shared.sums_full(group));", r"(race|uninitialised): ",
     ),
+    # ---- tensor maps ---------------------------------------------------------------------------
+    "rows of x off 16-byte borders taken": Bug(
+        SM90, "is_aligned(p.x, p.x_stride, 2) && is_aligned(p.dy, p.dy_stride, 2);",
+        "is_aligned(p.dy, p.dy_stride, 2);", r"tensor map: a stride must be a multiple of 16"
+    ),
+    "references off 16-byte borders taken": Bug(
+        SM90, "takes = takes && is_aligned(p.refs[k], p.ref_strides[k], bytes) &&",
+        "takes = takes &&", r"tensor map: a stride must be a multiple of 16",
+    ),
+    "a width in bytes for one in elements": Bug(
+        SM90, "p.dtype, p.in_features, rows, p.x_stride, 1,",
+        "p.dtype, 2 * p.in_features, rows, p.x_stride, 1,", rf"({ORACLE}|out of bounds: reads)",
+    ),
     # ---- the start -----------------------------------------------------------------------------
     "mbarriers unknown to the copy engine": Bug(
         SM90, "    mbarrier_init_fence();\n", "", r"missing fence: the copy engine"
@@ -213,6 +226,10 @@ def check(run: Runner) -> None:
     infinite = make((72, 72), (3, 20), 1)
     infinite.dy[1, 2] = infinite.x[6, 3] = float("inf")
     problems.append(infinite)
+    # These take wgrad_moments.cu: rows of x, then of the reference, off 16-byte borders.
+    problems += [make((64, 65), (5,), 1), make((64, 72), (5,), 1)]
+    problems[-2].refs = [torch.randn(64, 72).bfloat16()[:, :65]]
+    problems[-1].refs = [torch.randn(64, 75).bfloat16()[:, :72]]
     assert_equals_oracle(functools.partial(run, device={"CAPABILITY": 90, "SMS": 2}), problems)
 
 

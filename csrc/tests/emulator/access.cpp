@@ -155,7 +155,8 @@ void check_access_of(unsigned actor, const void* pointer, std::size_t bytes, std
 }
 
 void end_bulk(const void* address, std::size_t bytes, const Access& copy) {
-  const Place place = find_shared(static_cast<const char*>(address), bytes, Touch::end_copy, copy.code);
+  const char* const begin = static_cast<const char*>(address);
+  const Place place = find_shared(begin, bytes, Touch::end_copy, copy.code);
   for (std::size_t i = 0; i < bytes / kGranule; ++i) {
     Cell& cell = place.cells[place.cell_offset / kGranule + i];
     cell.writer = copy;

@@ -123,7 +123,8 @@ char* shared_pointer(uint32_t number) {
 }
 
 std::string place_name(const void* address, std::size_t bytes) {
-  return describe(find_shared(static_cast<const char*>(address), bytes, Touch::atomic, nullptr), bytes);
+  const char* const begin = static_cast<const char*>(address);
+  return describe(find_shared(begin, bytes, Touch::atomic, nullptr), bytes);
 }
 
 void start_places(const void* kernel) {

@@ -1,6 +1,5 @@
 // Products of a warpgroup, with both operands in shared memory.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -63,7 +62,9 @@ void load(uint64_t descriptor, float (*widen)(uint16_t), unsigned actor, const v
 }
 
 // Row and column of element e of thread t.
-int row_of(unsigned t, unsigned e) { return static_cast<int>(t / 32 * 16 + e / 2 % 2 * 8 + t % 32 / 4); }
+int row_of(unsigned t, unsigned e) {
+  return static_cast<int>(t / 32 * 16 + e / 2 % 2 * 8 + t % 32 / 4);
+}
 int col_of(unsigned t, unsigned e) { return static_cast<int>(e / 4 * 8 + t % 4 * 2 + e % 2); }
 
 // Products are exact, and each step rounds a sum once.
@@ -162,7 +163,8 @@ void wgmma_wait(unsigned groups_in_flight, Site site) {
   }
   if (self.products_issued == 0) return;
   // The group's reads are over: whoever sees this thread may overwrite the operands.
-  uint32_t& seen = block().clocks.at(self.number, block().clocks.warpgroup(self.number / kWarpgroup));
+  Clocks& clocks = block().clocks;
+  uint32_t& seen = clocks.at(self.number, clocks.warpgroup(self.number / kWarpgroup));
   seen = std::max<uint32_t>(seen, self.products_issued - static_cast<uint32_t>(products.size()));
 }
 
