@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gradsafe.models.linear import linear_shape
 
@@ -84,7 +85,7 @@ class Products(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is functional.linear and len(args) >= 2:
+        if func is functional.linear and len(args) >= 2 and self._find(args[1]) is not None:
             return self._seen(args[0], args[1].transpose(-1, -2), output)
         if func in _RIGHT and len(args) == 2:
             if self._find(args[1]) is not None:
@@ -119,11 +120,14 @@ class Products(TorchFunctionMode):
         return self._seen(x.flatten(len(lead)), matrix, flat).view(output.shape)
 
     def _find(self, value: Any) -> tuple[str, Tensor] | None:
-        if not isinstance(value, Tensor):
+        # Quantised tensors of torchao wrap others and have no storage of their own.
+        if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value):
             return None
         storage = value.untyped_storage().data_ptr()
         for key, module, leaf in self.weights:
             weight = getattr(module, leaf)
+            if is_traceable_wrapper_subclass(weight):
+                continue
             if weight.untyped_storage().data_ptr() == storage:
                 return key, weight
         for key, weight in self._casts:
