@@ -30,11 +30,8 @@ KEPT_DAYS = 14
 TESTS = (
     "tests/models",
     "tests/tracing/test_signature.py",
-    "tests/tracing/test_index.py",
-    "tests/detection/test_detector.py",
     "tests/detection/test_other_weights.py",
     "tests/detection/test_quantised_weights.py",
-    "tests/finetuning/test_trainer.py",
     "tests/finetuning/test_sft_trainer.py",
     "tests/finetuning/test_cli_finetune.py",
 )
