@@ -81,6 +81,12 @@ class Products(TorchFunctionMode):
             self.__exit__(None, None, None)
             self._casts.clear()
 
+    def remove(self) -> None:
+        """Deactivate for good; forward hooks do not run after a KeyboardInterrupt."""
+        if self._depth:
+            self._depth = 1
+            self.leave()
+
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -146,7 +152,9 @@ class Products(TorchFunctionMode):
 def watch(
     weights: Iterable[tuple[str, nn.Module, str, nn.Module]], observe: Observe
 ) -> Iterator[Any]:
-    """Register hooks under which `observe` sees the products of these weights; yields handles.
+    """Register hooks under which `observe` sees the products of these weights.
+
+    Yields what has a method `remove`: handles of hooks, and the mode that they switch.
 
     A weight of a plain container is used in the forward of its module, that of a linear layer in
     the forward of either the layer or the module around it.
@@ -163,6 +171,7 @@ def watch(
         modules.update((id(entry), entry) for entry in entries)
     for group, modules in groups.values():
         mode = Products(group, observe)
+        yield mode
         for module in modules.values():
             yield module.register_forward_pre_hook(mode.enter, prepend=True)
             yield module.register_forward_hook(mode.leave, always_call=True)

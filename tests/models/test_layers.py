@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -223,6 +224,24 @@ def test_models_without_supported_layers(build_model: Build) -> None:
     model.config.num_hidden_layers = 7
     with pytest.raises(ValueError, match=r"num_hidden_layers=7 .*\[3\]"):
         find_layers(model)
+
+
+def test_an_interrupted_pass_leaves_nothing_behind(build_model: Build) -> None:
+    model = build_model("llama")
+    inner = model.model.layers[1].mlp.act_fn
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = inner.register_forward_hook(interrupt)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        find_layers(model)
+    assert not _get_current_function_mode_stack()
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    hook.remove()
+    assert len(find_layers(model).scored) == 21
 
 
 def test_trained_model(stories: Path) -> None:
