@@ -83,7 +83,7 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> tuple[dict[str
             stack_.callback(handle.remove)
         stack_.enter_context(frozen(model))
         stack_.enter_context(evaluating(model, ()))
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             _run(model)
     with evaluating(model, ()):
         padding = _padding_is_harmless(model)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,6 +243,14 @@ def test_an_interrupted_pass_leaves_nothing_behind(build_model: Build) -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
     hook.remove()
     assert len(find_layers(model).scored) == 21
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_does_not_matter(build_model: Build, mode: Callable[[], Any]) -> None:
+    model = build_model("llama")
+    with mode():
+        layers = find_layers(model)
+    assert len(layers.scored) == 21
 
 
 def test_trained_model(stories: Path) -> None:
