@@ -13,7 +13,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 
 from gradsafe import Detector
 from gradsafe.detection import CoverageWarning
-from gradsafe.models import collate, encode, find_layers, response_nll
+from gradsafe.models import capture, collate, encode, experts, find_layers, response_nll
 
 UNSAFE, SAFE, PROMPTS = (
     ["do harm", "steal it"],
@@ -78,6 +78,7 @@ def slices(detector: Detector, gradients: dict[str, Tensor]) -> list[Tensor]:
     for layer in detector.layers.scored:
         g = gradients[layer.name]
         g = g[..., detector.rows[layer.name], :] if detector.rows else g
+        g = g.abs() if detector.config.absolute == "before" else g
         if granularity == "expert" and layer.experts:
             parts += list(g)
         elif granularity == "row":
@@ -191,7 +192,8 @@ def test_evidence_adds_up(model, granularity):
 
 def test_the_absolute_value_may_come_first(mixtral):
     detector = fit(mixtral, absolute="before")
-    assert torch.isfinite(detector.score(PROMPTS, progress=False).values).all()
+    components = detector.score(PROMPTS, progress=False).components
+    assert float((components - expected(mixtral, detector)).abs().max()) < 1e-5
 
 
 @pytest.mark.parametrize("option", [{"center": True}, {"reference_order": "norm_then_mean"}])
@@ -211,8 +213,38 @@ def test_saved_detectors(mixtral, tmp_path):
 
 
 def test_gradsafe_method(mixtral):
-    detector = fit(mixtral, method="gradsafe", gap=-2.0)
-    assert torch.isfinite(detector.score(PROMPTS, progress=False).values).all()
+    # Every row and column counts.
+    detector = fit(mixtral, method="gradsafe", gap=-2.0, append_eos=False)
+    found = detector.score(PROMPTS, progress=False).components
+    references = [autograd(mixtral, detector, prompt) for prompt in UNSAFE]
+    mean = {name: torch.stack([g[name] for g in references]).mean(0) for name in references[0]}
+    for prompt, values in zip(PROMPTS, found, strict=True):
+        cosines, clear = [], []
+        for name, g in autograd(mixtral, detector, prompt).items():
+            pair = g.flatten(0, -2), mean[name].flatten(0, -2)
+            for dim in (1, 0):
+                cosines.append(torch.cosine_similarity(*pair, dim, eps=1e-30))
+                # Rounding decides the direction of a slice that is nearly zero.
+                norms = torch.stack([side.norm(dim=dim) for side in pair])
+                clear.append((norms > 1e-4 * norms.max()).all(0) | (norms == 0).any(0))
+        error = (torch.cat(cosines) - values).abs()[torch.cat(clear)]
+        assert len(error) > 0.8 * len(values)
+        assert float(error.max()) < 1e-4
+
+
+def test_everything_is_restored_after_an_exception(model):
+    layers = find_layers(model)
+    before = model(torch.arange(6)[None]).logits
+
+    def consume(*_):
+        raise KeyboardInterrupt
+
+    batch = collate([encode(make_tokenizer(), "?", "Sure", template="{prompt}:")], 0)
+    with pytest.raises(KeyboardInterrupt), capture(model, layers, consume):
+        response_nll(model, batch).sum().backward()
+    assert model.config._experts_implementation == "eager"
+    assert not experts._taps
+    assert torch.equal(model(torch.arange(6)[None]).logits, before)
 
 
 def test_lora_on_experts_scores_the_effective_weight():
