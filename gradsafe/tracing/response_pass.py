@@ -127,7 +127,7 @@ class ResponsePass:
             nll = torch.where(real, nll, torch.zeros_like(nll))
             # Samples do not meet in a batch: the sum holds each row's own gradient.
             loss = (nll.sum(1) / torch.tensor(counts, device=nll.device, dtype=nll.dtype)).sum()
-            self._check(held)
+            self._check(held, inputs.arguments["input_ids"].shape)
             if not loss.requires_grad:
                 raise RuntimeError(
                     f"gradsafe.tracing: the logits of {type(base_model(self.model)).__name__} do "
@@ -239,12 +239,14 @@ class ResponsePass:
             return self.decoder.register_forward_hook(_on_output(take))
         return self.blocks[layer].register_forward_pre_hook(_on_input(take), with_kwargs=True)
 
-    def _check(self, held: dict[int, Tensor]) -> None:
+    def _check(self, held: dict[int, Tensor], shape: Sequence[int]) -> None:
         for layer in self.layers:
-            if layer not in held or held[layer].ndim != 3:
+            found = list(held[layer].shape) if layer in held else None
+            if found is None or len(found) != 3 or found[:2] != list(shape):
                 raise RuntimeError(
-                    f"gradsafe.tracing: {type(self.model).__name__} has no hidden states "
-                    f"[B, T, d] at layer {layer}; choose another layer"
+                    f"gradsafe.tracing: expected hidden states [B, T, d] of "
+                    f"{type(base_model(self.model)).__name__} at layer {layer} with [B, T] = "
+                    f"{list(shape)}, got {found}; choose another layer"
                 )
 
     def _announce(self, reason: str) -> None:
