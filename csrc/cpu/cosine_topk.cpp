@@ -4,7 +4,7 @@
 // of them needs a scale.
 //
 // Else blocks of kCosineRows rows are packed once (float32, scaled, with their norms, in one read of
-// memory) and meet every panel of queries while they stay in L2. A panel of scores is compared with
+// memory; pairs of bfloat16 where those are exact) and meet every panel of queries while they stay in L2. A panel of scores is compared with
 // each query's worst kept score; what is better enters a heap of keys (topk_key.h).
 #include "gradsafe/cosine_topk.h"
 
@@ -17,6 +17,7 @@
 #include "../common/cosine_scale.h"
 #include "../common/tiling.h"
 #include "../common/topk_key.h"
+#include "isa.h"
 #include "kernels.h"
 
 namespace gradsafe {
@@ -40,6 +41,9 @@ float float_of(uint32_t bits) {
 // The extra vector keeps rows of 2^n features out of each other's cache sets.
 int64_t packed_stride(int64_t features) { return (ceil_div(features, kVector) + 1) * kVector; }
 
+int64_t pair_words(int64_t features) { return ceil_div(features, 2); }
+int64_t pair_stride(int64_t features) { return packed_stride(pair_words(features)); }
+
 // Parts of one thread's scratch memory.
 struct Scratch {
   double* sums;      // [kCosineRows][kCosinePanel]
@@ -47,6 +51,7 @@ struct Scratch {
   float* scores;     // [kCosineRows][kCosinePanel]
   float* packed;     // [kCosineRows][packed_stride]
   float* queries;    // [kCosineInPlace][packed_stride], each query by itself
+  float* pairs;      // [kCosineRows][pair_stride]
 };
 
 Scratch divide(double* memory, int64_t features) {
@@ -56,18 +61,23 @@ Scratch divide(double* memory, int64_t features) {
   s.scores = reinterpret_cast<float*>(s.inverses + kCosineRows);
   s.packed = s.scores + kPanelSize;
   s.queries = s.packed + kCosineRows * packed_stride(features);
+  s.pairs = s.queries + kCosineInPlace * packed_stride(features);
   return s;
 }
 
-// Writes one vector as scaled float32 and returns 1 / its norm: 0 for a zero vector, NaN for one
-// that is not finite.
-double pack_vector(const void* data, DType dtype, int64_t features, float* out) {
+struct PackedVector {
+  double inverse;  // 1 / its norm: 0 for a zero vector, NaN for one that is not finite
+  bool as_it_is;   // finite, and the scale changes nothing
+};
+
+// Writes one vector as scaled float32.
+PackedVector pack_vector(const void* data, DType dtype, int64_t features, float* out) {
   const uint32_t largest = kernels().largest_magnitude(data, dtype, features);
   const bool finite = is_finite_magnitude(largest);
   const float scale = finite ? float_of(cosine_scale_bits(largest)) : 1.0f;
   const double squares = kernels().pack_scaled({data, dtype, features, scale, out});
-  if (!finite) return std::numeric_limits<double>::quiet_NaN();
-  return squares > 0 ? 1 / std::sqrt(squares) : 0;
+  if (!finite) return {std::numeric_limits<double>::quiet_NaN(), false};
+  return {squares > 0 ? 1 / std::sqrt(squares) : 0, largest == 0 || scale == 1.0f};
 }
 
 const void* element(const void* data, DType dtype, int64_t index) {
@@ -79,12 +89,37 @@ void pack_rows(const CosineProblem& p, int64_t first, int64_t count, const Scrat
   const int64_t stride = packed_stride(p.features);
   for (int64_t i = 0; i < count; ++i) {
     const void* row = element(p.row_data, p.row_dtype, (first + i) * p.row_stride);
-    s.inverses[i] = pack_vector(row, p.row_dtype, p.features, s.packed + i * stride);
+    s.inverses[i] = pack_vector(row, p.row_dtype, p.features, s.packed + i * stride).inverse;
   }
   for (int64_t i = count; i < ceil_div(count, kPanelRows) * kPanelRows; ++i) {
     std::fill_n(s.packed + i * stride, p.features, 0.0f);
     s.inverses[i] = 0;
   }
+}
+
+// Writes one bfloat16 vector as pairs; the smallest exponent field, 0 if pairs cannot serve.
+int pack_pairs(const void* data, int64_t features, const PackedVector& vector, float* out) {
+  if (!vector.as_it_is) return 0;
+  const uint16_t* numbers = static_cast<const uint16_t*>(data);
+  kernels().cosine_pairs.pack(numbers, features, out);
+  return kernels().smallest_exponent(numbers, features);
+}
+
+// As pack_rows, but pairs, as long as they serve: the smallest exponent field, or 0.
+int pack_row_pairs(const CosineProblem& p, int64_t first, int64_t count, const Scratch& s) {
+  const int64_t stride = pair_stride(p.features);
+  int least = 255;
+  for (int64_t i = 0; i < count && least > 0; ++i) {
+    const void* row = element(p.row_data, p.row_dtype, (first + i) * p.row_stride);
+    const PackedVector vector = pack_vector(row, p.row_dtype, p.features, s.packed);
+    s.inverses[i] = vector.inverse;
+    least = std::min(least, pack_pairs(row, p.features, vector, s.pairs + i * stride));
+  }
+  for (int64_t i = count; i < ceil_div(count, kPanelRows) * kPanelRows; ++i) {
+    std::fill_n(s.pairs + i * stride, pair_words(p.features), 0.0f);
+    s.inverses[i] = 0;
+  }
+  return least;
 }
 
 // Keys of one query: filled in any order up to k, from then on a heap with the worst in front.
@@ -173,9 +208,14 @@ bool score_in_place(const CosineProblem& p, const CosineQueries& q, int64_t firs
 
 }  // namespace
 
+bool cosine_topk_cpu_pairs(const CosineProblem& p) {
+  return p.query_dtype == DType::bf16 && p.row_dtype == DType::bf16 && has_bf16_pairs();
+}
+
 int64_t cosine_topk_cpu_scratch(const CosineProblem& p) {
-  const int64_t floats =
-      kPanelSize + (kCosineRows + kCosineInPlace) * packed_stride(p.features);
+  const int64_t floats = kPanelSize +
+                         (kCosineRows + kCosineInPlace) * packed_stride(p.features) +
+                         kCosineRows * pair_stride(p.features);
   return kPanelSize + kCosineRows + ceil_div(floats, 2);
 }
 
@@ -184,14 +224,23 @@ void cosine_topk_cpu_pack(const CosineProblem& p, int64_t panel, const CosineQue
   const Scratch s = divide(scratch, p.features);
   const int64_t stride = packed_stride(p.features);
   float* out = q.packed + panel * p.features * kCosinePanel;
+  const bool pairs = cosine_topk_cpu_pairs(p);
+  const int64_t words = pairs ? pair_words(p.features) : 0;
+  float* out_pairs = q.pairs + panel * words * kCosinePanel;
+  int least = pairs ? 255 : 0;
   for (int64_t begin = 0; begin < kCosinePanel; begin += kVector) {
     for (int64_t i = 0; i < kVector; ++i) {
       const int64_t query = panel * kCosinePanel + begin + i;
       double inverse = 0;
       if (query < p.queries) {
         const void* data = element(p.query_data, p.query_dtype, query * p.query_stride);
-        inverse = pack_vector(data, p.query_dtype, p.features, s.packed + i * stride);
+        const PackedVector vector =
+            pack_vector(data, p.query_dtype, p.features, s.packed + i * stride);
+        inverse = vector.inverse;
+        float* row = s.pairs + i * pair_stride(p.features);
+        if (pairs) least = std::min(least, pack_pairs(data, p.features, vector, row));
       } else {
+        std::fill_n(s.pairs + i * pair_stride(p.features), words, 0.0f);
         std::fill_n(s.packed + i * stride, p.features, 0.0f);
       }
       q.inverses[query] = inverse;
@@ -201,13 +250,20 @@ void cosine_topk_cpu_pack(const CosineProblem& p, int64_t panel, const CosineQue
         out[d * kCosinePanel + begin + i] = s.packed[i * stride + d];
       }
     }
+    for (int64_t w = 0; w < words && least > 0; ++w) {
+      for (int64_t i = 0; i < kVector; ++i) {
+        out_pairs[w * kCosinePanel + begin + i] = s.pairs[i * pair_stride(p.features) + w];
+      }
+    }
   }
+  q.exponents[panel] = least;
 }
 
 void cosine_topk_cpu_segment(const CosineProblem& p, const CosineQueries& q, int64_t begin,
                              int64_t end, double* scratch, uint64_t* keys) {
   const Scratch s = divide(scratch, p.features);
   const bool in_place = p.queries <= kCosineInPlace && kernels().cosine_rows != nullptr;
+  const bool pairs = cosine_topk_cpu_pairs(p);
   if (in_place) separate_queries(p, q, s);
   for (int64_t first = begin; first < end; first += kCosineRows) {
     const int64_t count = std::min(kCosineRows, end - first);
@@ -215,22 +271,28 @@ void cosine_topk_cpu_segment(const CosineProblem& p, const CosineQueries& q, int
       select(p, s.scores, first, count, first - begin, p.queries, keys);
       continue;
     }
-    pack_rows(p, first, count, s);
+    const int least = pairs ? pack_row_pairs(p, first, count, s) : 0;
+    bool packed = false;
     for (int64_t panel = 0; panel < cosine_panels(p.queries); ++panel) {
       const int64_t query = panel * kCosinePanel;
       const int64_t width = std::min(kCosinePanel, p.queries - query);
+      const bool exact = pairs_are_exact(least, q.exponents[panel]);
+      if (!exact && !packed) {
+        pack_rows(p, first, count, s);
+        packed = true;
+      }
       CosinePanelArgs args{};
-      args.rows = s.packed;
-      args.row_stride = packed_stride(p.features);
+      args.rows = exact ? s.pairs : s.packed;
+      args.row_stride = exact ? pair_stride(p.features) : packed_stride(p.features);
       args.row_tiles = ceil_div(count, kPanelRows);
-      args.queries = q.packed + query * p.features;
+      args.features = exact ? pair_words(p.features) : p.features;
+      args.queries = (exact ? q.pairs : q.packed) + query * args.features;
       args.vectors = ceil_div(width, kVector);
-      args.features = p.features;
       args.row_inverses = s.inverses;
       args.query_inverses = q.inverses + query;
       args.sums = s.sums;
       args.scores = s.scores;
-      kernels().cosine_panel(args);
+      (exact ? kernels().cosine_pairs.panel : kernels().cosine_panel)(args);
       select(p, s.scores, first, count, first - begin, width, keys + query * p.k);
     }
   }

@@ -83,22 +83,25 @@ inline void cosine_tile(const float* rows, int64_t stride, const float* queries,
   }
 }
 
-void cosine_panel(const CosinePanelArgs& a) {
+using CosineTile = void(const float*, int64_t, const float*, int64_t, double*);
+
+// Chains are `chunk` steps long; Wide is a tile of kPanelVectors vectors, Narrow one of 1.
+template <CosineTile Wide, CosineTile Narrow>
+inline void cosine_panel_of(const CosinePanelArgs& a, int64_t chunk) {
   const int64_t width = a.vectors * kLanes;
   for (int64_t i = 0; i < a.row_tiles * kPanelRows * kCosinePanel; ++i) a.sums[i] = 0;
-  for (int64_t d = 0; d < a.features; d += kCosineDepth) {
-    const int64_t depth = a.features - d < kCosineDepth ? a.features - d : kCosineDepth;
+  for (int64_t d = 0; d < a.features; d += chunk) {
+    const int64_t depth = a.features - d < chunk ? a.features - d : chunk;
     const float* queries = a.queries + d * kCosinePanel;
     for (int64_t tile = 0; tile < a.row_tiles; ++tile) {
       const float* rows = a.rows + tile * kPanelRows * a.row_stride + d;
       double* sums = a.sums + tile * kPanelRows * kCosinePanel;
       int64_t v = 0;
       for (; v + kPanelVectors <= a.vectors; v += kPanelVectors) {
-        cosine_tile<kPanelVectors>(rows, a.row_stride, queries + v * kLanes, depth,
-                                   sums + v * kLanes);
+        Wide(rows, a.row_stride, queries + v * kLanes, depth, sums + v * kLanes);
       }
       for (; v < a.vectors; ++v) {
-        cosine_tile<1>(rows, a.row_stride, queries + v * kLanes, depth, sums + v * kLanes);
+        Narrow(rows, a.row_stride, queries + v * kLanes, depth, sums + v * kLanes);
       }
     }
   }
@@ -113,4 +116,8 @@ void cosine_panel(const CosinePanelArgs& a) {
       scores[j] = low > 1.0f ? 1.0f : low;
     }
   }
+}
+
+void cosine_panel(const CosinePanelArgs& a) {
+  cosine_panel_of<cosine_tile<kPanelVectors>, cosine_tile<1>>(a, kCosineDepth);
 }

@@ -52,6 +52,12 @@ struct PackArgs {
   float* out;  // [count][padded]
 };
 
+// Kernels of pairs flush subnormal numbers, which is exact where none can occur. Elements whose
+// exponent fields are at least a and b are multiples of 2^(a - 134) and 2^(b - 134), so that
+// products and all their sums, rounded or not, are multiples of 2^(a + b - 268): zero, or at least
+// the smallest normal number 2^-126 if that is one.
+constexpr bool pairs_are_exact(int a, int b) { return a > 0 && b > 0 && a + b - 268 >= -126; }
+
 // Two ways to a panel: float32 operands, or words of two bfloat16 tokens.
 struct PanelKernels {
   void (*pack)(const PackArgs& args);
@@ -79,6 +85,13 @@ struct CosinePanelArgs {
   const double* query_inverses;
   double* sums;   // [rows][kCosinePanel]
   float* scores;  // [rows][kCosinePanel]
+};
+
+// Two ways to a panel of cosines as well: with pairs, a word holds two features, the earlier one in
+// the high half, and `features`, `rows` and `queries` of the panel count and hold words.
+struct CosinePairKernels {
+  void (*pack)(const uint16_t* row, int64_t features, float* out);
+  void (*panel)(const CosinePanelArgs& args);
 };
 
 // Products of up to 16 rows, read where they lie, with 1 to kCosineInPlace packed queries.
@@ -142,6 +155,7 @@ struct CpuKernels {
   uint32_t (*largest_magnitude)(const void* row, DType dtype, int64_t count);
   double (*pack_scaled)(const PackScaledArgs& args);  // returns the sum of squares
   void (*cosine_panel)(const CosinePanelArgs& args);
+  CosinePairKernels cosine_pairs;  // null at levels without them, like `pairs`
   void (*cosine_rows)(const CosineRowsArgs& args);  // null at levels without it
   void (*surgery_sums)(const SurgeryRange& range, double* partial);
   void (*surgery_merge)(const SurgeryRange& range, float coefficient);

@@ -17,6 +17,12 @@ constexpr PanelKernels kPairs{&pack_pairs, &pair_panel};
 #else
 constexpr PanelKernels kPairs{};
 #endif
+#if defined(GRADSAFE_COSINE_PAIRS)
+#include GRADSAFE_COSINE_PAIRS
+constexpr CosinePairKernels kCosinePairs{&pack_cosine_pairs, &cosine_pair_panel};
+#else
+constexpr CosinePairKernels kCosinePairs{};
+#endif
 #if defined(GRADSAFE_COSINE_ROWS)
 #include GRADSAFE_COSINE_ROWS
 constexpr auto kCosineRowsKernel = &cosine_rows;
@@ -36,6 +42,7 @@ const CpuKernels& GRADSAFE_KERNELS() {
       &largest_magnitude,
       &pack_scaled,
       &cosine_panel,
+      kCosinePairs,
       kCosineRowsKernel,
       &surgery_sums,
       &surgery_merge,

@@ -116,11 +116,7 @@ GradFactors pack_factors(const WgradProblem& p, const ActiveTokens& active, int6
   return {s.rows, s.x, active.count, kBlockRows, kTileCols};
 }
 
-// Kernels of pairs flush subnormal numbers, which is exact where none can occur. Elements whose
-// exponent fields are at least ex and ey are multiples of 2^(ex - 134) and 2^(ey - 134), so that
-// products and all their sums, rounded or not, are multiples of 2^(ex + ey - 268): zero, or at least
-// the smallest normal number 2^-126 if that is one.
-bool pairs_are_exact(const WgradProblem& p, const int32_t* tokens, int64_t count) {
+bool pairs_serve(const WgradProblem& p, const int32_t* tokens, int64_t count) {
   if (p.dtype != DType::bf16 || !has_bf16_pairs()) return false;
   const auto least = [&](const void* matrix, int64_t stride, int64_t width) {
     int exponent = 255;
@@ -130,9 +126,8 @@ bool pairs_are_exact(const WgradProblem& p, const int32_t* tokens, int64_t count
     }
     return exponent;
   };
-  const int ex = least(p.x, p.x_stride, p.in_features);
-  const int ey = least(p.dy, p.dy_stride, p.out_features);
-  return ex > 0 && ey > 0 && ex + ey - 268 >= -126;
+  return pairs_are_exact(least(p.x, p.x_stride, p.in_features),
+                         least(p.dy, p.dy_stride, p.out_features));
 }
 
 }  // namespace
@@ -156,7 +151,7 @@ ActiveTokens find_active_tokens(const WgradProblem& p, int64_t sample, int32_t* 
   for (int64_t t = p.starts[sample]; t < p.starts[sample] + p.lengths[sample]; ++t) {
     if (!kernels().is_idle_token(p, t)) tokens[count++] = static_cast<int32_t>(t);
   }
-  return {tokens, count, pairs_are_exact(p, tokens, count)};
+  return {tokens, count, pairs_serve(p, tokens, count)};
 }
 
 void wgrad_moments_cpu_tile(const WgradProblem& p, const SampleGroup& group,

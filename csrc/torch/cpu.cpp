@@ -190,8 +190,13 @@ std::tuple<Tensor, Tensor> cosine_topk(Tensor queries, Tensor rows, int64_t k, i
   Tensor packed = torch::stable::new_empty(queries, {padded * p.features}, ScalarType::Float);
   Tensor inverses = torch::stable::new_empty(queries, {padded}, ScalarType::Double);
   Tensor keys = torch::stable::new_empty(queries, {segments * group * k}, ScalarType::Long);
+  const int64_t words = cosine_topk_cpu_pairs(p) ? (p.features + 1) / 2 : 0;
+  Tensor pairs = torch::stable::new_empty(queries, {padded * words}, ScalarType::Float);
+  Tensor exponents = torch::stable::new_empty(queries, {cosine_panels(group)}, ScalarType::Int);
   const CosineQueries buffers{static_cast<float*>(packed.mutable_data_ptr()),
-                              static_cast<double*>(inverses.mutable_data_ptr())};
+                              static_cast<double*>(inverses.mutable_data_ptr()),
+                              static_cast<float*>(pairs.mutable_data_ptr()),
+                              static_cast<int32_t*>(exponents.mutable_data_ptr())};
   const int64_t total = p.queries;
   const char* first = static_cast<const char*>(p.query_data);
   for (int64_t begin = 0; begin < total; begin += group) {

@@ -32,10 +32,14 @@ constexpr int64_t kCosineRows = 48;   // rows of a panel
 struct CosineQueries {
   float* packed;     // [panels][D][kCosinePanel]
   double* inverses;  // [panels][kCosinePanel]: 1 / |q|
+  // bfloat16 queries and rows on a processor that multiplies pairs (kernels.h), else unused:
+  float* pairs;        // [panels][ceil(D / 2)][kCosinePanel]
+  int32_t* exponents;  // [panels]: the smallest exponent field, 0 if pairs cannot serve
 };
 constexpr int64_t cosine_panels(int64_t queries) {
   return (queries + kCosinePanel - 1) / kCosinePanel;
 }
+bool cosine_topk_cpu_pairs(const CosineProblem& problem);       // true if `pairs` is used
 int64_t cosine_topk_cpu_scratch(const CosineProblem& problem);  // float64 elements per thread
 void cosine_topk_cpu_pack(const CosineProblem& problem, int64_t panel, const CosineQueries& queries,
                           double* scratch);
