@@ -230,6 +230,88 @@ def test_vector_levels_agree_bit_by_bit():
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def at_every_vector_level(queries, rows, k):
+    """The result, which AVX2 and AVX-512 must agree on; NaN counts as equal to NaN."""
+    if not {"avx2", "avx512"} <= set(_C.cpu_isas()):
+        pytest.skip("needs a machine with AVX-512")
+    results = []
+    try:
+        for level in ("avx2", "avx512"):
+            _C.set_cpu_isa(level)
+            results.append(cosine_topk(queries, rows, k))
+    finally:
+        _C.set_cpu_isa("auto")
+    assert torch.equal(results[0].indices, results[1].indices)
+    assert torch.equal(results[0].scores.nan_to_num(9), results[1].scores.nan_to_num(9))
+    return results[1]
+
+
+@pytest.mark.parametrize("features", [1, 2, 15, 31, 32, 33, 255, 256, 257, 511, 513, 1027])
+@pytest.mark.parametrize("count", [1, 4, 5, 16, 17, 64, 65, 130])
+def test_pairs_of_bfloat16_have_the_bits_of_single_products(count, features):
+    queries, rows = make(count, 101, features, torch.bfloat16)
+    rows[7] = 0
+    queries[count // 2] = 0
+    at_every_vector_level(queries, rows, 101)
+
+
+@pytest.mark.parametrize("exponent", [-20, -55, -56, -57, -62, -63, -64, -70, -110, -127, -133])
+@pytest.mark.parametrize("count", [5, 70])
+def test_pairs_of_bfloat16_flush_no_subnormal_number(count, exponent):
+    """AVX512_BF16 flushes subnormal numbers: where one could occur, it may not serve.
+
+    Small numbers meet only each other, so that nothing larger hides their products.
+    """
+    queries, rows = make(count, 150, 33, torch.bfloat16)
+    queries[-1, :16] = rows[100, :16] = 0
+    queries[-1, 20:] = rows[100, 20:] = 0
+    tiny = torch.tensor([1.0, -1.5, 1.25, 1.0]) * 2.0**exponent
+    queries[-1, 16:20] = tiny.to(torch.bfloat16)
+    rows[100, 16:20] = tiny.to(torch.bfloat16)
+    queries[-1, 0] = rows[100, 1] = 1  # no scale
+    queries[0, 3] = rows[120, 4] = 2.0**exponent  # below much larger ones
+    at_every_vector_level(queries, rows, 150)
+    # The same products alone decide these scores: a flushed one would be 0.
+    found = at_every_vector_level(queries[-1:].expand(count, 33), rows[100:101], 1)
+    exact = cosines(queries[-1:], rows[100:101])[0]
+    assert torch.equal(found.scores, exact.float().expand(count, 1))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("count", [5, 70])
+def test_damaged_bfloat16_vectors_leave_the_pairs_of_others_alone(count, bad):
+    queries, rows = make(count, 150, 77, torch.bfloat16)
+    clean = at_every_vector_level(queries, rows, 150)
+    rows[60, 76] = bad
+    found = at_every_vector_level(queries, rows, 150)
+    assert torch.equal(found.indices[:, 0], torch.full((count,), 60))
+    assert found.scores[:, 0].isnan().all()
+    others = clean.indices != 60
+    assert torch.equal(found.scores[:, 1:].flatten(), clean.scores[others])
+    assert torch.equal(found.indices[:, 1:].flatten(), clean.indices[others])
+    queries[2, 5] = bad
+    again = at_every_vector_level(queries, rows, 150)
+    assert again.scores[2].isnan().all()
+    assert torch.equal(again.scores[[0, 1, 3, 4], 1:], found.scores[[0, 1, 3, 4], 1:])
+
+
+def test_pairs_of_bfloat16_do_not_depend_on_threads_or_company():
+    queries, rows = make(70, 400, 131, torch.bfloat16)
+    rows[130] *= 2.0**-60  # this block needs a scale, and so takes single products
+    whole = at_every_vector_level(queries, rows, 400)
+    for some in (slice(0, 1), slice(3, 8), slice(60, 70)):
+        part = at_every_vector_level(queries[some], rows, 400)
+        assert all(torch.equal(a[some], b) for a, b in zip(whole, part, strict=True))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            again = cosine_topk(queries, rows, 400)
+            assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_is_at_most_twice_that_of_plain_pytorch(dtype):
     queries, rows = make(40, 300, 2048, dtype)
