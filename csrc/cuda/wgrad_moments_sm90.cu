@@ -510,11 +510,15 @@ bool wgrad_sm90_takes(const WgradProblem& p, const DeviceLimits& device) {
                p.dtype != DType::f32 && p.num_refs <= kMaxRefsHere && !has_columns(p.axis) &&
                p.out_features >= kGroupRows && p.in_features >= kBoxCols &&
                p.out_features < kMost && p.in_features < kMost && p.samples > 0 &&
-               is_aligned(p.x, p.x_stride, 2) && is_aligned(p.dy, p.dy_stride, 2);
+               is_aligned(p.x, p.x_stride, 2) && is_aligned(p.dy, p.dy_stride, 2) &&
+               p.x_stride >= p.in_features && p.dy_stride >= p.out_features;
   for (int k = 0; k < p.num_refs; ++k) {
     const int64_t bytes = size_of(p.ref_dtype);
+    // A tensor map has no place for rows or matrices that are the same memory, as expand() makes them.
     takes = takes && is_aligned(p.refs[k], p.ref_strides[k], bytes) &&
-            (!p.experts || p.expert_strides[k] * bytes % 16 == 0);
+            p.ref_strides[k] >= p.in_features &&
+            (!p.experts || (p.expert_strides[k] * bytes % 16 == 0 &&
+                            p.expert_strides[k] >= p.ref_strides[k]));
   }
   return takes;
 }
