@@ -65,19 +65,19 @@ Scratch divide(double* memory, int64_t features) {
   return s;
 }
 
-struct PackedVector {
-  double inverse;  // 1 / its norm: 0 for a zero vector, NaN for one that is not finite
-  bool as_it_is;   // finite, and the scale changes nothing
-};
+bool needs_no_scale(uint32_t largest) {
+  return is_finite_magnitude(largest) && float_of(cosine_scale_bits(largest)) == 1.0f;
+}
 
-// Writes one vector as scaled float32.
-PackedVector pack_vector(const void* data, DType dtype, int64_t features, float* out) {
+// Writes one vector as scaled float32 and returns 1 / its norm: 0 for a zero vector, NaN for one
+// that is not finite.
+double pack_vector(const void* data, DType dtype, int64_t features, float* out) {
   const uint32_t largest = kernels().largest_magnitude(data, dtype, features);
   const bool finite = is_finite_magnitude(largest);
   const float scale = finite ? float_of(cosine_scale_bits(largest)) : 1.0f;
   const double squares = kernels().pack_scaled({data, dtype, features, scale, out});
-  if (!finite) return {std::numeric_limits<double>::quiet_NaN(), false};
-  return {squares > 0 ? 1 / std::sqrt(squares) : 0, largest == 0 || scale == 1.0f};
+  if (!finite) return std::numeric_limits<double>::quiet_NaN();
+  return squares > 0 ? 1 / std::sqrt(squares) : 0;
 }
 
 const void* element(const void* data, DType dtype, int64_t index) {
@@ -89,7 +89,7 @@ void pack_rows(const CosineProblem& p, int64_t first, int64_t count, const Scrat
   const int64_t stride = packed_stride(p.features);
   for (int64_t i = 0; i < count; ++i) {
     const void* row = element(p.row_data, p.row_dtype, (first + i) * p.row_stride);
-    s.inverses[i] = pack_vector(row, p.row_dtype, p.features, s.packed + i * stride).inverse;
+    s.inverses[i] = pack_vector(row, p.row_dtype, p.features, s.packed + i * stride);
   }
   for (int64_t i = count; i < ceil_div(count, kPanelRows) * kPanelRows; ++i) {
     std::fill_n(s.packed + i * stride, p.features, 0.0f);
@@ -98,11 +98,11 @@ void pack_rows(const CosineProblem& p, int64_t first, int64_t count, const Scrat
 }
 
 // Writes one bfloat16 vector as pairs; the smallest exponent field, 0 if pairs cannot serve.
-int pack_pairs(const void* data, int64_t features, const PackedVector& vector, float* out) {
-  if (!vector.as_it_is) return 0;
-  const uint16_t* numbers = static_cast<const uint16_t*>(data);
-  kernels().cosine_pairs.pack(numbers, features, out);
-  return kernels().smallest_exponent(numbers, features);
+int pack_pairs(const void* data, int64_t features, float* out, double* inverse) {
+  const PackedPairs packed =
+      kernels().cosine_pairs.pack(static_cast<const uint16_t*>(data), features, out);
+  *inverse = packed.squares > 0 ? 1 / std::sqrt(packed.squares) : 0;
+  return packed.largest == 0 || needs_no_scale(packed.largest) ? packed.smallest : 0;
 }
 
 // As pack_rows, but pairs, as long as they serve: the smallest exponent field, or 0.
@@ -111,9 +111,7 @@ int pack_row_pairs(const CosineProblem& p, int64_t first, int64_t count, const S
   int least = 255;
   for (int64_t i = 0; i < count && least > 0; ++i) {
     const void* row = element(p.row_data, p.row_dtype, (first + i) * p.row_stride);
-    const PackedVector vector = pack_vector(row, p.row_dtype, p.features, s.packed);
-    s.inverses[i] = vector.inverse;
-    least = std::min(least, pack_pairs(row, p.features, vector, s.pairs + i * stride));
+    least = std::min(least, pack_pairs(row, p.features, s.pairs + i * stride, s.inverses + i));
   }
   for (int64_t i = count; i < ceil_div(count, kPanelRows) * kPanelRows; ++i) {
     std::fill_n(s.pairs + i * stride, pair_words(p.features), 0.0f);
@@ -189,10 +187,7 @@ bool score_in_place(const CosineProblem& p, const CosineQueries& q, int64_t firs
     args.largest = largest;
     kernels().cosine_rows(args);
     for (int64_t i = 0; i < args.count; ++i) {
-      if (largest[i] != 0 && (!is_finite_magnitude(largest[i]) ||
-                              float_of(cosine_scale_bits(largest[i])) != 1.0f)) {
-        return false;
-      }
+      if (largest[i] != 0 && !needs_no_scale(largest[i])) return false;
       const double inverse = squares[i] > 0 ? 1 / std::sqrt(squares[i]) : 0;
       float* out = s.scores + (begin + i) * kCosinePanel;
       for (int64_t j = 0; j < p.queries; ++j) {
@@ -234,11 +229,9 @@ void cosine_topk_cpu_pack(const CosineProblem& p, int64_t panel, const CosineQue
       double inverse = 0;
       if (query < p.queries) {
         const void* data = element(p.query_data, p.query_dtype, query * p.query_stride);
-        const PackedVector vector =
-            pack_vector(data, p.query_dtype, p.features, s.packed + i * stride);
-        inverse = vector.inverse;
         float* row = s.pairs + i * pair_stride(p.features);
-        if (pairs) least = std::min(least, pack_pairs(data, p.features, vector, row));
+        if (pairs) least = std::min(least, pack_pairs(data, p.features, row, &inverse));
+        inverse = pack_vector(data, p.query_dtype, p.features, s.packed + i * stride);
       } else {
         std::fill_n(s.pairs + i * pair_stride(p.features), words, 0.0f);
         std::fill_n(s.packed + i * stride, p.features, 0.0f);

@@ -89,8 +89,13 @@ struct CosinePanelArgs {
 
 // Two ways to a panel of cosines as well: with pairs, a word holds two features, the earlier one in
 // the high half, and `features`, `rows` and `queries` of the panel count and hold words.
+struct PackedPairs {
+  double squares;    // as pack_scaled
+  uint32_t largest;  // as largest_magnitude
+  int smallest;      // as smallest_exponent
+};
 struct CosinePairKernels {
-  void (*pack)(const uint16_t* row, int64_t features, float* out);
+  PackedPairs (*pack)(const uint16_t* row, int64_t features, float* out);
   void (*panel)(const CosinePanelArgs& args);
 };
 
