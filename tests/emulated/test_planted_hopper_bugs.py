@@ -191,8 +191,8 @@ BUGS = {
     ),
     # ---- tensor maps ---------------------------------------------------------------------------
     "rows of x off 16-byte borders taken": Bug(
-        SM90, "is_aligned(p.x, p.x_stride, 2) && is_aligned(p.dy, p.dy_stride, 2);",
-        "is_aligned(p.dy, p.dy_stride, 2);", r"tensor map: a stride must be a multiple of 16"
+        SM90, "is_aligned(p.x, p.x_stride, 2) && is_aligned(p.dy, p.dy_stride, 2) &&",
+        "is_aligned(p.dy, p.dy_stride, 2) &&", r"tensor map: a stride must be a multiple of 16"
     ),
     "references off 16-byte borders taken": Bug(
         SM90, "takes = takes && is_aligned(p.refs[k], p.ref_strides[k], bytes) &&",
