@@ -23,6 +23,7 @@ import sass_gate
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = (80, 90)
+HOPPER_ONLY = "wgrad_moments_sm90.cu"  # for sm_90a, in a library of its own
 REGISTERS_PER_SM, THREADS_PER_SM = 65536, {80: 2048, 90: 2048}
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
 MOST_SHARED = 160 * 1024  # kernels that take what the device has to offer run as one block per SM
@@ -48,6 +49,7 @@ BUDGETS = {
     "cosine_tiles": (256, 255, 0, 96 * 1024),
     "cosine_join_chunks": (256, 32, 0, 0),
     "cosine_select": (256, 80, 25 * 1024, 0),
+    "wgrad_moments_wgmma": (384, 168, 1024, 226 * 1024),
     "kl_rows": (512, 64, 1024, 0),
     "kl_ring": (512, 64, 1024, 224 * 1024),
 }
@@ -101,9 +103,11 @@ def demangle(name: str) -> tuple[str, str]:
 
 
 def compile_one(nvcc: str, source: Path, arch: int) -> list[Usage]:
+    name = f"{arch}a" if source.name == HOPPER_ONLY else str(arch)
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            nvcc, "-cubin", f"-arch=sm_{arch}", "-std=c++17", "-O3", "--expt-relaxed-constexpr",
+            nvcc, "-cubin", f"-gencode=arch=compute_{name},code=sm_{name}", "-std=c++17", "-O3",
+            "--expt-relaxed-constexpr",
             "-Xptxas", "-v,--warn-on-spills,--warn-on-local-memory-usage",
             "-I", str(ROOT / "csrc/include"), "-o", f"{folder}/out.cubin", str(source),
         ]  # fmt: skip
@@ -127,10 +131,10 @@ def compile_one(nvcc: str, source: Path, arch: int) -> list[Usage]:
     return usages
 
 
-def read_library(cuobjdump: str, library: Path, arch: int) -> list[Usage]:
+def read_library(cuobjdump: str, library: Path, arch: int, suffix: str = "") -> list[Usage]:
     """What the compiler has written into the built library."""
     run = subprocess.run(
-        [cuobjdump, "-res-usage", "-arch", f"sm_{arch}", str(library)],
+        [cuobjdump, "-res-usage", "-arch", f"sm_{arch}{suffix}", str(library)],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = re.findall(
@@ -182,6 +186,8 @@ def table_of(usages: list[Usage]) -> str:
     for kernel in BUDGETS:
         for arch in ARCHS:
             group = [u for u in usages if u.kernel == kernel and u.arch == arch]
+            if not group:
+                continue
             registers = sorted(u.registers for u in group)
             worst = min(u.occupancy() for u in group)
             shared = max(u.shared for u in group) + BUDGETS[kernel][3]
@@ -214,6 +220,7 @@ def main() -> int:
     loads: list[sass_gate.Loads] = []
     if cuobjdump and library:
         usages = [u for arch in ARCHS for u in read_library(cuobjdump, library, arch)]
+        usages += read_library(cuobjdump, library.with_name("libgs_cuda_sm90.a"), 90, "a")
         blocks = {(u.arch, u.kernel + u.template): u.blocks() for u in usages}
         for arch in ARCHS:
             loads += sass_gate.loads_of(cuobjdump, library, arch, demangle, blocks)
@@ -224,7 +231,11 @@ def main() -> int:
         why = "no built library is up to date" if cuobjdump else "no cuobjdump"
         print(f"ptxas_budget: loads are NOT CHECKED: {why}")
         sources = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
-        jobs = [(nvcc, source, arch) for source in sources for arch in ARCHS]
+        jobs = [
+            (nvcc, source, arch)
+            for source in sources
+            for arch in ((90,) if source.name == HOPPER_ONLY else ARCHS)
+        ]
         with ThreadPoolExecutor(2) as pool:
             usages = [u for group in pool.map(lambda job: compile_one(*job), jobs) for u in group]
     problems = problems_of(usages) + (sass_gate.problems_of(loads) if loads else [])
