@@ -67,6 +67,12 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
         stack.enter_context(replaced_experts(session.expert_taps()))
         cuts = {0, start}
         inside = any(map(hooks_inside_checkpoint, checkpointed))
+        if inside and len({id(block) for block in layers.blocks}) < len(layers.blocks):
+            raise RuntimeError(
+                "gradsafe.capture: this version of transformers runs hooks within activation "
+                "checkpoints, where a block that stands at two places cannot be followed; switch "
+                "checkpointing off, or update transformers"
+            )
         if inside and start > 0:
             cuts = {0}  # and one in front of the checkpoint
             before = layers.blocks[start - 1]

@@ -64,6 +64,18 @@ def hooks_inside_checkpoint(block: nn.Module) -> bool:
     return type(block).__call__ is not nn.Module.__call__
 
 
+def has_gate(experts: Any) -> bool | None:
+    """Whether a fused experts module has a gate beside its up projection; None for other modules.
+
+    transformers sets these flags where it puts an experts class behind its interface; the first
+    release of the interface knew gated experts only and has no flag for that.
+    """
+    flags = ("is_transposed", "has_bias", "_apply_gate")
+    if not all(hasattr(experts, flag) for flag in flags):
+        return None
+    return bool(getattr(experts, "has_gate", True))
+
+
 def enable_checkpointing(model: Any, **options: Any) -> None:
     """Switch activation checkpointing on, without the warning about the method's older name.
 

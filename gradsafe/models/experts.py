@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradsafe.models.compat import has_gate
+
 try:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError:  # releases before the interface hold no fused experts that could be replaced
@@ -51,12 +53,13 @@ def stacked_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     Args:
         module: Any module.
     """
-    if ALL_EXPERTS_FUNCTIONS is None or not hasattr(module, "has_gate"):
+    gated = has_gate(module)
+    if ALL_EXPERTS_FUNCTIONS is None or gated is None:
         return {}
     if not hasattr(getattr(module, "config", None), _SETTING):
         return {}
     found = {}
-    for name in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+    for name in ("gate_up_proj" if gated else "up_proj", "down_proj"):
         weight = getattr(module, name, None)
         if not isinstance(weight, Tensor) or weight.ndim != 3 or not weight.is_floating_point():
             return {}
@@ -105,7 +108,8 @@ def experts_forward(
         `[T, H]`, dtype of `hidden_states`.
     """
     tap = _taps.get(id(module))
-    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    gated = has_gate(module)
+    up_name = "gate_up_proj" if gated else "up_proj"
     count, width = getattr(module, up_name).shape[0], top_k_index.shape[-1]
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
     counts = torch.bincount(experts.clamp(max=count), minlength=count + 1).tolist()[:count]
@@ -120,7 +124,7 @@ def experts_forward(
         return output + getattr(module, f"{name}_bias")[experts] if module.has_bias else output
 
     inner = project(up_name, hidden_states[tokens])
-    inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+    inner = module._apply_gate(inner) if gated else module.act_fn(inner)
     output = project("down_proj", inner)
     if getattr(module, "has_post_expert_norm", False):
         output = module.post_expert_norm(output)

@@ -270,7 +270,7 @@ def test_experts_behind_no_interface_are_listed_and_fit_warns(monkeypatch):
         experts = block.mlp.experts
         # An own forward in place of the interface, with products that nothing can see.
         experts.forward = lambda x, index, weights, e=experts: x * e.gate_up_proj.sum()
-        del experts.has_gate
+        del experts.is_transposed
     layers = find_layers(model)
     assert not any(layer.experts for layer in layers.scored)
     skipped = {s.name: s.reason for s in layers.skipped}
