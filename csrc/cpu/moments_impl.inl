@@ -22,13 +22,15 @@ inline void accumulate(Sums<K>& sums, Vec g, const Vec* refs, uint32_t mask) {
 }
 
 // Where the entries of P neighbouring rows come from: `read` sets g[p] to those at column c of the
-// segment, all sixteen or the first n.
+// segment, all sixteen or the first n; of all rows before they are used, or `row` of one when its
+// turn comes.
 
 // A gradient in memory. A tile's row is too short for the hardware prefetcher to get going, so the
 // next P rows are asked for here.
 template <class T>
 struct Stored {
   static constexpr int kRows = 2;
+  static constexpr bool kTogether = false;
   template <int P>
   struct Rows {
     const T* at[P];
@@ -40,11 +42,9 @@ struct Stored {
       }
     }
     template <bool kPart>
-    void read(Vec* g, int64_t c, int n) const {
-      for (int p = 0; p < P; ++p) {
-        g[p] = kPart ? load_first(at[p] + c, n) : load(at[p] + c);
-        prefetch(at[p] + ahead + c);
-      }
+    Vec row(int p, int64_t c, int n) const {
+      prefetch(at[p] + ahead + c);
+      return kPart ? load_first(at[p] + c, n) : load(at[p] + c);
     }
   };
 };
@@ -52,6 +52,7 @@ struct Stored {
 // A product of few tokens, formed on the way: the same chain of fused multiply-adds as in a panel.
 struct Formed {
   static constexpr int kRows = 4;
+  static constexpr bool kTogether = true;
   template <int P>
   struct Rows {
     const float *dy, *x;
@@ -100,12 +101,13 @@ struct Tile {
   static inline void step(const typename G::template Rows<P>& grad, const Refs<P>& at, int64_t c,
                           int n, uint32_t mask, Sums<K>* rows, float* columns) {
     Vec g[P];
-    grad.template read<kPart>(g, c, n);
+    if constexpr (G::kTogether) grad.template read<kPart>(g, c, n);
     Sums<K> column;
     if (kColumns) {
       for (int q = 0; q < Q; ++q) column.v[q] = load(columns + q * kSegment + c);
     }
     for (int p = 0; p < P; ++p) {
+      if constexpr (!G::kTogether) g[p] = grad.template row<kPart>(p, c, n);
       Vec refs[K > 0 ? K : 1];
       for (int k = 0; k < K; ++k) {
         refs[k] = kPart ? load_first(at.at[p][k] + c, n) : load(at.at[p][k] + c);
