@@ -75,9 +75,9 @@ def check_machine(dry: bool) -> dict[str, str]:
     gpus = output_of("nvidia-smi", query, "--format=csv,noheader")
     nvcc = output_of("nvcc", "--version").split("release ")[-1].split(",")[0]
     say(f"GPU: {gpus or 'none'}; nvcc {nvcc or 'none'}; {os.cpu_count()} cores")
-    missing = [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
-    if not dry:
-        missing += [tool for tool, found in (("nvidia-smi", gpus), ("nvcc", nvcc)) if not found]
+    found = {name: shutil.which(name) for name in ("cmake", "ninja")}
+    found |= {"nvidia-smi": gpus, "nvcc": nvcc}
+    missing = [name for name, value in found.items() if not value]
     if missing and not dry:
         raise SystemExit(f"missing on PATH: {', '.join(missing)}")
     code = CHECK.format(least=SETUPTOOLS, dry=dry)

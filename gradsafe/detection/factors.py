@@ -65,7 +65,7 @@ class MatrixFactors:
             tables.append(slice_values(moments([grad], [list(refs)], axis, unsigned)))
         return torch.cat(tables)
 
-    def add_mean(self, total: Tensor, count: int, buffers: Buffers) -> None:
+    def add_mean(self, total: Tensor, count: int) -> None:
         """Add the samples' gradients over `count` to `total [R, I]` float32."""
         pairs = [(x.float(), dy.float() / count) for x, dy in self._samples()]
         x, dy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -176,7 +176,7 @@ class StackFactors:
             tables.append(slice_values(moments([grad], [[r[e] for r in refs]], axis, unsigned)))
         return self._spread(torch.cat([table.to(self.x.device) for table in tables]), axis)
 
-    def add_mean(self, total: Tensor, count: int, buffers: Buffers) -> None:
+    def add_mean(self, total: Tensor, count: int) -> None:
         """Add the samples' gradients over `count` to `total [E, R, I]` float32."""
         for e, x, dy in self._segments():
             total[e].addmm_(dy.t().float(), x.float(), alpha=1 / count)

@@ -115,7 +115,7 @@ def build_reference(
 
     def add(total: Tensor, layer: LinearLayer, factors: Factors) -> None:
         if not per_prompt:
-            factors.add_mean(total, len(items), buffers)
+            factors.add_mean(total, len(items))
             return
         assert isinstance(factors, MatrixFactors)
         for grad in factors.gradients(buffers):

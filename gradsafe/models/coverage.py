@@ -96,7 +96,7 @@ def _reason_in_block(
             return None
     if leaf.endswith("bias") and (linear_shape(owner) is not None or _has_scored(owner, scored)):
         return "bias"
-    for module in (*owners[::-1],):
+    for module in reversed(owners):
         reason = reasons.get((id(module), leaf))
         if reason is not None:
             return reason

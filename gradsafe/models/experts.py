@@ -10,13 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gradsafe.models.compat import has_gate
-
-try:
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-except ImportError:  # releases before the interface hold no fused experts that could be replaced
-    ALL_EXPERTS_FUNCTIONS = None  # type: ignore[assignment]
 
 IMPLEMENTATION = "gradsafe_capture"
 
@@ -54,9 +50,7 @@ def stacked_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
         module: Any module.
     """
     gated = has_gate(module)
-    if ALL_EXPERTS_FUNCTIONS is None or gated is None:
-        return {}
-    if not hasattr(getattr(module, "config", None), _SETTING):
+    if gated is None or not hasattr(getattr(module, "config", None), _SETTING):
         return {}
     found = {}
     for name in ("gate_up_proj" if gated else "up_proj", "down_proj"):
