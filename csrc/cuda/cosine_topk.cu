@@ -316,10 +316,8 @@ struct Buffers {
   }
 };
 
-// Whether every vector starts on a 16-byte border.
-bool starts_aligned(const CosineOperand& o) {
-  return reinterpret_cast<uintptr_t>(o.data) % kVectorBytes == 0 &&
-         o.stride * size_of(o.dtype) % kVectorBytes == 0;
+bool is_aligned(const CosineOperand& o) {
+  return starts_aligned(o.data, o.stride, size_of(o.dtype));
 }
 
 // `count` vectors from `first` on; `tile` is the type in which tiles are multiplied.
@@ -331,7 +329,7 @@ CosineOperand operand(const void* data, int64_t stride, DType dtype, DType tile,
   o.count = count;
   o.scales = scales;
   o.dtype = dtype;
-  o.direct = dtype == tile && starts_aligned(o);
+  o.direct = dtype == tile && is_aligned(o);
   return o;
 }
 
@@ -341,7 +339,7 @@ Status run_norms(const CosineOperand& from, int64_t features, double* inverses, 
   const int64_t blocks = ceil_div(from.count, kRowThreads / kWarp * kRowsAtOnce);
   return launch(&cosine_norms<T>, dim3(static_cast<unsigned>(blocks)), dim3(kRowThreads), 0, stream,
                 static_cast<const T*>(from.data), from.stride, from.count, features,
-                starts_aligned(from), inverses, scales);
+                is_aligned(from), inverses, scales);
 }
 
 Status norms(const CosineOperand& from, int64_t features, double* inverses, float* scales,
@@ -456,7 +454,7 @@ class Batch {
                                        buffers_.row_scales);
     Status status{};
     if (few_queries(p_)) {
-      const Stream stream{rows.data, rows.stride, count, p_.features, starts_aligned(rows),
+      const Stream stream{rows.data, rows.stride, count, p_.features, is_aligned(rows),
                           static_cast<int>(queries_.count), buffers_.packed,
                           buffers_.packed_stride, slab};
       status = stream_rows(stream, rows.dtype, call_.stream);

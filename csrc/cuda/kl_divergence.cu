@@ -448,11 +448,6 @@ __global__ void __launch_bounds__(kThreads) kl_ring(const __grid_constant__ Call
 }
 
 // ---- host ------------------------------------------------------------------------------------
-bool starts_aligned(const void* data, int64_t stride, int64_t rows, DType dtype) {
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
-         (rows <= 1 || stride * size_of(dtype) % kVectorBytes == 0);
-}
-
 using Kernel = void (*)(Call);
 
 struct Kernels {
@@ -509,8 +504,8 @@ Status kl_divergence_cuda(const KlProblem& p, void* stream) {
   Call call{};
   call.problem = p;
   const Kernels kernels = choose(p);
-  if (starts_aligned(p.student, p.student_stride, p.rows, p.student_dtype) &&
-      starts_aligned(p.teacher, p.teacher_stride, p.rows, p.teacher_dtype)) {
+  if (starts_aligned(p.student, p.student_stride, size_of(p.student_dtype), p.rows) &&
+      starts_aligned(p.teacher, p.teacher_stride, size_of(p.teacher_dtype), p.rows)) {
     DeviceLimits limits;
     const Status status = device_limits(limits);
     if (!status.ok()) return status;

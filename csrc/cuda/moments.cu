@@ -393,17 +393,12 @@ MomentsTiling tile(const MomentsProblem& problem, const MomentsTask& task) {
   return make_tiling(task.rows, task.cols, kTileRows, strip_cols(problem));
 }
 
-bool starts_aligned(const void* data, int64_t stride, int64_t rows, int64_t element) {
-  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
-         (rows <= 1 || stride * element % kVectorBytes == 0);
-}
-
 bool is_aligned(const MomentsProblem& problem, const MomentsTask& task, int64_t rows) {
   bool aligned =
-      starts_aligned(task.grad, task.grad_stride, rows, size_of(problem.grad_dtype));
+      starts_aligned(task.grad, task.grad_stride, size_of(problem.grad_dtype), rows);
   for (int k = 0; k < problem.num_refs; ++k) {
-    aligned = aligned && starts_aligned(task.refs[k], task.ref_strides[k], rows,
-                                        size_of(problem.ref_dtype));
+    aligned = aligned && starts_aligned(task.refs[k], task.ref_strides[k],
+                                        size_of(problem.ref_dtype), rows);
   }
   return aligned;
 }

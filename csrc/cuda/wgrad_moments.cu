@@ -372,11 +372,6 @@ struct Plan {
   int64_t slots() const { return row_tiles * col_tiles * parts; }
 };
 
-bool is_aligned(const void* data, int64_t stride, int64_t element) {
-  return reinterpret_cast<uintptr_t>(data) % kChunkBytes == 0 &&
-         stride * element % kChunkBytes == 0;
-}
-
 template <class T, class S, int K, bool kSlices>
 Status run_tiles(Batch& batch, const DeviceLimits& device, void* stream) {
   using Tile = WgradTile<T, S, K, kSlices>;
@@ -483,8 +478,8 @@ Status wgrad_moments_cuda(const WgradCudaCall& call) {
   batch.axis = p.axis;
   batch.mask = p.unsigned_dots ? 0x7fffffffu : 0xffffffffu;
   batch.num_refs = p.num_refs;
-  batch.x_aligned = is_aligned(p.x, p.x_stride, size_of(p.dtype));
-  batch.dy_aligned = is_aligned(p.dy, p.dy_stride, size_of(p.dtype));
+  batch.x_aligned = starts_aligned(p.x, p.x_stride, size_of(p.dtype));
+  batch.dy_aligned = starts_aligned(p.dy, p.dy_stride, size_of(p.dtype));
   batch.refs_direct = p.ref_dtype == p.dtype || p.ref_dtype == DType::f32;
   for (int k = 0; k < kMaxRefs; ++k) {
     const int source = k < p.num_refs ? k : 0;  // an idle one is never read
@@ -492,7 +487,7 @@ Status wgrad_moments_cuda(const WgradCudaCall& call) {
     batch.ref_strides[k] = p.ref_strides[source];
     batch.expert_bytes[k] = p.experts ? p.expert_strides[source] * size_of(p.ref_dtype) : 0;
     batch.refs_direct = batch.refs_direct && batch.expert_bytes[k] % kChunkBytes == 0 &&
-                        is_aligned(batch.refs[k], batch.ref_strides[k], size_of(p.ref_dtype));
+                        starts_aligned(batch.refs[k], batch.ref_strides[k], size_of(p.ref_dtype));
   }
   const ExpertGroups groups(p);
   ResultRows rows{};

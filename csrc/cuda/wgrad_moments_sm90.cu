@@ -10,7 +10,8 @@
 // So the path of a multiplying warpgroup is short: wait, wgmma, five instructions an entry, and two
 // stores; while it sums one sample, the other warpgroup multiplies.
 //
-// Blocks are persistent and take every so-manieth unit of work, a tile and a part of the samples.
+// Blocks are persistent: with n of them, block i works on units i, i + n, i + 2 n, ... A unit is a
+// tile and a part of the samples.
 // Every unit writes partials of its own, so the number of blocks does not enter any result.
 #include "wgrad_moments_sm90.h"
 
@@ -471,10 +472,6 @@ Status run(Batch& batch, int num_refs, int multiprocessors, void* stream) {
 
 int32_t log2_of(int64_t bytes) { return bytes == 4 ? 2 : bytes == 2 ? 1 : 0; }
 
-bool is_aligned(const void* data, int64_t stride, int64_t element) {
-  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * element % 16 == 0;
-}
-
 bool encode_maps(const WgradProblem& p, Batch& batch) {
   int64_t rows = 1, experts = 1;
   for (int64_t i = 0; i < p.samples; ++i) {
@@ -510,14 +507,14 @@ bool wgrad_sm90_takes(const WgradProblem& p, const DeviceLimits& device) {
                p.dtype != DType::f32 && p.num_refs <= kMaxRefsHere && !has_columns(p.axis) &&
                p.out_features >= kGroupRows && p.in_features >= kBoxCols &&
                p.out_features < kMost && p.in_features < kMost && p.samples > 0 &&
-               is_aligned(p.x, p.x_stride, 2) && is_aligned(p.dy, p.dy_stride, 2) &&
+               starts_aligned(p.x, p.x_stride, 2) && starts_aligned(p.dy, p.dy_stride, 2) &&
                p.x_stride >= p.in_features && p.dy_stride >= p.out_features;
   for (int k = 0; k < p.num_refs; ++k) {
     const int64_t bytes = size_of(p.ref_dtype);
     // A tensor map has no place for rows or matrices that are the same memory, as expand() makes them.
-    takes = takes && is_aligned(p.refs[k], p.ref_strides[k], bytes) &&
+    takes = takes && starts_aligned(p.refs[k], p.ref_strides[k], bytes) &&
             p.ref_strides[k] >= p.in_features &&
-            (!p.experts || (p.expert_strides[k] * bytes % 16 == 0 &&
+            (!p.experts || (p.expert_strides[k] * bytes % kVectorBytes == 0 &&
                             p.expert_strides[k] >= p.ref_strides[k]));
   }
   return takes;

@@ -74,7 +74,7 @@ BUGS = {
         rf"({ORACLE}|out of bounds|uninitialised)",
     ),
     "asynchronous copies of unaligned rows": Bug(
-        TOPK, "o.direct = dtype == tile && starts_aligned(o);", "o.direct = dtype == tile;",
+        TOPK, "o.direct = dtype == tile && is_aligned(o);", "o.direct = dtype == tile;",
         r"misaligned",
     ),
     "asynchronous copies of what needs a scale": Bug(

@@ -191,11 +191,11 @@ BUGS = {
     ),
     # ---- tensor maps ---------------------------------------------------------------------------
     "rows of x off 16-byte borders taken": Bug(
-        SM90, "is_aligned(p.x, p.x_stride, 2) && is_aligned(p.dy, p.dy_stride, 2) &&",
-        "is_aligned(p.dy, p.dy_stride, 2) &&", r"tensor map: a stride must be a multiple of 16"
+        SM90, "starts_aligned(p.x, p.x_stride, 2) && starts_aligned(p.dy, p.dy_stride, 2) &&",
+        "starts_aligned(p.dy, p.dy_stride, 2) &&", r"tensor map: a stride must be a multiple of 16"
     ),
     "references off 16-byte borders taken": Bug(
-        SM90, "takes = takes && is_aligned(p.refs[k], p.ref_strides[k], bytes) &&",
+        SM90, "takes = takes && starts_aligned(p.refs[k], p.ref_strides[k], bytes) &&",
         "takes = takes &&", r"tensor map: a stride must be a multiple of 16",
     ),
     "a width in bytes for one in elements": Bug(

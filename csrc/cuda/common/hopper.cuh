@@ -94,7 +94,7 @@ __device__ inline void wgmma_wait() {
 
 // d (+)= a^T b for a [16 kSteps, 64] and b [16 kSteps, 128], as a group of its own. Element
 // 4 n + 2 h + e of d lies at row 16 warp + 8 h + lane / 4 and column 8 n + 2 (lane % 4) + e. Without
-// `add`, d is overwritten. The rows of the next step lie `step` bytes further.
+// `add`, d is overwritten. The rows of the next step lie `bytes` further.
 #define GRADSAFE_SUMS                                                                            \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, "        \
   "%19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, "        \

@@ -133,6 +133,13 @@ __device__ inline Pack<T, N> narrow_pack(const float (&values)[M], int first = 0
 
 constexpr int kVectorBytes = 16;
 
+// Host: whether every row starts on a 16-byte border; `element` in bytes. The stride is not checked
+// where there is only one row.
+inline bool starts_aligned(const void* data, int64_t stride, int64_t element, int64_t rows = 2) {
+  return reinterpret_cast<uintptr_t>(data) % kVectorBytes == 0 &&
+         (rows <= 1 || stride * element % kVectorBytes == 0);
+}
+
 // Elements per step so that the narrower of two types fills one 16-byte load; of bytes only eight,
 // for the sake of registers.
 constexpr int64_t pack_size(int64_t a, int64_t b) {
