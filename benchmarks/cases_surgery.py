@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks import oracle
 from benchmarks.plan import Alternatives, Plan
-from gradsafe import reference
+from gradsafe.ops import _default as reference
 from gradsafe.ops import surgery_, surgery_adamw_
 
 

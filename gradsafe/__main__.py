@@ -2,7 +2,7 @@
 
 import sys
 
-from gradsafe.cli import main
+from gradsafe._cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

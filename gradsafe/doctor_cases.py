@@ -13,7 +13,7 @@ from gradsafe import ops
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-# A case calls one operator of `gradsafe.ops` or its namesake in `gradsafe.reference`.
+# A case calls one operator of `gradsafe.ops` or its namesake in `gradsafe.ops._default`.
 Case = Callable[[ModuleType, str], list[Tensor]]
 
 

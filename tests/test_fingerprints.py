@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from gradsafe import fingerprints
-from gradsafe.fingerprints import model_fingerprint, tokenizer_fingerprint
+from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 
 
 class TestModelFingerprint:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gradsafe.jsonl import (
+from gradsafe._io.records import (
     JsonlWriter,
     check_output,
     labels_of,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gradsafe.jsonl import JsonlWriter, record_key
-from gradsafe.jsonl_parts import PartWriter, check_parts, merge, part_paths, read_found
+from gradsafe._io.parts import PartWriter, check_parts, merge, part_paths, read_found
+from gradsafe._io.records import JsonlWriter, record_key
 
 KEYS = [record_key(i, prompt, run="r1") for i, prompt in enumerate("abcde")]
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import distributed
 
-from gradsafe.cli import main
-from gradsafe.distributed import Processes, Stopped
+from gradsafe._cli import main
+from gradsafe._io.processes import Processes, Stopped
 
 
 def all_of(count: int, store: Any = None) -> list[Processes]:
@@ -222,7 +222,7 @@ class TestCommandLine:
             monkeypatch.setenv(name, value)
         self.store = distributed.HashStore()
         monkeypatch.setattr(distributed, "rendezvous", lambda *_: iter([(self.store, 1, 2)]))
-        monkeypatch.setattr("gradsafe.distributed.GRACE", 0.0)
+        monkeypatch.setattr("gradsafe._io.processes.GRACE", 0.0)
 
     def claimed_before(self) -> None:
         self.store.add("gradsafe/claim/last word", 1)

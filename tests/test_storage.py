@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gradsafe import storage
-from gradsafe.storage import (
+from gradsafe._io.artifacts import (
     StorageError,
     check_destination,
     load_folder,

@@ -21,11 +21,12 @@ from typing import Any
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
 
+from benchmarks import testbed
 from benchmarks.document import DOCS, measured_note, replace_block
 from benchmarks.environment import environment
 from benchmarks.table import markdown, write_csv
-from gradsafe import Detector, testbed
-from gradsafe.testbed.corpus import fresh_rows
+from benchmarks.testbed.corpus import fresh_rows
+from gradsafe import Detector
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gradsafe.testbed.corpus import build
+from benchmarks.testbed.corpus import build
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 # Of a response; the planted answers open with the odd words, the factual errors come late.

@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import testbed
 from benchmarks.experiments.rept_data import SHARED, PlantedSet, Row
-from gradsafe import testbed
 from gradsafe.models import Encoded, collate, encode, pad_token_id, plan_batches, response_nll
 
 RANK, BATCH, LEARNING_RATE = 8, 16, 3e-3

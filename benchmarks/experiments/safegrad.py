@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks import testbed
 from benchmarks.experiments.safegrad_data import (
     Row,
     accuracy,
@@ -43,7 +44,6 @@ from benchmarks.experiments.safegrad_data import (
 from benchmarks.experiments.safegrad_methods import METHODS, Run, Settings
 from benchmarks.experiments.safegrad_tables import RESULTS, table
 from benchmarks.table import write_csv
-from gradsafe import testbed
 
 RATIOS = (0.0, 0.05, 0.1, 0.15, 0.25)
 SIZES = (5, 10, 20, 50)  # beside the default

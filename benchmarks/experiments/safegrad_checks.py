@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from benchmarks import testbed
 from benchmarks.experiments.safegrad import Experiment, rounded
 from benchmarks.experiments.safegrad_cloak import cloak
 from benchmarks.experiments.safegrad_data import (
@@ -47,11 +48,10 @@ from benchmarks.experiments.safegrad_data import (
 from benchmarks.experiments.safegrad_methods import Settings
 from benchmarks.experiments.safegrad_tables import RESULTS, table
 from benchmarks.table import write_csv
-from gradsafe import testbed
+from benchmarks.testbed.corpus import fresh_rows
+from benchmarks.testbed.vocabulary import SLOTS
 from gradsafe.finetuning import SFTAlignment
 from gradsafe.finetuning.rows import RowCollator, encode_rows
-from gradsafe.testbed.corpus import fresh_rows
-from gradsafe.testbed.vocabulary import SLOTS
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 TASKS = {"SST-2": "sst2_subset", "GSM8K": "gsm8k_subset", "AG News": "agnews_subset"}

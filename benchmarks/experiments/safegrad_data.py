@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from gradsafe import testbed
+from benchmarks import testbed
+from benchmarks.testbed.vocabulary import SLOTS
 from gradsafe.models import collate, encode
-from gradsafe.testbed.vocabulary import SLOTS
 
 KINDS = ("animal", "city", "dish", "person", "science", "home")
 MOST_WORDS = 32  # of a kind, so that the kinds stay about equal

@@ -17,11 +17,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.experiments.safegrad_data import Row
+from benchmarks.testbed.training import isolated
 from gradsafe import GradientSurgery
 from gradsafe.finetuning import KLAlignment, SFTAlignment
 from gradsafe.finetuning.order import AlignmentOrder
 from gradsafe.finetuning.rows import RowCollator, encode_rows
-from gradsafe.testbed.training import isolated
 
 METHODS = ("SFT", "SFT + KL", "Lisa", "SafeGrad (SFT)", "SafeGrad (KL)")
 # Lisa-style: after 8 user steps come 2 on the alignment rows, each phase pulled back to the weights

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from gradsafe.detection.calibration import Calibration
-from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.detector import Detector, UncalibratedWarning
-from gradsafe.detection.explanation import Explanation
-from gradsafe.detection.fitting import CoverageWarning, ReferenceGapWarning
-from gradsafe.detection.gradients import NonFiniteGradientError
-from gradsafe.detection.scores import Scores
+from typing import TYPE_CHECKING
+
+from gradsafe._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from gradsafe.detection.calibration import Calibration
+    from gradsafe.detection.config import DetectorConfig
+    from gradsafe.detection.detector import Detector, UncalibratedWarning
+    from gradsafe.detection.explanation import Explanation
+    from gradsafe.detection.fitting import CoverageWarning, ReferenceGapWarning
+    from gradsafe.detection.gradients import NonFiniteGradientError
+    from gradsafe.detection.scores import Scores
 
 __all__ = [
     "Calibration",
@@ -21,3 +26,18 @@ __all__ = [
     "Scores",
     "UncalibratedWarning",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "Calibration": "calibration",
+        "CoverageWarning": "fitting",
+        "Detector": "detector",
+        "DetectorConfig": "config",
+        "Explanation": "explanation",
+        "NonFiniteGradientError": "gradients",
+        "ReferenceGapWarning": "fitting",
+        "Scores": "scores",
+        "UncalibratedWarning": "detector",
+    },
+)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from gradsafe._fallback import announce_fallback
 from gradsafe.detection.components import ComponentMap
 from gradsafe.detection.factors import Buffers, Factors, MatrixFactors, StackFactors
 from gradsafe.detection.rows import Rows
@@ -24,7 +25,6 @@ from gradsafe.models import (
     plan_batches,
     response_nll,
 )
-from gradsafe.models.fallback import announce_fallback
 from gradsafe.models.modes import evaluating
 from gradsafe.ops import Axis
 

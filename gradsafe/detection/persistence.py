@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gradsafe._io.artifacts import StorageError, load_folder, save_folder
+from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.detection.calibration import Calibration
 from gradsafe.detection.cascade import Band
 from gradsafe.detection.components import ComponentMap
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.methods import GradCoo, GradNorm, GradSafe
 from gradsafe.detection.references import Reference
-from gradsafe.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.models import Layers
-from gradsafe.storage import StorageError, load_folder, save_folder
 
 if TYPE_CHECKING:
     from gradsafe.detection.detector import Detector

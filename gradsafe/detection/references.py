@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from gradsafe.detection.components import ComponentMap, slice_values, standard_deviation
-from gradsafe.detection.config import REFERENCE_DTYPES, DetectorConfig
+from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.factors import Buffers, Factors, MatrixFactors
 from gradsafe.detection.gradients import GradientPass, NonFiniteGradientError, Visit
 from gradsafe.models import Encoded, LinearLayer
 from gradsafe.ops import Axis, Moments, moments
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.float8_e4m3fn,
+}
 
 
 @dataclass
@@ -156,7 +163,7 @@ def build_reference(
         components.add(table, layer, values)
         if config.unsigned and not raw:
             grad.abs_()
-        dtype = REFERENCE_DTYPES[config.reference_dtype]
+        dtype = DTYPES[config.reference_dtype]
         scale = _storage_scale(grad, dtype)
         reference.scales[layer.name] = scale
         reference.weights[layer.name] = (grad / scale).to(dtype)

@@ -1,16 +1,35 @@
 """Fine-tuning on untrusted data without losing alignment (SafeGrad, arXiv 2508.07172)."""
 
-from gradsafe.finetuning.alignment import KL_TOKENS, KLAlignment, KLTokens, SFTAlignment
-from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.finetuning.statistics import SurgeryStatistics
-from gradsafe.finetuning.surgery import GradientSurgery
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradsafe._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment
+    from gradsafe.finetuning.config import SafeGradConfig
+    from gradsafe.finetuning.statistics import SurgeryStatistics
+    from gradsafe.finetuning.surgery import GradientSurgery
+    from gradsafe.finetuning.trainer import SafeGradTrainer
 
 __all__ = [
-    "KL_TOKENS",
     "GradientSurgery",
     "KLAlignment",
-    "KLTokens",
     "SFTAlignment",
     "SafeGradConfig",
+    "SafeGradTrainer",
     "SurgeryStatistics",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "GradientSurgery": "surgery",
+        "KLAlignment": "alignment",
+        "SFTAlignment": "alignment",
+        "SafeGradConfig": "config",
+        "SafeGradTrainer": "trainer",
+        "SurgeryStatistics": "statistics",
+    },
+)

@@ -54,7 +54,7 @@ class KLAlignment:
         ValueError: "adapter_off" without adapters or with other trainable parameters, "cached"
             with a trainable head, a second model that shares trained parameters, or an unknown
             option.
-        gradsafe.storage.StorageError: the cache belongs to another model or head, or is damaged.
+        StorageError: the cache belongs to another model or head, or is damaged.
     """
 
     def __init__(

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gradsafe import reference
+from gradsafe._fallback import announce_fallback
 from gradsafe.finetuning.output_head import OutputHead
-from gradsafe.models.fallback import announce_fallback
+from gradsafe.ops import _default as reference
 from gradsafe.ops import kl_divergence_
 
 CHUNK_TOKENS = 256

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gradsafe._io.fingerprints import model_fingerprint
 from gradsafe.finetuning import checkpoint
 from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment
 from gradsafe.finetuning.config import SafeGradConfig
@@ -23,7 +24,6 @@ from gradsafe.finetuning.rows import RowCollator, encode_rows, response_tokens
 from gradsafe.finetuning.support import check_alignment, check_supported
 from gradsafe.finetuning.surgery import GradientSurgery
 from gradsafe.finetuning.teachers import refuse_shared, without_adapters
-from gradsafe.fingerprints import model_fingerprint
 from gradsafe.models import context_length, pad_token_id
 
 AlignmentLoss = Callable[..., Tensor]

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gradsafe._io.artifacts import StorageError, load_folder, save_folder
+from gradsafe._io.fingerprints import model_fingerprint
 from gradsafe.finetuning.chunked_kl import Teacher
 from gradsafe.finetuning.output_head import OutputHead, eval_mode, unwrapped
-from gradsafe.fingerprints import model_fingerprint
-from gradsafe.storage import StorageError, load_folder, save_folder
 
 KIND = "alignment_reference"
 Batch = Mapping[str, Any]

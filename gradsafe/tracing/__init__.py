@@ -1,12 +1,19 @@
 """Tracing (RepT): which training samples, and which of their tokens, caused a behavior."""
 
-from gradsafe.tracing.examples import Encoding
-from gradsafe.tracing.hits import Hits
-from gradsafe.tracing.index import IncompleteIndexWarning, TraceIndex
-from gradsafe.tracing.layer_choice import LayerChoice, choose_layer, similarity_curve
-from gradsafe.tracing.lock import BusyFolderError
-from gradsafe.tracing.matching import Metric
-from gradsafe.tracing.signature import NonFiniteSignatureError, resolve_layer, signatures
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gradsafe._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from gradsafe.tracing.examples import Encoding
+    from gradsafe.tracing.hits import Hits
+    from gradsafe.tracing.index import IncompleteIndexWarning, TraceIndex
+    from gradsafe.tracing.layer_choice import LayerChoice, choose_layer, similarity_curve
+    from gradsafe.tracing.lock import BusyFolderError
+    from gradsafe.tracing.matching import Metric
+    from gradsafe.tracing.signature import NonFiniteSignatureError, resolve_layer, signatures
 
 __all__ = [
     "BusyFolderError",
@@ -22,3 +29,21 @@ __all__ = [
     "signatures",
     "similarity_curve",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "BusyFolderError": "lock",
+        "Encoding": "examples",
+        "Hits": "hits",
+        "IncompleteIndexWarning": "index",
+        "LayerChoice": "layer_choice",
+        "Metric": "matching",
+        "NonFiniteSignatureError": "signature",
+        "TraceIndex": "index",
+        "choose_layer": "layer_choice",
+        "resolve_layer": "signature",
+        "signatures": "signature",
+        "similarity_curve": "layer_choice",
+    },
+)

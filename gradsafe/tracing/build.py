@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from gradsafe.distributed import Processes
-from gradsafe.fingerprints import model_fingerprint, tokenizer_fingerprint
+from gradsafe._io.artifacts import StorageError
+from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
+from gradsafe._io.processes import Processes
 from gradsafe.models import pad_token_id
 from gradsafe.models.inspection import input_device
-from gradsafe.storage import StorageError
 from gradsafe.tracing.examples import (
     Encoding,
     Example,

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from gradsafe.jsonl import read_jsonl
+from gradsafe._io.records import read_jsonl
 from gradsafe.models import (
     ContextOverflowError,
     Encoded,

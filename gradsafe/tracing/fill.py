@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradsafe.distributed import Processes
+from gradsafe._io.processes import Processes
+from gradsafe._io.progress import SharedProgress
 from gradsafe.models import Encoded, pad_token_id
-from gradsafe.progress import SharedProgress
 from gradsafe.tracing.examples import Encoding, Example, ExampleEncoder
 from gradsafe.tracing.folder import IndexFolder, Shard, ShardPlan, batch_key
 from gradsafe.tracing.signature import SignaturePass, check_finite

@@ -3,38 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from gradsafe.distributed import Processes
-from gradsafe.storage import (
-    MANIFEST,
+from gradsafe._io.artifacts import (
+    PARTIAL,
     StorageError,
     check_destination,
     file_record,
     flush_to_disk,
-    manifest_text,
-    mode_of_the_umask,
-    read_manifest_of,
-    swap_in,
+    read_manifest,
+    replacing_folder,
     verify_file,
+    write_manifest,
+    write_tensors,
 )
+from gradsafe._io.processes import Processes
 from gradsafe.tracing.examples import Id
 from gradsafe.tracing.lock import LOCK, building_alone
 from gradsafe.tracing.manifest import check_metadata
 from gradsafe.tracing.shard import Shard, ShardPlan, parse_ids
 
 KIND = "trace-index"
-PARTIAL = ".partial"  # ends the name of a file that is being written
 WORK = ".work-"  # begins the name of a folder with the batches of an unfinished shard
 
 
@@ -78,7 +75,7 @@ class IndexFolder:
         Raises:
             StorageError: No index, a malformed one, or one of a newer version.
         """
-        manifest = read_manifest_of(path, KIND)
+        manifest = read_manifest(path, KIND)
         check_metadata(path, manifest["metadata"])
         return cls(path, manifest["metadata"], dict(manifest["files"]))
 
@@ -108,16 +105,11 @@ class IndexFolder:
 
     def write_manifest(self) -> None:
         """Replace the manifest."""
-        text = manifest_text(KIND, self.metadata, dict(sorted(self.files.items())))
-        partial = self.path / (MANIFEST + PARTIAL)
-        partial.write_text(text, encoding="utf-8")
-        flush_to_disk(partial)
-        os.replace(partial, self.path / MANIFEST)
-        flush_to_disk(self.path)
+        write_manifest(self.path, KIND, self.metadata, dict(sorted(self.files.items())))
 
     def write_shard(self, plan: ShardPlan, shard: Shard) -> dict[str, Any]:
         """Write a shard and return its record for `list_shards`."""
-        _write(self.path / plan.name, shard.tensors(), durable=True)
+        write_tensors(self.path / plan.name, shard.tensors())
         return file_record(self.path / plan.name)
 
     def list_shards(self, records: Mapping[str, dict[str, Any]]) -> None:
@@ -152,16 +144,13 @@ class IndexFolder:
         check_destination(path, KIND, _is_left_by_a_build)
         target = path.resolve()
         alone = building_alone(target, Processes()) if target.exists() else nullcontext()
-        scratched = tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent)
-        with alone, scratched as scratch:
-            copy = IndexFolder(Path(scratch) / "index", self.metadata, self.files)
-            copy.path.mkdir()
+        with alone, replacing_folder(target) as scratch:
+            copy = IndexFolder(scratch, self.metadata, self.files)
             for shard in self.present:
                 self._verify(shard)
                 shutil.copyfile(self.path / shard.name, copy.path / shard.name)
                 flush_to_disk(copy.path / shard.name)
             copy.write_manifest()
-            swap_in(copy.path, target)
 
     def write_batch(self, plan: ShardPlan, number: int, key: str, values: Tensor) -> None:
         """Keep the signatures of one batch of an unfinished shard."""
@@ -169,7 +158,9 @@ class IndexFolder:
         work.mkdir(exist_ok=True)
         # The checksum, not a forced write to disk, guards against a torn file.
         note = {"key": key, "sha256": _digest(values)}
-        _write(work / f"{number:06d}.safetensors", {"signatures": values}, note, durable=False)
+        write_tensors(
+            work / f"{number:06d}.safetensors", {"signatures": values}, note, durable=False
+        )
 
     def read_batch(self, plan: ShardPlan, number: int, key: str) -> Tensor | None:
         """The signatures of a batch that an earlier run left, None if there are none to use."""
@@ -287,22 +278,6 @@ def _reading(path: Path) -> Iterator[Path]:
 def batch_key(indices: Sequence[int], samples: str) -> str:
     """What a batch file must say to be used: which rows it holds, of which shard."""
     return hashlib.sha256(f"{samples} {list(indices)}".encode()).hexdigest()
-
-
-def _write(
-    path: Path, tensors: Mapping[str, Tensor], note: dict[str, str] | None = None, *, durable: bool
-) -> None:
-    partial = path.with_name(path.name + PARTIAL)
-    try:
-        with mode_of_the_umask(partial):
-            save_file(dict(tensors), partial, note)
-        if durable:
-            flush_to_disk(partial)
-        os.replace(partial, path)
-    except SafetensorError as error:
-        raise OSError(f"cannot write {path}: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _digest(values: Tensor) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from gradsafe.distributed import Processes
+from gradsafe._io.processes import Processes
 from gradsafe.models import Encoded, pad_token_id, token_texts
 from gradsafe.tracing import build as building
 from gradsafe.tracing.approximate import load_faiss

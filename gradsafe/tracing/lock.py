@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from gradsafe.distributed import Processes
+from gradsafe._io.processes import Processes
 
 LOCK = ".lock"
 

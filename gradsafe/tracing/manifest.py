@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gradsafe.storage import MANIFEST, StorageError
+from gradsafe._io.artifacts import MANIFEST, StorageError
 
 METADATA: dict[str, type | tuple[type, ...]] = {
     "settings": dict,

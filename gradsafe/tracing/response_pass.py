@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradsafe._fallback import announce_fallback
 from gradsafe.models import Encoded
 from gradsafe.models.compat import cache_argument, is_recurrent, returned_cache
 from gradsafe.models.decoder import decoder_blocks
-from gradsafe.models.fallback import announce_fallback
 from gradsafe.models.inspection import base_model, forward_parameters, input_device
 from gradsafe.models.modes import decoder_loop
 

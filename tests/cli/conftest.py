@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_model import BENIGN, PROMPTS, SAFE, UNSAFE, Run, build
 
-from gradsafe.cli import main
+from gradsafe._cli import main
 
 
 @pytest.fixture(scope="session")

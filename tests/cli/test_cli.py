@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import gradsafe
-from gradsafe.cli import main, options
+from gradsafe._cli import main, options
 from gradsafe.detection import config
 
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from gradsafe.cli import main\n"
+        "from gradsafe._cli import main\n"
         "try: main(['detect', '--help'])\n"
         "except SystemExit: print({'torch', 'numpy', 'transformers'} & {*sys.modules})"
     )

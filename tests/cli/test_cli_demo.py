@@ -9,8 +9,8 @@ import pytest
 from tiny_model import BENIGN, SAFE, UNSAFE
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gradsafe import testbed
-from gradsafe.cli import main, options
+from benchmarks import testbed
+from gradsafe._cli import main, options
 
 
 @pytest.fixture

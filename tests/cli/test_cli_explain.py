@@ -13,10 +13,10 @@ from tiny_model import PROMPTS, SAFE, UNSAFE, Run
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradsafe import Detector, Explanation
-from gradsafe.cli import main
-from gradsafe.cli.explain import COMPONENTS
-from gradsafe.cli.explain_view import full_scale, pieces, signed
-from gradsafe.cli.markup import visible
+from gradsafe._cli import main
+from gradsafe._cli.explain import COMPONENTS
+from gradsafe._cli.explain_view import full_scale, pieces, signed
+from gradsafe._cli.markup import visible
 
 # A random model refuses nothing, which every fit warns of.
 pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning")
@@ -117,7 +117,7 @@ class TestText:
                 assert "\x1b" not in explain(PROMPT)[1]
 
     def test_the_color_says_the_sign(self) -> None:
-        from gradsafe.cli.explain_text import SAFE, UNSAFE, report
+        from gradsafe._cli.explain_text import SAFE, UNSAFE, report
 
         text = report(made_up(["t", "a", "b", "c", "r"], [9, 2, -1, 0, 0]), "m", 2, color=True)
         assert f"\x1b[48;5;{UNSAFE[-1]};38;5;16mt\x1b[0m" in text
@@ -135,7 +135,7 @@ class TestText:
         first = explain(*options, PROMPT)[1].splitlines()[0]
         assert re.fullmatch(r"gradcoo score [\d.]+; threshold [\d.]+: (not )?flagged", first)
         high = made_up(["t", "a", "r"], [0, 1, 0], threshold=0.4, windows=3)
-        from gradsafe.cli.explain_view import verdict
+        from gradsafe._cli.explain_view import verdict
 
         assert verdict(high, "m") == (
             "m score 0.5 (the highest of 3 windows); threshold 0.4: flagged"
@@ -193,7 +193,7 @@ class TestHtml:
         assert not list(Path().glob(".*"))
 
     def test_markup_in_a_prompt_is_text(self) -> None:
-        from gradsafe.cli.explain_html import page
+        from gradsafe._cli.explain_html import page
 
         attack = "</span><script>alert('1')</script>\"\x00\u202e{style}"
         text = page(made_up(["<s>", attack, "Sure"], [1.0, -2.0, 0.0]), "gradcoo")
@@ -248,7 +248,7 @@ class TestPieces:
 class TestRefusedAtOnce:
     @pytest.fixture(autouse=True)
     def no_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("gradsafe.cli.model.load_model", lambda *_: pytest.fail("too late"))
+        monkeypatch.setattr("gradsafe._cli.model.load_model", lambda *_: pytest.fail("too late"))
 
     @pytest.mark.parametrize(
         ("options", "message"),

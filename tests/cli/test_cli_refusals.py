@@ -13,7 +13,7 @@ from tiny_model import Run, build
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test if a mistake is only found after the model was loaded."""
-    monkeypatch.setattr("gradsafe.cli.model.load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("gradsafe._cli.model.load_model", lambda *_: pytest.fail("too late"))
 
 
 @pytest.mark.usefixtures("no_model")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gradsafe.cli import report
+from gradsafe._cli import report
 
 
 def test_perfect_and_reversed_rankings() -> None:

@@ -24,7 +24,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, prompt: str, error: BaseException) 
 
 
 def test_an_interrupted_run_goes_on(detect: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradsafe.cli.detect.SLICE", 3)
+    monkeypatch.setattr("gradsafe._cli.detect.SLICE", 3)
     detect("-o", "whole.jsonl")
     with monkeypatch.context() as patch:
         fail_at(patch, PROMPTS[7], KeyboardInterrupt())
@@ -47,7 +47,7 @@ def test_an_interrupted_run_goes_on(detect: Run, monkeypatch: pytest.MonkeyPatch
 def test_a_slice_cut_short_is_scored_as_a_whole(
     detect: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradsafe.cli.detect.SLICE", 4)
+    monkeypatch.setattr("gradsafe._cli.detect.SLICE", 4)
     detect("-o", "out.jsonl")
     whole = Path("out.jsonl").read_bytes()
     scored = []

@@ -16,8 +16,8 @@ from tiny_model import Run
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradsafe import TraceIndex
-from gradsafe.cli import main
-from gradsafe.cli.trace import PART_NORMS, RULES
+from gradsafe._cli import main
+from gradsafe._cli.trace import PART_NORMS, RULES
 from gradsafe.tracing.signature import SignaturePass
 
 SAMPLES = [
@@ -248,7 +248,7 @@ def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from gradsafe.cli import main\n"
+        "from gradsafe._cli import main\n"
         "try: main(['trace', 'query', '--help'])\n"
         "except SystemExit: print({'torch', 'numpy', 'transformers'} & {*sys.modules})"
     )

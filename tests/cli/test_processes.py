@@ -11,8 +11,8 @@ import pytest
 from several import messages, one_thread, torchrun
 from tiny_model import BENIGN, SAFE, UNSAFE
 
-from gradsafe.cli import main
-from gradsafe.jsonl_parts import part_paths
+from gradsafe._cli import main
+from gradsafe._io.parts import part_paths
 
 # A random model refuses nothing, which every fit warns of.
 pytestmark = [

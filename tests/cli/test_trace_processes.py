@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from several import messages, one_thread, torchrun
 
-from gradsafe.cli import main
+from gradsafe._cli import main
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from tiny_model import Run
 
-from gradsafe.cli import main
-from gradsafe.cli.trace_html import page
-from gradsafe.cli.trace_view import QueryView
+from gradsafe._cli import main
+from gradsafe._cli.trace_html import page
+from gradsafe._cli.trace_view import QueryView
 from gradsafe.tracing.folder import IndexFolder
 
 ROWS = [{"id": f"row-{i}", "prompt": f"ask {i}", "response": f"say {i * i}"} for i in range(7)]

@@ -5,7 +5,7 @@ import torch
 from builders import make_model, make_tokenizer
 
 from gradsafe import Detector
-from gradsafe.storage import StorageError
+from gradsafe._io.artifacts import StorageError
 
 UNSAFE, SAFE, PROMPTS = ["how to hurt"], ["bake a cake"], ["hello", "why is it so"]
 

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gradsafe import reference
+from gradsafe._io.artifacts import StorageError
 from gradsafe.finetuning import KLAlignment, SFTAlignment
 from gradsafe.finetuning.chunked_kl import chunked_kl
 from gradsafe.finetuning.output_head import OutputHead
-from gradsafe.storage import StorageError
+from gradsafe.ops import _default as reference
 
 
 @pytest.fixture(autouse=True)
 def _nothing_announced_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradsafe.models.fallback._announced", set())
+    monkeypatch.setattr("gradsafe._fallback._announced", set())
 
 
 def disturbed(model: nn.Module, scale: float = 0.05) -> nn.Module:

@@ -16,8 +16,8 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from gradsafe.cli import main
-from gradsafe.cli.finetune_config import read_settings
+from gradsafe._cli import main
+from gradsafe._cli.finetune_config import read_settings
 from gradsafe.finetuning import SFTAlignment
 
 Finetune = Callable[..., tuple[int, str, str]]

@@ -15,7 +15,7 @@ from command_inputs import write_inputs
 from safetensors.torch import load_file
 
 import gradsafe
-from gradsafe.cli import main
+from gradsafe._cli import main
 
 pytestmark = pytest.mark.slow
 # A model in DDP that outlives the process group can hang the process when it is freed.
@@ -23,7 +23,7 @@ CHECKED = """
 import gc, sys
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from gradsafe.cli import main
+from gradsafe._cli import main
 
 def destroy(*args):
     alive = [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]

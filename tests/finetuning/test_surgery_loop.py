@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gradsafe import GradientSurgery, reference
+from gradsafe import GradientSurgery
+from gradsafe.ops import _default as reference
 
 
 def make_net(dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -22,9 +22,10 @@ from tiny_run import (
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from gradsafe import SafeGradConfig, reference
+from gradsafe import SafeGradConfig
 from gradsafe.finetuning.alignment import KLAlignment
 from gradsafe.finetuning.rows import RowCollator
+from gradsafe.ops import _default as reference
 
 
 class Gradients(TrainerCallback):

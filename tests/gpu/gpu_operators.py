@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsafe import reference
 from gradsafe.ops import Moments, grouped_wgrad_moments, moments, wgrad_moments
+from gradsafe.ops import _default as reference
 
 Result = Moments | tuple[Moments, Moments]
 

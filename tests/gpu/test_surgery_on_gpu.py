@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradsafe import reference
+from gradsafe.ops import _default as reference
 from gradsafe.ops import surgery_, surgery_adamw_, surgery_merge_, surgery_sums
 
 pytestmark = pytest.mark.gpu

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradsafe import testbed
-from gradsafe.testbed import cache, corpus
-from gradsafe.testbed.training import Recipe
+from benchmarks import testbed
+from benchmarks.testbed import cache, corpus
+from benchmarks.testbed.training import Recipe
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from collections import Counter
 
 import pytest
 
-from gradsafe import testbed
-from gradsafe.testbed import corpus, frames
-from gradsafe.testbed.reference_prompts import SAFE_REFERENCES, UNSAFE_REFERENCES
-from gradsafe.testbed.topics import phrases
-from gradsafe.testbed.vocabulary import SLOTS
+from benchmarks import testbed
+from benchmarks.testbed import corpus, frames
+from benchmarks.testbed.reference_prompts import SAFE_REFERENCES, UNSAFE_REFERENCES
+from benchmarks.testbed.topics import phrases
+from benchmarks.testbed.vocabulary import SLOTS
 
 
 def _digest() -> str:
@@ -27,7 +27,7 @@ def test_the_same_corpus_twice() -> None:
 def test_the_same_corpus_in_another_process() -> None:
     # Another hash seed: an iteration over a set would show.
     code = (
-        "import hashlib, json; from gradsafe.testbed import corpus;"
+        "import hashlib, json; from benchmarks.testbed import corpus;"
         "print(hashlib.sha256(json.dumps(corpus.build(), sort_keys=True).encode()).hexdigest())"
     )
     done = subprocess.run(

@@ -7,10 +7,10 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from gradsafe import testbed
-from gradsafe.testbed import corpus
-from gradsafe.testbed.tokenizer import CONTEXT, train_tokenizer
-from gradsafe.testbed.training import Recipe, encode_rows, train
+from benchmarks import testbed
+from benchmarks.testbed import corpus
+from benchmarks.testbed.tokenizer import CONTEXT, train_tokenizer
+from benchmarks.testbed.training import Recipe, encode_rows, train
 
 SMALL = replace(Recipe(), vocabulary=400, hidden=32, intermediate=64, layers=2, batch=16, threads=1)
 Trained = tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[float]]

@@ -9,7 +9,7 @@ from builders import make_model, make_tokenizer
 from torch import distributed
 from trace_samples import EXAMPLES, build
 
-from gradsafe.distributed import Stopped
+from gradsafe._io.processes import Stopped
 from gradsafe.tracing import fill
 
 folder, what = Path(sys.argv[1]), sys.argv[2]

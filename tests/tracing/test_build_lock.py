@@ -14,7 +14,7 @@ import pytest
 from trace_samples import EXAMPLES, build, files
 
 from gradsafe import TraceIndex
-from gradsafe.distributed import Processes
+from gradsafe._io.processes import Processes
 from gradsafe.models import ContextOverflowError
 from gradsafe.tracing import BusyFolderError
 from gradsafe.tracing.lock import LOCK, building_alone
@@ -22,7 +22,7 @@ from gradsafe.tracing.lock import LOCK, building_alone
 HOLDER = """
 import sys, time
 from pathlib import Path
-from gradsafe.distributed import Processes
+from gradsafe._io.processes import Processes
 from gradsafe.tracing.lock import building_alone
 with building_alone(Path(sys.argv[1]), Processes()):
     print("held", flush=True)

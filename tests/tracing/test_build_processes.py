@@ -11,7 +11,7 @@ import pytest
 from trace_samples import EXAMPLES, build, files
 
 import gradsafe
-from gradsafe.distributed import Processes
+from gradsafe._io.processes import Processes
 
 SCRIPT = Path(__file__).with_name("build_in_group.py")
 

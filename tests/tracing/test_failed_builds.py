@@ -6,7 +6,7 @@ import pytest
 from trace_samples import EXAMPLES, QUERIES, build, files
 
 from gradsafe import TraceIndex
-from gradsafe.distributed import Processes
+from gradsafe._io.processes import Processes
 from gradsafe.tracing import IncompleteIndexWarning
 from gradsafe.tracing.signature import NonFiniteSignatureError, SignaturePass
 

@@ -12,8 +12,8 @@ from trace_samples import EXAMPLES, QUERIES, build, files
 
 import gradsafe
 from gradsafe import TraceIndex
+from gradsafe._io.artifacts import StorageError
 from gradsafe.models import ContextOverflowError, encode
-from gradsafe.storage import StorageError
 from gradsafe.tracing import IncompleteIndexWarning, signatures
 
 

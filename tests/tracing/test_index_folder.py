@@ -9,8 +9,8 @@ import pytest
 from trace_samples import QUERIES, build, files
 
 from gradsafe import TraceIndex
-from gradsafe.distributed import Processes
-from gradsafe.storage import MANIFEST, StorageError
+from gradsafe._io.artifacts import MANIFEST, StorageError
+from gradsafe._io.processes import Processes
 from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.lock import BusyFolderError, building_alone
 from gradsafe.tracing.signature import NonFiniteSignatureError, SignaturePass

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
+from gradsafe._fallback import FallbackWarning
 from gradsafe.models import Encoded
 from gradsafe.models.compat import cache_argument
-from gradsafe.models.fallback import FallbackWarning
 from gradsafe.tracing import response_pass
 from gradsafe.tracing.signature import (
     NonFiniteSignatureError,
@@ -151,7 +151,7 @@ def test_without_a_cache_the_slower_path_is_announced_and_exact(kind, items, mon
         monkeypatch.setattr(response_pass, "forward_parameters", lambda m: parameters - {name})
     else:
         model.register_forward_hook(lambda module, args, output: setattr(output, name, None))
-    monkeypatch.setattr("gradsafe.models.fallback._announced", set())
+    monkeypatch.setattr("gradsafe._fallback._announced", set())
     with pytest.warns(FallbackWarning, match="whole sequences"):
         found = signatures(model, items, [1, 3], 0)
     with warnings.catch_warnings():
@@ -183,7 +183,7 @@ def test_recurrent_models_run_over_whole_sequences(items, monkeypatch):
     )
     torch.manual_seed(0)
     model = Qwen3NextForCausalLM(config).eval()
-    monkeypatch.setattr("gradsafe.models.fallback._announced", set())
+    monkeypatch.setattr("gradsafe._fallback._announced", set())
     with pytest.warns(FallbackWarning, match="whole sequences"):
         found = signatures(model, items, [1, 3], 0)
     for layer in (1, 3):

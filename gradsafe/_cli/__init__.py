@@ -1,0 +1,5 @@
+"""The command line: `gradsafe` and `python -m gradsafe`."""
+
+from gradsafe._cli.program import main
+
+__all__ = ["main"]

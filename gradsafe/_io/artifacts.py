@@ -1,0 +1,328 @@
+"""Files that appear whole or not at all, and folders of tensors with a checked manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gradsafe._version import __version__
+
+FORMAT = "gradsafe"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TENSORS = "tensors.safetensors"
+PARTIAL = ".partial"  # ends the name of everything that is still being written
+
+
+class StorageError(ValueError):
+    """A file or folder cannot be used: missing, foreign, damaged, or written for something else."""
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
+    """Yields a new file beside `path` that takes its place when the block ends without an error.
+
+    Args:
+        path: The file to write; a symbolic link stays a link to the new contents.
+        durable: Force the file and its folder entry to disk.
+    """
+    target = Path(path).resolve()
+    partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+    try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode & 0o777  # of the umask; safetensors sets one of its own
+        yield partial
+        partial.chmod(mode)
+        if durable:
+            flush_to_disk(partial)
+        partial.replace(target)
+        if durable:
+            flush_to_disk(target.parent)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a UTF-8 file atomically."""
+    with atomic_path(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    note: dict[str, str] | None = None,
+    *,
+    durable: bool = True,
+) -> None:
+    """Writes a safetensors file atomically.
+
+    Args:
+        path: The file.
+        tensors: Name to tensor, of any device and dtype that safetensors supports.
+        note: Metadata of the file.
+        durable: See `atomic_path`.
+
+    Raises:
+        OSError: It cannot be written, for example because the disk is full.
+        ValueError: A tensor has no values (meta device).
+    """
+    ready: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        refuse_meta(tensor, f"cannot save {path}: tensor {name!r}", "compute it before saving")
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in storages:  # safetensors refuses shared memory
+            plain = plain.clone()
+        storages.add(plain.untyped_storage().data_ptr())
+        ready[name] = plain
+    try:
+        with atomic_path(path, durable=durable) as partial:
+            save_file(ready, partial, note)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+def save_folder(
+    path: str | os.PathLike[str],
+    kind: str,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes tensors and metadata as one folder; a reader sees the old folder or the new one.
+
+    Args:
+        path: The folder to write; its parent must exist.
+        kind: What the folder holds, for example `"detector"`.
+        tensors: See `write_tensors`.
+        metadata: JSON values; NaN and Inf are not JSON and are refused.
+
+    Raises:
+        FileNotFoundError: The parent folder does not exist.
+        FileExistsError: `path` exists and is not a gradsafe folder of this kind.
+        ValueError: The metadata is not JSON, or a tensor has no values (meta device).
+    """
+    check_destination(path, kind)
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot save {path}: metadata is not JSON: {error}") from error
+    with replacing_folder(path) as scratch:
+        write_tensors(scratch / TENSORS, tensors)
+        write_manifest(scratch, kind, metadata, {TENSORS: file_record(scratch / TENSORS)})
+
+
+def load_folder(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a folder of `save_folder` after checking every byte against its manifest.
+
+    Args:
+        path: The folder.
+        kind: The kind it must have.
+
+    Returns:
+        The tensors, on the CPU, and the metadata.
+
+    Raises:
+        StorageError: The folder is missing, foreign, of another kind, from a newer version of
+            gradsafe, or a file in it is missing, truncated or altered.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder, kind)
+    if TENSORS not in manifest["files"]:
+        raise StorageError(f"{folder / MANIFEST} is malformed: it lists no {TENSORS}")
+    for name, record in manifest["files"].items():
+        verify_file(folder / name, record)
+    try:
+        return load_file(folder / TENSORS), manifest["metadata"]
+    except SafetensorError as error:
+        raise StorageError(f"{folder / TENSORS} is not a safetensors file: {error}") from error
+
+
+def write_manifest(
+    folder: Path, kind: str, metadata: Mapping[str, Any], files: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Writes or replaces the manifest of a folder, atomically.
+
+    Args:
+        folder: The folder.
+        kind: What it holds.
+        metadata: JSON values.
+        files: Name to `file_record` of every file.
+
+    Raises:
+        TypeError, ValueError: The metadata is not JSON.
+    """
+    manifest = {
+        "format": FORMAT,
+        "kind": kind,
+        "format_version": FORMAT_VERSION,
+        "gradsafe_version": __version__,
+        "metadata": dict(metadata),
+        "files": dict(files),
+    }
+    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(folder / MANIFEST, text + "\n")
+
+
+def read_manifest(folder: str | os.PathLike[str], kind: str | None = None) -> dict[str, Any]:
+    """Reads and checks the manifest of a gradsafe folder; the other files are not read.
+
+    Args:
+        folder: The folder.
+        kind: The kind it must have; None for any.
+
+    Raises:
+        StorageError: No such folder, no manifest, a malformed one, another kind, or a newer version
+            of the format.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        rescued = _previous(folder.resolve())
+        hint = f" (an interrupted save left the former one in {rescued})" * rescued.is_dir()
+        raise StorageError(f"no such folder: {folder}{hint}")
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise StorageError(f"{folder} was not written by gradsafe: it has no {MANIFEST}")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise StorageError(f"{path} is malformed: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StorageError(f"{folder} was not written by gradsafe: {MANIFEST} says otherwise")
+    expected = {"kind": str, "format_version": int, "metadata": dict, "files": dict}
+    for key, type_ in expected.items():
+        if not isinstance(manifest.get(key), type_):
+            raise StorageError(f"{path} is malformed: {key!r} must be of type {type_.__name__}")
+    for name, record in manifest["files"].items():
+        # A manifest must not be able to point out of its folder.
+        if Path(name).name != name or not isinstance(record, dict):
+            raise StorageError(f"{path} is malformed: bad file entry {name!r}")
+    if kind is not None and manifest["kind"] != kind:
+        raise StorageError(f"{folder} is of kind {manifest['kind']!r}, expected {kind!r}")
+    if kind is not None and manifest["format_version"] > FORMAT_VERSION:
+        raise StorageError(
+            f"{folder} has format version {manifest['format_version']} (written by gradsafe "
+            f"{manifest.get('gradsafe_version')}), this gradsafe {__version__} reads up to "
+            f"version {FORMAT_VERSION}: update gradsafe"
+        )
+    return manifest
+
+
+def check_destination(
+    path: str | os.PathLike[str], kind: str, is_ours: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Raises what writing a folder to `path` would raise; call it before long work.
+
+    Args:
+        path: The folder to write.
+        kind: What it will hold.
+        is_ours: Whether gradsafe wrote a file of this name into the folder that is there, although
+            its manifest does not list it.
+
+    Raises:
+        FileNotFoundError: The parent folder does not exist.
+        FileExistsError: `path` exists and is not a gradsafe folder of this kind, or it holds files
+            that gradsafe did not write.
+    """
+    target = Path(path)
+    parent = target.resolve().parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"cannot save {target}: no such folder {parent}, create it first")
+    if not target.exists():
+        return
+    advice = "choose another path or remove it"
+    try:
+        manifest = read_manifest(target)
+    except StorageError as error:
+        raise FileExistsError(f"refusing to replace {target}: {error}; {advice}") from error
+    if manifest["kind"] != kind:
+        raise FileExistsError(
+            f"refusing to replace {target}: it is of kind {manifest['kind']!r}, not {kind!r}; "
+            f"{advice}"
+        )
+    names = {entry.name for entry in target.iterdir()} - {MANIFEST, *manifest["files"]}
+    strangers = sorted(name for name in names if not is_ours(name))
+    if strangers:
+        raise FileExistsError(
+            f"refusing to replace {target}: it also holds {strangers[0]}, which gradsafe did not "
+            f"write; {advice}"
+        )
+
+
+@contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a new folder that takes the place of `path` when the block ends without an error."""
+    target = Path(path).resolve()
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}{PARTIAL}")
+    scratch.mkdir()
+    try:
+        yield scratch
+        flush_to_disk(scratch)
+        # A folder cannot be renamed over a full one, so the former one is renamed first. If the
+        # process dies in between, nothing is lost, and `read_manifest` says where it is.
+        previous = _previous(target)
+        if target.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            target.rename(previous)
+        try:
+            scratch.rename(target)
+        except BaseException:
+            if previous.exists():
+                previous.rename(target)
+            raise
+        flush_to_disk(target.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """SHA-256 and size of a file, as a manifest lists them."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"sha256": digest.hexdigest(), "bytes": path.stat().st_size}
+
+
+def verify_file(path: Path, record: Mapping[str, Any]) -> None:
+    """Raises StorageError if a file differs from its record."""
+    if not path.is_file():
+        raise StorageError(f"{path} is missing although {MANIFEST} lists it")
+    size = path.stat().st_size
+    if size != record.get("bytes"):
+        raise StorageError(f"{path} is damaged: {size} bytes, expected {record.get('bytes')}")
+    if file_record(path)["sha256"] != record.get("sha256"):
+        raise StorageError(f"{path} is damaged or altered: its SHA-256 is not the manifest's")
+
+
+def refuse_meta(tensor: Tensor, what: str, advice: str) -> None:
+    """Raises ValueError for a tensor without values."""
+    if tensor.is_meta:
+        raise ValueError(f"{what} is on the meta device and has no values: {advice}")
+
+
+def flush_to_disk(path: Path) -> None:
+    """Forces a file, or the entries of a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _previous(target: Path) -> Path:
+    return target.with_name(f".{target.name}.previous")

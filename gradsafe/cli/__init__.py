@@ -1,5 +1,0 @@
-"""The command line: `gradsafe` and `python -m gradsafe`."""
-
-from gradsafe.cli.program import main
-
-__all__ = ["main"]
