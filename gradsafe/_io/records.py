@@ -236,8 +236,8 @@ class Records:
         found = self._read()
         if missing := len(self._keys) - len(found):
             raise ValueError(
-                f"{self.path}: {missing} of {len(self._keys)} records are in no part: all processes "
-                "must write to one shared folder"
+                f"{self.path}: {missing} of {len(self._keys)} records are in no part: all "
+                "processes must write to one shared folder"
             )
         records = [found[index] for index in range(len(self._keys))]
         if parts := part_paths(self.path):
