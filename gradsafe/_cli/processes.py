@@ -63,11 +63,11 @@ def hand_over(
         assert detector is not None
         return detector
     from gradsafe.detection import Detector
-    from gradsafe.detection.persistence import pack, unpack
+    from gradsafe.detection.detector import pack, unpack
 
     mine, facts = pack(detector) if detector is not None else ({}, {})
     metadata = processes.share("detector", facts)
     tensors = processes.share_tensors("references", mine, model.device)
     if detector is not None:
         return detector
-    return unpack(Detector, "the detector of process 0", tensors, metadata, model, tokenizer)
+    return unpack("the detector of process 0", tensors, metadata, model, tokenizer)
