@@ -10,7 +10,8 @@ from typing import Any
 from gradsafe._cli.files import References, located, texts
 from gradsafe._cli.options import WITHOUT_REFERENCES, fit_options
 from gradsafe.detection import Detector, DetectorConfig
-from gradsafe.models.encode import Encoder, context_length
+from gradsafe.models import context_length
+from gradsafe.models.encode import Encoder
 
 NamedPrompt = tuple[str, str]  # where it stands, for error messages; its text
 
