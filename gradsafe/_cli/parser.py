@@ -123,11 +123,12 @@ class Command:
     def _explained(self, text: str) -> str:
         """An error of the library in the words of this command line."""
         text = " ".join(text.split())
-        if match := re.search(r"unrecognized arguments: (--\S+)", text):
-            near = nearest(match[1][2:].partition("=")[0], [*self._types, "config"])
-            return (
-                f"unknown option {match[1]}, {near.replace(chr(39), '--', 1).replace(chr(39), '')}"
-            )
+        if match := re.search(r"unrecognized arguments: (\S+)", text):
+            given = match[1].partition("=")[0]
+            if not given.startswith("-"):
+                return f"unexpected argument {given!r}"
+            names = [f"--{name}" for name in (*self._types, "config")]
+            return f"unknown option {given}, {nearest(given, names)}"
         if match := re.match(r'Parser key "([\w.]+)": (.*)', text):
             kind = self._types.get(match[1])
             got = re.findall(r"(?:Got value|Given value): (.*?)(?= - Expected|$)", match[2])
@@ -237,11 +238,11 @@ def nearest(name: str, names: Sequence[str]) -> str:
     """The most similar names, for error messages."""
     near = difflib.get_close_matches(name, names, n=1)
     if near:
-        return f"did you mean {near[0]!r}?"
+        return f"did you mean {near[0]}?"
     if len(names) <= LISTED:
-        return f"expected one of {sorted(names)}"
+        return f"expected one of {', '.join(sorted(names))}"
     closest = difflib.get_close_matches(name, names, n=LISTED, cutoff=0.0)
-    return f"expected one of {len(names)} names, the nearest are {sorted(closest)}"
+    return f"expected one of {len(names)} names, the nearest are {', '.join(sorted(closest))}"
 
 
 def _mentions(text: str, word: str) -> bool:

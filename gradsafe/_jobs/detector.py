@@ -152,7 +152,7 @@ def share(
     if processes.count == 1:
         assert detector is not None
         return detector
-    from gradsafe.detection.state import pack, unpack
+    from gradsafe.detection.detector import pack, unpack
 
     mine, facts = pack(detector) if detector is not None else ({}, {})
     metadata = processes.share("detector", facts)
