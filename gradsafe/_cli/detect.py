@@ -15,7 +15,7 @@ from gradsafe._cli.options import check_options, fit_options
 from gradsafe._cli.output import Output, Record, open_output
 from gradsafe._cli.processes import check_agreement, hand_over, load_in_each
 from gradsafe._io.processes import Processes
-from gradsafe._io.progress import SharedProgress
+from gradsafe._io.processes import SharedProgress
 from gradsafe._io.records import Row, record_key
 
 if TYPE_CHECKING:
