@@ -18,8 +18,8 @@ from gradsafe.finetuning.teachers import (
     Batch,
     CachedReference,
     ModelReference,
+    adapter_off,
     refuse_shared,
-    without_adapters,
 )
 from gradsafe.models.inspection import forward_parameters, input_device
 
@@ -82,7 +82,7 @@ class KLAlignment:
             refuse_shared(reference, self.model)
             return ModelReference(reference, OutputHead.of(reference))
         if reference == "adapter_off":
-            return without_adapters(self.model, self.head)
+            return adapter_off(self.model, self.head)
         if reference == "cached":
             return CachedReference(self.model, self.head, cache)
         raise ValueError(
@@ -117,8 +117,8 @@ class KLAlignment:
         """Computes the loss of one batch.
 
         Args:
-            batch: `input_ids`, `attention_mask` and `labels`, each `[B, T]` (labels -100 outside the
-                response), and optionally `position_ids` (default: counted from the mask).
+            batch: `input_ids`, `attention_mask` and `labels` (-100 outside the response), each
+                `[B, T]`, and optionally `position_ids` (default: counted from the mask).
             model: Wrapper to run instead of the model given at construction, for example the DDP
                 module created later.
             normalizer: Divisor in place of the batch's number of response tokens: 1 for the sum, or
@@ -130,8 +130,8 @@ class KLAlignment:
         Raises:
             ValueError: A tensor of the batch is missing or has another shape, there is no response
                 token, or a sample is not cached.
-            RuntimeError: The model's forward is not supported (see `OutputHead.run`), or the head is
-                not a plain linear layer and GRADSAFE_STRICT=1 forbids the slower path.
+            RuntimeError: The model's forward is not supported, or its head is not a plain linear
+                layer and GRADSAFE_STRICT=1 forbids the slower path.
         """
         runs = self.model if model is None else model
         if unwrapped(runs) is not unwrapped(self.model):

@@ -21,23 +21,12 @@ Teacher = Callable[[int, int], Tensor]
 def chunked_kl(
     hidden: Tensor, head: OutputHead, teacher: Teacher, chunk_tokens: int = CHUNK_TOKENS
 ) -> Tensor:
-    """Computes the sum over tokens of KL(teacher || student), differentiable once.
+    """Sum over tokens of KL(teacher || student) of final hidden states `[N, d]`, a scalar.
 
-    The gradients are computed in the forward pass, while the logits of a chunk exist, and scaled by
-    the incoming gradient in the backward pass. At most two buffers of `chunk_tokens * V` logits
-    exist at a time (three if the head is not a plain linear layer).
-
-    Args:
-        hidden: The student's final hidden states `[N, d]`.
-        head: The student's head; its trainable parameters get gradients.
-        teacher: Returns the teacher's logits of a range of tokens.
-        chunk_tokens: Tokens per chunk, at least 1.
-
-    Returns:
-        Scalar float32 (float64 for a float64 head).
-
-    Raises:
-        RuntimeError: The head needs the slower path and GRADSAFE_STRICT is set.
+    The gradients of the states and of the head's trainable parameters are computed in the forward
+    pass, while the logits of a chunk exist, and scaled by the incoming gradient in the backward
+    pass. At most two buffers of `chunk_tokens * V` logits exist at a time (three if the head is not
+    a plain linear layer).
     """
     if not head.plain:
         announce_fallback(
@@ -66,8 +55,7 @@ class _ChunkedKL(torch.autograd.Function):
             end = min(begin + chunk, len(hidden))
             into = None if hidden_gradient is None else hidden_gradient[begin:end]
             target = teacher(begin, end).to(hidden.device)
-            values = step(head, hidden[begin:end], target, into, trained, gradients)
-            total += values.sum(dtype=torch.float64)
+            total += step(head, hidden[begin:end], target, into, gradients).sum(dtype=torch.float64)
         ctx.trained = [(p.dtype, p.device) for p in trained]
         ctx.save_for_backward(*([hidden_gradient] if ctx.wants_hidden else []), *gradients)
         return total if hidden.dtype == torch.float64 else total.float()
@@ -85,12 +73,7 @@ class _ChunkedKL(torch.autograd.Function):
 
 
 def _linear_step(
-    head: OutputHead,
-    hidden: Tensor,
-    teacher: Tensor,
-    into: Tensor | None,
-    trained: tuple[Tensor, ...],
-    gradients: list[Tensor],
+    head: OutputHead, hidden: Tensor, teacher: Tensor, into: Tensor | None, gradients: list[Tensor]
 ) -> Tensor:
     """One chunk of a plain linear head: adds to `gradients`, fills `into`, returns values `[n]`."""
     weight: Any = head.module.weight
@@ -102,7 +85,7 @@ def _linear_step(
             torch.mm(logits, weight, out=into)
         else:  # under autocast
             into.copy_(logits @ weight.to(logits.dtype))
-    for parameter, gradient in zip(trained, gradients, strict=bool(gradients)):
+    for parameter, gradient in zip(head.trainable, gradients, strict=bool(gradients)):
         if parameter is not weight:
             gradient += logits.sum(0, dtype=gradient.dtype)
         elif gradient.dtype == logits.dtype:
@@ -113,12 +96,7 @@ def _linear_step(
 
 
 def _autograd_step(
-    head: OutputHead,
-    hidden: Tensor,
-    teacher: Tensor,
-    into: Tensor | None,
-    trained: tuple[Tensor, ...],
-    gradients: list[Tensor],
+    head: OutputHead, hidden: Tensor, teacher: Tensor, into: Tensor | None, gradients: list[Tensor]
 ) -> Tensor:
     """The same for any other head, through its own forward."""
     leaf = hidden.detach().requires_grad_(into is not None)
@@ -126,7 +104,7 @@ def _autograd_step(
         logits = head.logits(leaf)
     buffer = logits.detach().clone()
     values = _kl_in_place(buffer, teacher)
-    wanted = [*([leaf] if into is not None else []), *(trained if gradients else ())]
+    wanted = [*([leaf] if into is not None else []), *(head.trainable if gradients else ())]
     if wanted:
         found = list(torch.autograd.grad(logits, wanted, buffer))
         if into is not None:

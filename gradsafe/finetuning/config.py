@@ -11,7 +11,7 @@ Loss = Literal["kl", "sft"]
 KLTokens = Literal["response", "non_pad", "all"]
 Scope = Literal["global", "tensor", "layer"]
 
-_KINDS = {
+_KINDS: dict[type, tuple[type, str]] = {
     bool: (bool, "True or False"),
     int: (Integral, "a whole number"),
     float: (Real, "a number"),
@@ -29,9 +29,9 @@ class SafeGradConfig:
         loss: Alignment loss: "kl" (divergence from a reference model) or "sft" (cross-entropy on
             the responses of the alignment rows).
         reference: Reference model of the KL loss: "adapter_off" (the model without its PEFT
-            adapters), "cached" (the final hidden states of the model on the alignment rows, computed
-            before training; needs a frozen output head), or a second, frozen model: in Python the
-            model itself, on the command line its folder or Hub id.
+            adapters), "cached" (the final hidden states of the model on the alignment rows before
+            training; needs a frozen output head), or a second, frozen model: in Python the model
+            itself, on the command line its folder or Hub id.
         kl_tokens: Positions included in the KL loss: "response", "non_pad" (prompt and response) or
             "all" (padding too, as in the authors' code).
         scope: What one conflict test covers: "global" (all parameters), "layer" or "tensor".
@@ -67,34 +67,33 @@ class SafeGradConfig:
     warn_steps: int = 100
 
     def __post_init__(self) -> None:
-        hints = get_type_hints(SafeGradConfig)
-        if not (self.has_model or (isinstance(self.reference, str) and self.reference)):
-            raise TypeError(
-                'gradsafe.SafeGradConfig: expected reference to be "adapter_off", "cached", a '
-                f"model, or the folder or Hub id of a model, got {self.reference!r}"
-            )
-        del hints["reference"]
-        for name, hint in hints.items():
+        for name, hint in get_type_hints(SafeGradConfig).items():
             value = getattr(self, name)
+            kind, *optional = get_args(hint) or (hint,)
             if get_origin(hint) is Literal:
                 check_choice("SafeGradConfig", name, value, hint)
-                continue
-            kind, *optional = get_args(hint) or (hint,)
-            if value is None and optional:
-                continue
-            allowed, words = _KINDS[kind]
-            if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-                raise TypeError(
-                    f"gradsafe.SafeGradConfig: expected {name} to be {words}"
-                    f"{' or None' if optional else ''}, got {value!r}"
-                )
-            least = _LEAST.get(name, -math.inf)
-            if kind in (int, float) and not (least <= value < math.inf):
-                finite = "finite and " if kind is float else ""
-                raise ValueError(
-                    f"gradsafe.SafeGradConfig: expected {name} to be {finite}>= {least}, got {value}"
-                )
-            object.__setattr__(self, name, kind(value))  # numbers of NumPy are not JSON
+            elif name == "reference":
+                if not (self.has_model or (isinstance(value, str) and value)):
+                    places = '"adapter_off", "cached", a model, or the folder or Hub id of a model'
+                    raise self._error(TypeError, name, places)
+            elif not (value is None and optional):
+                self._check(name, kind, " or None" if optional else "")
+
+    def _check(self, name: str, kind: type, or_none: str) -> None:
+        allowed, words = _KINDS[kind]
+        value: Any = getattr(self, name)
+        fits = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
+        if not fits:
+            raise self._error(TypeError, name, words + or_none)
+        least = _LEAST.get(name, -math.inf)
+        if kind is not str and not least <= value < math.inf:
+            finite = "finite and " if kind is float else ""
+            raise self._error(ValueError, name, f"{finite}>= {least}{or_none}")
+        object.__setattr__(self, name, kind(value))  # numbers of NumPy are not JSON
+
+    def _error(self, kind: type[Exception], name: str, expected: str) -> Exception:
+        value = getattr(self, name)
+        return kind(f"gradsafe.SafeGradConfig: expected {name} to be {expected}, got {value!r}")
 
     @property
     def has_model(self) -> bool:

@@ -9,15 +9,8 @@ from functools import lru_cache
 class AlignmentOrder:
     """Draws row numbers in epochs: every row once per epoch, each epoch in a new random order.
 
-    The order depends only on the seed and on `drawn`, so it resumes from a checkpoint and is the
-    same in every process.
-
-    Args:
-        rows: Number of rows, at least 1.
-        seed: Seed of the random order.
-
-    Attributes:
-        drawn: Number of rows drawn so far.
+    The order depends only on the seed and on the number of rows drawn so far (`drawn`), so it
+    resumes from a checkpoint and is the same in every process.
     """
 
     def __init__(self, rows: int, seed: int) -> None:

@@ -45,13 +45,7 @@ def inference(model: nn.Module) -> Iterator[None]:
 
 @dataclass
 class OutputHead:
-    """The output head of one model, and the transform from its output to the logits.
-
-    Attributes:
-        module: The head; its input is the final hidden states `[..., d]`.
-        transform: From the head's output to the logits; None if they are the same.
-        name: Class name of the model, for errors.
-    """
+    """The output head of a model, and the transform from its output to the logits (or None)."""
 
     module: nn.Module
     transform: Transform | None
@@ -60,11 +54,7 @@ class OutputHead:
 
     @classmethod
     def of(cls, model: nn.Module) -> OutputHead:
-        """Finds the head of a transformers model, wrapped or not.
-
-        Raises:
-            ValueError: The model has no output embeddings.
-        """
+        """Finds the head of a transformers model, wrapped or not."""
         inner: Any = unwrapped(model)
         getter = getattr(inner, "get_output_embeddings", None)
         module = getter() if callable(getter) else None
@@ -97,11 +87,6 @@ class OutputHead:
         """The trainable parameters of the head."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
-    @property
-    def sharded(self) -> bool:
-        """Whether its weights are sharded now; FSDP2 gathers them within the model's forward."""
-        return is_sharded(self.module)
-
     def ready(self, hidden: Tensor) -> Tensor:
         """Return the states in the dtype of the head, unless autocast converts them."""
         weight = getattr(self.module, "weight", None)
@@ -116,8 +101,7 @@ class OutputHead:
 
     def project(self, hidden: Tensor) -> Tensor:
         """Calls the head without its hooks, which belong to the model's own call of it."""
-        out: Tensor = self.module.forward(hidden)
-        return out
+        return self.module.forward(hidden)
 
     def run(
         self, model: nn.Module, inputs: dict[str, Tensor], loss: Transform | None = None
@@ -126,17 +110,8 @@ class OutputHead:
 
         The pass calls `model` itself, so that the hooks of DDP and others run, but the head gets no
         position (one position the first time, to find the transform): `[B, T, V]` never exists.
-
-        Args:
-            model: The model, wrapped or not.
-            inputs: Inputs of its forward.
-            loss: Computes a loss from the states, within the call of the head: only there FSDP2 has
-                gathered its weights, and reduces their gradients like all others.
-
-        Raises:
-            RuntimeError: The forward did not call the head exactly once, or its logits are not the
-                head's output under a known transform.
-            ValueError: The head is sharded by something other than FSDP2.
+        `loss` is computed within the call of the head: only there FSDP2 has gathered its weights,
+        and reduces their gradients like all others.
         """
         if loss is not None and self._candidates:
             with inference(model):
@@ -148,7 +123,7 @@ class OutputHead:
         def capture(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             hidden = args[0]
             seen.append(hidden)
-            if self.sharded:
+            if is_sharded(self.module):  # FSDP2 has gathered its weights here
                 raise ValueError(
                     f"gradsafe.KLAlignment: the output head of {self.name} is sharded (DTensor) "
                     "also within the model's own forward; shard it with FSDP2 (fully_shard), not "

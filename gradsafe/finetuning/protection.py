@@ -23,8 +23,8 @@ from gradsafe.finetuning.order import AlignmentOrder
 from gradsafe.finetuning.rows import RowCollator, encode_rows, fingerprint, response_tokens
 from gradsafe.finetuning.support import check_alignment, check_supported
 from gradsafe.finetuning.surgery import GradientSurgery
-from gradsafe.finetuning.teachers import fingerprint_without_adapters, refuse_shared
-from gradsafe.models import context_length, pad_token_id
+from gradsafe.finetuning.teachers import refuse_shared, without_adapters
+from gradsafe.models import pad_token_id
 
 AlignmentLoss = Callable[..., Tensor]
 # Options that may change when a run resumes: they only affect warnings, and the encoding, which the
@@ -37,17 +37,8 @@ class SafeGradMixin(Trainer):
 
     `class Mine(SafeGradMixin, SomeTrainer)` protects `SomeTrainer`, provided that it keeps the
     `training_step` of transformers and leaves the gradients in `.grad`. The user loss is the loss
-    of `SomeTrainer`. For the steps see `SafeGradTrainer`.
+    of `SomeTrainer`. For the steps and the arguments see `SafeGradTrainer`.
 
-    Args:
-        alignment_dataset: As in `SafeGradTrainer`.
-        safegrad: As in `SafeGradTrainer`.
-        alignment_loss: As in `SafeGradTrainer`.
-        *args: Arguments of the trainer.
-        **options: Arguments of the trainer.
-
-    Raises:
-        TypeError, ValueError: As in `SafeGradTrainer`.
     """
 
     def __init__(
@@ -65,8 +56,14 @@ class SafeGradMixin(Trainer):
         model: Any = self.model
         tokenizer: Any = self.processing_class
         self._collate = RowCollator(0 if tokenizer is None else pad_token_id(tokenizer))
-        given = encoding(self.safegrad, model, tokenizer, not self.args.disable_tqdm)
-        self._alignment_rows = encode_rows("alignment_dataset", alignment_dataset, **given)
+        self._alignment_rows = encode_rows(
+            "alignment_dataset",
+            alignment_dataset,
+            tokenizer,
+            self.safegrad,
+            model=model,
+            progress=not self.args.disable_tqdm,
+        )
         _ = self.alignment_batch_size  # raises if the processes cannot share it
         seed = self.safegrad.alignment_seed
         if seed is None:
@@ -104,8 +101,8 @@ class SafeGradMixin(Trainer):
         saving was interrupted.
 
         Raises:
-            ValueError: There is no checkpoint, `SafeGradTrainer` did not write it, or it was written
-                with other alignment rows or options.
+            ValueError: There is no checkpoint, `SafeGradTrainer` did not write it, or it belongs to
+                a run with other alignment rows or options.
         """
         folder = resume_from_checkpoint
         if folder is True:
@@ -199,9 +196,7 @@ class SafeGradMixin(Trainer):
                 reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         loss = KLAlignment(model, reference, options.kl_tokens)
         if reference == "adapter_off":
-            self._reference_weights = self._of_first_process(
-                lambda: fingerprint_without_adapters(model)
-            )
+            self._reference_weights = self._of_first_process(lambda: without_adapters(model))
         if reference == "cached":
             # The reference is the model as it is now; train() loads a checkpoint later.
             self._reference_weights = self._of_first_process(lambda: model_fingerprint(model))
@@ -272,20 +267,3 @@ class SafeGradMixin(Trainer):
                 "no protection; choose similar rows",
                 stacklevel=2,
             )
-
-
-def encoding(
-    options: SafeGradConfig, model: nn.Module, tokenizer: Any, progress: bool
-) -> dict[str, Any]:
-    """Return the arguments of `encode_rows`."""
-    limit = options.max_length
-    if limit is None and tokenizer is not None:
-        limit = context_length(model, tokenizer)
-    return {
-        "tokenizer": tokenizer,
-        "template": options.template,
-        "system": options.system,
-        "append_eos": options.append_eos,
-        "max_length": limit,
-        "progress": progress,
-    }

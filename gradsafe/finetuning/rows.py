@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from gradsafe._io.records import pair
-from gradsafe.models import encode
+from gradsafe.finetuning.config import SafeGradConfig
+from gradsafe.models import context_length, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,36 +27,22 @@ def encode_rows(
     name: str,
     rows: Any,
     tokenizer: PreTrainedTokenizerBase | None,
+    options: SafeGradConfig | None = None,
     *,
-    max_length: int | None = None,
+    model: nn.Module | None = None,
     progress: bool = True,
-    append_eos: bool = True,
-    **options: Any,
 ) -> list[Row]:
-    """Encodes rows of text; tokenised rows are checked and kept.
+    """Encodes rows in the formats of TRL to `input_ids` and `labels`; keeps tokenised rows.
 
-    Args:
-        name: Name of the rows, for error messages.
-        rows: A sequence of mappings: `prompt` (text or messages) with `response` or `completion`
-            (text or one assistant message in a list), `messages` (the last one is the response), or
-            `input_ids` and `labels` of the same length, -100 outside the response.
-        tokenizer: For rows of text.
-        max_length: Maximum number of tokens per row.
-        progress: Show a progress bar on a terminal.
-        append_eos: As in `gradsafe.models.encode`.
-        **options: `template` and `system`, as in `gradsafe.models.encode`.
-
-    Returns:
-        `input_ids` and `labels` of every row.
-
-    Raises:
-        ValueError: No rows, or a row without response tokens, too long, or with other fields. The
-            message names the row, but does not quote it.
-        TypeError: A prompt or response is not text.
+    Without `max_length`, rows may have as many tokens as `model` can read. Errors name the row with
+    `name` and its index, and do not quote it.
     """
     if not len(rows):
         raise ValueError(f"gradsafe.SafeGradTrainer: {name} is empty")
-    options["append_eos"] = append_eos
+    options = options or SafeGradConfig()
+    max_length = options.max_length
+    if max_length is None and model is not None and tokenizer is not None:
+        max_length = context_length(model, tokenizer)
     hidden = None if progress else True  # None: hidden if stderr is not a terminal
     encoded = []
     for index in tqdm(range(len(rows)), desc=f"encoding {name}", disable=hidden, leave=False):
@@ -98,21 +85,13 @@ def fingerprint(rows: Sequence[Row]) -> str:
 
 
 class RowCollator:
-    """Pads rows on the right to `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64.
-
-    Args:
-        pad_id: Token id of the padding, which is masked.
-    """
+    """Pads rows on the right to `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64."""
 
     def __init__(self, pad_id: int = 0) -> None:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], columns: int = 0) -> dict[str, Tensor]:
-        """Pads rows to the longest of them, or to `columns` if that is more.
-
-        Raises:
-            ValueError: A row has no `input_ids` or `labels`.
-        """
+        """Pads rows to the longest of them, or to `columns` if that is more."""
         for row in rows:
             missing = {"input_ids", "labels"} - set(row)
             if missing:
@@ -122,26 +101,21 @@ class RowCollator:
                     "or input_ids and labels, or your own data_collator"
                 )
         width = max(columns, *(len(row["input_ids"]) for row in rows))
+        batch = {}
         fill = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED}
-        batch = {
-            key: torch.full((len(rows), width), value, dtype=torch.int64)
-            for key, value in fill.items()
-        }
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            batch["attention_mask"][index, :length] = 1
-            for key in fill:
-                if key in row:
-                    batch[key][index, :length] = torch.as_tensor(row[key])
+        for key, value in fill.items():
+            batch[key] = torch.full((len(rows), width), value, dtype=torch.int64)
+            for line, row in zip(batch[key], rows, strict=True):
+                line[: len(row["input_ids"])] = torch.as_tensor(row.get(key, 1))
         return batch
 
 
 def _encode(
-    where: str, row: Any, tokenizer: PreTrainedTokenizerBase | None, options: Mapping[str, Any]
+    where: str, row: Any, tokenizer: PreTrainedTokenizerBase | None, options: SafeGradConfig
 ) -> Row:
     fields = set(row) if isinstance(row, Mapping) else set()
     if {"input_ids", "labels"} <= fields:
-        ids, labels = (_integers(row[key]) for key in ("input_ids", "labels"))
+        ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
         if len(ids) != len(labels):
             raise ValueError(
                 f"{where}: expected one label for each of {len(ids)} input_ids, got {len(labels)}"
@@ -156,13 +130,16 @@ def _encode(
         raise ValueError(f"{where} is text; pass processing_class=tokenizer")
     prompt, response = pair(row, where)
     try:
-        encoded = encode(tokenizer, prompt, response, **options)
+        encoded = encode(
+            tokenizer,
+            prompt,
+            response,
+            template=options.template,
+            system=options.system,
+            append_eos=options.append_eos,
+        )
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{where}: {error}") from error
     labels = [IGNORED] * encoded.prompt_length + encoded.input_ids[encoded.prompt_length :]
     return {"input_ids": encoded.input_ids, "labels": labels}
-
-
-def _integers(values: Any) -> list[int]:
-    return values.tolist() if hasattr(values, "tolist") else [int(value) for value in values]

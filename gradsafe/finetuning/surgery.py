@@ -33,10 +33,10 @@ class GradientSurgery:
     alignment gradient times the coefficient (rho if there is no conflict). A parameter without an
     alignment gradient keeps its user gradient. Without either, `.grad` stays None.
 
-    Distributed training: call both methods on every rank, after the gradients were reduced. With
-    DistributedDataParallel nothing else is needed (keep its default `gradient_as_bucket_view=False`:
-    the next backward pass overwrites buckets). DTensor gradients (FSDP2, tensor parallelism) are
-    merged shard by shard, with one all-reduce of three scalars per test.
+    Distributed training: call both methods on every rank, after the gradients were reduced. Under
+    DistributedDataParallel, keep the default `gradient_as_bucket_view=False` (the next backward
+    pass overwrites buckets). DTensor gradients (FSDP2, tensor parallelism) are merged shard by
+    shard, with one all-reduce of three scalars per test.
 
     Loss scaling: scale both losses by the same factor. It also scales the merged gradient and the
     norms in the statistics, but not the cosine and the coefficient.
@@ -184,8 +184,8 @@ def _filled(index: int, user: Tensor | None, align: Tensor | None) -> tuple[Tens
         return user, torch.zeros_like(user)
     if _storage(user) == _storage(align):
         raise ValueError(
-            f"gradsafe.GradientSurgery: the alignment gradient of parameter {index} has overwritten "
-            "its user gradient; use DistributedDataParallel with gradient_as_bucket_view=False"
+            f"gradsafe.GradientSurgery: the alignment gradient of parameter {index} overwrote its "
+            "user gradient; use DistributedDataParallel with gradient_as_bucket_view=False"
         )
     return user, align
 
@@ -246,8 +246,9 @@ def _trained(parameters: Iterable[Any]) -> list[tuple[str | None, Tensor]]:
                 named.append(item)
             case tuple():
                 raise TypeError(
-                    f"gradsafe.GradientSurgery: expected parameters[{len(named)}] to be a parameter "
-                    f"or (name, parameter), got a tuple of {[type(i).__name__ for i in item]}"
+                    f"gradsafe.GradientSurgery: expected parameters[{len(named)}] to be a "
+                    "parameter or (name, parameter), got a tuple of "
+                    f"{[type(part).__name__ for part in item]}"
                 )
             case _:
                 named.append((None, item))

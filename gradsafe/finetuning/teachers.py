@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gradsafe._io.artifacts import StorageError, load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint
 from gradsafe.finetuning.chunked_kl import Teacher
-from gradsafe.finetuning.output_head import OutputHead, inference, unwrapped
+from gradsafe.finetuning.output_head import OutputHead, inference, is_sharded, unwrapped
 
 KIND = "alignment_reference"
 Batch = Mapping[str, Any]
@@ -23,10 +23,7 @@ Batch = Mapping[str, Any]
 class ModelReference:
     """A reference model that runs on every batch: a second model, or the student without adapters.
 
-    Args:
-        model: The model to run.
-        head: Its output head.
-        adapters_off: Makes the context in which `model` is the reference.
+    `adapters_off` makes the context in which the student is the reference.
     """
 
     def __init__(
@@ -41,7 +38,7 @@ class ModelReference:
 
     def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:
         """Return the teacher of a batch: `inputs` of the forward, positions `counted` `[B, T]`."""
-        if self._adapters_off is None and self.head.sharded:
+        if self._adapters_off is None and is_sharded(self.head.module):
             raise ValueError(
                 "gradsafe.KLAlignment: the reference model is sharded, but its output head is read "
                 'outside its forward; do not shard it, or use reference="adapter_off" or "cached"'
@@ -64,8 +61,8 @@ class CachedReference:
         self.head = head
         if self.head.trainable:
             raise ValueError(
-                'gradsafe.KLAlignment: reference="cached" needs a frozen output head (also when its '
-                "weights are tied to trained embeddings); freeze it or pass a frozen second model"
+                'gradsafe.KLAlignment: reference="cached" needs a frozen output head (weights tied '
+                "to trained embeddings are trained); freeze it or pass a frozen second model"
             )
         self.states: dict[str, Tensor] = {}
         if path is None:
@@ -126,12 +123,8 @@ def refuse_shared(reference: nn.Module, model: nn.Module) -> None:
         )
 
 
-def without_adapters(model: nn.Module, head: OutputHead) -> ModelReference:
-    """Return a reference that is the model itself with its PEFT adapters switched off.
-
-    Raises:
-        ValueError: The model has no PEFT adapters, or trainable parameters outside of them.
-    """
+def adapter_off(model: nn.Module, head: OutputHead) -> ModelReference:
+    """Return a reference that is the model itself with its PEFT adapters switched off."""
     peft = next((m for m in model.modules() if callable(getattr(m, "disable_adapter", None))), None)
     if peft is None or unwrapped(peft) is not unwrapped(model):
         raise ValueError(
@@ -150,7 +143,7 @@ def without_adapters(model: nn.Module, head: OutputHead) -> ModelReference:
     return ModelReference(peft, head, lambda: _adapters_off(peft))
 
 
-def fingerprint_without_adapters(model: nn.Module) -> str:
+def without_adapters(model: nn.Module) -> str:
     """Return the fingerprint of the model with its adapters off."""
     return model_fingerprint(model, _in_adapters(model))
 

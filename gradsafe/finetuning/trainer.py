@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.finetuning.protection import AlignmentLoss, SafeGradMixin, encoding
+from gradsafe.finetuning.protection import AlignmentLoss, SafeGradMixin
 from gradsafe.finetuning.rows import RowCollator, encode_rows, has_text
 from gradsafe.finetuning.support import check_alignment
 from gradsafe.models import pad_token_id
@@ -34,10 +34,10 @@ class SafeGradTrainer(SafeGradMixin):
     host synchronises with the device once per optimizer step (under fp16 the loss scaler decides).
 
     Needs one process per device, with the whole model (DDP) or a shard of it (FSDP2, with
-    `fsdp=True`; a second model as reference is not sharded). Not supported: DeepSpeed, FSDP1, models
-    sharded while they are loaded (`DistributedConfig`), `nn.DataParallel`, optimizers that step
-    inside the backward pass (lomo, layerwise), `ddp_static_graph`. With `torch_compile=True` (not
-    with FSDP2) the alignment pass runs uncompiled.
+    `fsdp=True`; a second model as reference is not sharded). Not supported: DeepSpeed, FSDP1,
+    models sharded while they are loaded (`DistributedConfig`), `nn.DataParallel`, optimizers that
+    step inside the backward pass (lomo, layerwise), `ddp_static_graph`. With `torch_compile=True`
+    (not with FSDP2) the alignment pass runs uncompiled.
 
     Args:
         model: A causal language model, with or without PEFT adapters.
@@ -83,10 +83,12 @@ class SafeGradTrainer(SafeGradMixin):
             )
         check_alignment(alignment_dataset, safegrad)  # before the user rows are encoded
         progress = not getattr(args, "disable_tqdm", False)
-        given = encoding(safegrad or SafeGradConfig(), model, processing_class, progress)
 
         def encoded(name: str, rows: Any) -> Any:
-            return encode_rows(name, rows, **given) if has_text(rows) else rows
+            if not has_text(rows):
+                return rows
+            tokenizer = processing_class
+            return encode_rows(name, rows, tokenizer, safegrad, model=model, progress=progress)
 
         if isinstance(eval_dataset, Mapping):  # several sets by name
             eval_dataset = {n: encoded(f"eval_dataset[{n!r}]", r) for n, r in eval_dataset.items()}
