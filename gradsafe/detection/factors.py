@@ -69,7 +69,7 @@ class MatrixFactors:
         return evidence.view(-1, self.repeat).sum(1)
 
     def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """x `[rows, I]` and dy `[rows, R]` of each sample, without padding."""
+        """X `[rows, I]` and dy `[rows, R]` of each sample, without padding."""
         for b, length in enumerate(self.lengths):
             yield self.x[b, :length], self.dy[b, :length]
 

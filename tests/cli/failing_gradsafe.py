@@ -1,7 +1,7 @@
 """`gradsafe`, but the process that is to score a certain prompt or sample dies of it.
 
-python failing_gradsafe.py HOW WHICH detect ...; HOW is kill, interrupt or error; WHICH is the place of
-a prompt or sample in its file.
+python failing_gradsafe.py HOW WHICH detect ...; HOW is kill, interrupt or error; WHICH is
+the place of a prompt or sample in its file.
 """
 
 from __future__ import annotations

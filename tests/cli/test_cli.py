@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
 import pytest
 import torch
 
@@ -91,9 +92,10 @@ def test_every_option_has_a_help_text(name: str) -> None:
 
 
 def test_every_field_of_a_method_is_an_option() -> None:
+    from gradsafe.tracing.config import QueryConfig, TraceConfig
+
     from gradsafe.detection.config import DetectorConfig
     from gradsafe.finetuning.config import SafeGradConfig
-    from gradsafe.tracing.config import QueryConfig, TraceConfig
 
     for name, prefix, config in (
         ("detect", "", DetectorConfig),
@@ -156,5 +158,5 @@ class TestYaml:
         assert again == config
 
     def test_no_such_file(self) -> None:
-        with pytest.raises(ValueError, match="^--config gone.yaml: no such file"):
+        with pytest.raises(ValueError, match=r"^--config gone\.yaml: no such file"):
             Command("detect", load("detect")).parse(["--config", "gone.yaml"])

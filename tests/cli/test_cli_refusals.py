@@ -53,7 +53,10 @@ class TestRefusedAtOnce:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ('{"prompt": 3}', "bad.jsonl:2: the field 'prompt' must be text or a list of messages, got int"),
+            (
+                '{"prompt": 3}',
+                "bad.jsonl:2: the field 'prompt' must be text or a list of",
+            ),
             ('{"prompt": "x", "label": "odd"}', 'bad.jsonl:2: label "odd" is not one of'),
             ('{"prompt": "x"}', "bad.jsonl:2: no label, but other rows have one"),
             ("{", "bad.jsonl:2: not valid JSON"),

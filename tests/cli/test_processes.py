@@ -110,7 +110,9 @@ def test_a_prompt_that_fails_ends_all_with_one_message(common: list[str]) -> Non
     assert done.returncode != 0
     errors = [line for line in messages(done) if "error" in line]
     assert errors == [f"gradsafe: error: many.jsonl:{FATAL + 1}: the gradient holds NaN"]
-    assert sum("--resume in place of --overwrite to continue" in line for line in messages(done)) == 1
+    assert (
+        sum("--resume in place of --overwrite to continue" in line for line in messages(done)) == 1
+    )
     assert "gradsafe/cli" not in done.stderr  # no traceback of ours
     kept = b"".join(part.read_bytes() for part in part_paths("out.jsonl"))
     assert kept.count(b'"index": 139,') == 1
