@@ -20,9 +20,10 @@ from gradsafe.detection.explanation import Explanation, check_explainable, expla
 from gradsafe.detection.fitting import fit
 from gradsafe.detection.gradients import GradientPass
 from gradsafe.detection.methods import METHODS, NLL
-from gradsafe.detection.scoring import Group, Method, Scores, worst_windows
+from gradsafe.detection.scoring import EncodedPrompts, Group, Method, Scores, worst_windows
 from gradsafe.detection.state import DetectorState, unpack_config
 from gradsafe.models import (
+    Encoded,
     Encoding,
     Layers,
     Prompt,
@@ -166,7 +167,7 @@ class Detector:
 
     def score(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | EncodedPrompts,
         batch_tokens: int = 4096,
         progress: bool = True,
         components: bool = True,
@@ -176,7 +177,7 @@ class Detector:
         Prompts of similar length share a batch; scores do not depend on the batches.
 
         Args:
-            prompts: Texts or conversations.
+            prompts: Texts or conversations, or the result of `encode`.
             batch_tokens: Tokens per batch, padding included; lower it if memory runs out.
             progress: Show a progress bar.
             components: Keep the value of every component too.
@@ -192,14 +193,34 @@ class Detector:
         """
         return self._score(self.method, prompts, (batch_tokens, progress), components)
 
+    def encode(
+        self, prompts: Sequence[Prompt], names: Sequence[str] | None = None
+    ) -> EncodedPrompts:
+        """Encode prompts for `score` in advance, to find errors before long work.
+
+        Args:
+            prompts: Texts or conversations.
+            names: What error messages call the prompts, for example `file:line`; None for
+                prompts[0], prompts[1] and so on.
+
+        Raises:
+            ValueError, TypeError: As in `score`, except for a NaN gradient.
+        """
+        names = [f"prompts[{index}]" for index in range(len(prompts))] if names is None else names
+        items, owners = _encode(self.model, self.tokenizer, self.config, prompts, names)
+        windows: list[list[Encoded]] = [[] for _ in prompts]
+        for item, owner in zip(items, owners, strict=True):
+            windows[owner].append(item)
+        return EncodedPrompts(names, windows)
+
     def calibrate(
         self,
-        benign_prompts: Sequence[Prompt],
+        benign_prompts: Sequence[Prompt] | EncodedPrompts,
         max_fpr: float = 0.01,
         batch_tokens: int = 4096,
         progress: bool = True,
         *,
-        unsafe_prompts: Sequence[Prompt] | None = None,
+        unsafe_prompts: Sequence[Prompt] | EncodedPrompts | None = None,
         max_fnr: float = 0.01,
     ) -> Calibration:
         """Set the threshold so that at most `max_fpr` of prompts like these are flagged.
@@ -285,7 +306,7 @@ class Detector:
         values = self.score(prompts, batch_tokens, progress, components=False).values
         return (values > threshold) | values.isnan()
 
-    def explain(self, prompt: Prompt) -> Explanation:
+    def explain(self, prompt: Prompt, name: str = "prompt") -> Explanation:
         """Explain a score with exact, additive contributions of tokens and components.
 
         abs(G) of a weight gradient G = dy^T x has the sign of the whole sum over tokens, so
@@ -305,6 +326,7 @@ class Detector:
 
         Args:
             prompt: A text or a conversation.
+            name: What error messages call it.
 
         Returns:
             The explanation, on the CPU. With overflow "window", the explanation of the window with
@@ -323,7 +345,7 @@ class Detector:
                 f"{type(prompt).__name__}; explain takes one prompt"
             )
         windows, probes = (
-            _encode(self.model, self.tokenizer, self.config, prompts)[0]
+            _encode(self.model, self.tokenizer, self.config, prompts, [name] * 2)[0]
             for prompts in ([prompt], probe_prompts(prompt))
         )
         return explain(self.method, self._gradients(1), windows, probes, self.threshold)
@@ -350,11 +372,14 @@ class Detector:
     def _score(
         self,
         method: Method,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | EncodedPrompts,
         run: tuple[int, bool],
         components: bool = False,
     ) -> Scores:
-        group = _encode(self.model, self.tokenizer, self.config, prompts)
+        if isinstance(prompts, EncodedPrompts):
+            group = prompts.group
+        else:
+            group = _encode(self.model, self.tokenizer, self.config, prompts)
         found = method.score(self._gradients(*run), group, components)
         worst = worst_windows(found.values, group[1], len(prompts))
         return Scores(
@@ -407,7 +432,11 @@ def unpack(
 
 
 def _encode(
-    model: nn.Module, tokenizer: Any, config: DetectorConfig, prompts: Sequence[Prompt]
+    model: nn.Module,
+    tokenizer: Any,
+    config: DetectorConfig,
+    prompts: Sequence[Prompt],
+    names: Sequence[str] | None = None,
 ) -> Group:
     encoding = Encoding(
         template=config.template,
@@ -416,4 +445,4 @@ def _encode(
         overflow=config.overflow,
         max_length=context_length(model, tokenizer),
     )
-    return encode_prompts(tokenizer, prompts, config.response, encoding)
+    return encode_prompts(tokenizer, prompts, config.response, encoding, names=names)

@@ -26,6 +26,31 @@ Learned = tuple[DetectorState, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too.
+
+    Attributes:
+        names: What error messages call the prompts.
+        windows: The encoded windows of each prompt; one unless the prompt is too long.
+    """
+
+    names: Sequence[str]
+    windows: Sequence[Sequence[Encoded]]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, part: slice) -> EncodedPrompts:
+        return EncodedPrompts(self.names[part], self.windows[part])
+
+    @property
+    def group(self) -> Group:
+        """All windows, and the index of the prompt that each belongs to."""
+        owners = [index for index, items in enumerate(self.windows) for _ in items]
+        return [item for items in self.windows for item in items], owners
+
+
+@dataclass(frozen=True)
 class Scores:
     """Scores of n prompts, in input order; a higher score means more likely unsafe.
 
