@@ -130,20 +130,15 @@ class DetectorConfig:
             methods, value = READ_BY.get(field.name), getattr(self, field.name)
             if methods and self.method not in methods and value != field.default:
                 _refuse(f"{field.name}={value!r}", f"method in {list(methods)}")
-        whole_slices = ("tensor", "row", "column")
-        if self.center and self.granularity not in whole_slices:
-            _refuse("center=True", f"granularity in {list(whole_slices)}")
-        if self.center and self.absolute == "before":
-            _refuse("center=True", 'absolute="after"')
+        if self.center and self.granularity not in ("tensor", "row", "column"):
+            _refuse("center=True", 'granularity "tensor", "row" or "column"')
         if self.reference_order == "norm_then_mean" and self.granularity in ("row+column", "layer"):
-            _refuse(
-                'reference_order="norm_then_mean"',
-                'granularity "tensor", "row", "column" or "head"',
-            )
+            heads = 'granularity "tensor", "row", "column" or "head"'
+            _refuse('reference_order="norm_then_mean"', heads)
         if not self.unsigned and self.relative in ("ratio", "logratio"):
             _refuse("unsigned=False", 'relative "share", "difference" or "unsafe"')
-        if not self.unsigned and self.absolute == "before":
-            _refuse("unsigned=False", 'absolute="after"')
+        if self.absolute == "before" and (self.center or not self.unsigned):
+            _refuse("center=True" if self.center else "unsigned=False", 'absolute="after"')
         if self.method == "cascade" and not (self.unsigned and self.relative == "share"):
             _refuse('method="cascade"', 'relative="share" and unsigned=True')
 

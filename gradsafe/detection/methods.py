@@ -1,18 +1,34 @@
-"""The score methods, one class each. A new one needs its name in `config.Method` too."""
+"""The score methods, one class each, and how they are fitted.
+
+A new method is a class here, an entry of `METHODS`, and its name in `config.Method`.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gradsafe.detection.components import COUNT, DOTS, SUM_SQ, standard_deviation
-from gradsafe.detection.gradients import GradientPass
-from gradsafe.detection.references import build_reference
-from gradsafe.detection.scoring import Group, Groups, Learned, Method, Scores
+from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.gradients import GradientPass, Group
+from gradsafe.detection.references import build_reference, find_output_projections
+from gradsafe.detection.scoring import Groups, Learned, Method, Scores
 from gradsafe.detection.state import DetectorState
 from gradsafe.models import Layers
+
+MIN_REFERENCE_GAP = 1.0  # nats
+
+
+class ReferenceGapWarning(UserWarning):
+    """The model answers the unsafe reference prompts as readily as the safe ones."""
+
+
+class CoverageWarning(UserWarning):
+    """Less than half of the weights of the chosen blocks are scored."""
 
 
 class GradCoo(Method):
@@ -32,7 +48,7 @@ class GradCoo(Method):
         """Build both references."""
         components = cls.component_map(state, gradients.layers)
         found = {
-            name: build_reference(gradients, items, components, state.config, f"{name} references")
+            name: build_reference(gradients, items, components, f"{name} references")
             for name, (items, _) in groups.items()
         }
         references = {name: reference for name, (reference, _) in found.items()}
@@ -120,10 +136,9 @@ class GradSafe(Method):
     def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
         """Build the unsafe reference, then select what separates the reference prompts."""
         components, gap = cls.component_map(state, gradients.layers), state.config.gap
+        items = groups["unsafe"][0]
         # As published: raw gradients, and no safe reference.
-        unsafe, _ = build_reference(
-            gradients, groups["unsafe"][0], components, state.config, "unsafe references", raw=True
-        )
+        unsafe, _ = build_reference(gradients, items, components, "unsafe references", raw=True)
         state = replace(state, references={"unsafe": unsafe})
         method = cls(state, gradients.layers)
         scores = {name: method.score(gradients, group) for name, group in groups.items()}
@@ -182,6 +197,59 @@ METHODS: dict[str, type[Method]] = {
     "nll": NLL,
     "gradnorm": GradNorm,
 }
+
+
+def fit(gradients: GradientPass, groups: Groups) -> DetectorState:
+    """See `Detector.fit`; `groups` are the encoded "unsafe" and "safe" prompts, or empty."""
+    config = gradients.config
+    state = DetectorState(config, gradients.rows)
+    if config.uses_gradients:
+        _check_coverage(config, gradients.layers)
+    if groups:
+        _check_stacks(config, gradients.layers)
+    if config.granularity == "head":
+        item = groups["safe"][0][0]
+        state = replace(state, output_projections=find_output_projections(gradients, item))
+    state, losses = METHODS[config.method].fit(state, gradients, groups)
+    return replace(state, reference_gap=_reference_gap(config, losses)) if losses else state
+
+
+def _check_coverage(config: DetectorConfig, layers: Layers) -> None:
+    share = layers.scored_parameters / max(1, layers.block_parameters)
+    if config.modules == "all" and share < 0.5:
+        warnings.warn(
+            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
+            f"are scored, and the gradients of the others are ignored; {layers}",
+            CoverageWarning,
+            stacklevel=4,
+        )
+
+
+def _check_stacks(config: DetectorConfig, layers: Layers) -> None:
+    """Refuse options that would need the gradient of all experts of a layer at once."""
+    stack = next((layer.name for layer in layers.scored if layer.experts), None)
+    for name, value in (("center", True), ("reference_order", "norm_then_mean")):
+        if stack is not None and getattr(config, name) == value:
+            raise ValueError(
+                f"gradsafe.Detector.fit: {name}={value!r} changes the gradients of experts that a "
+                f"prompt does not use, and {stack} is a stack of experts; leave {name} out, or "
+                'score modules="attention"'
+            )
+
+
+def _reference_gap(config: DetectorConfig, losses: Mapping[str, Tensor]) -> float:
+    unsafe, safe = (float(losses[name].mean()) for name in ("unsafe", "safe"))
+    if unsafe - safe < MIN_REFERENCE_GAP:
+        warnings.warn(
+            f"gradsafe.Detector.fit: the mean NLL of {config.response!r} is {unsafe:.2f} after the "
+            f"unsafe and {safe:.2f} after the safe references, a gap of {unsafe - safe:.2f} nats "
+            f"(expected at least {MIN_REFERENCE_GAP:g}): this model does not refuse the unsafe "
+            "references, so scores will be poor. Choose references in the style of your traffic "
+            "that the model refuses.",
+            ReferenceGapWarning,
+            stacklevel=4,
+        )
+    return unsafe - safe
 
 
 def _divide(dots: Tensor | float, std: Tensor) -> Tensor:

@@ -30,12 +30,11 @@ class Reference:
 
     Attributes:
         weights: Per layer name `[R, I]` (`[E, R, I]` for a stack of experts) in the storage dtype,
-            divided by the layer's scale; R are the scored rows, all O unless `row_fraction` says
-            otherwise.
-        scales: Per layer name the scale: the true reference is weights * scale. It keeps the small
-            entries of small layers inside the range of 16-bit floats.
-        std: `[C]` float64, standard deviation of the reference gradient per component; dots are
-            divided by it. Ones where nothing is to be divided.
+            divided by the layer's scale; R are the scored rows.
+        scales: Per layer name what undoes this: the scales keep the small entries of small layers
+            inside the range of 16-bit floats.
+        std: `[C]` float64, what the dots are divided by: the standard deviation of the reference
+            gradient per component, or ones.
         sum_sq: `[C]` float64, squared norm of the reference gradient per component.
     """
 
@@ -49,20 +48,15 @@ def prepare_function(config: DetectorConfig) -> Prepare | None:
     """What changes a gradient in place before its moments are taken; None for nothing."""
     if config.center:
         return subtract_mean_
-    return absolute_ if config.absolute == "before" else None
+    return (lambda grad, _: grad.abs_()) if config.absolute == "before" else None
 
 
-def absolute_(grad: Tensor, axis: Axis) -> None:
-    """Absolute value in place; the same for every axis."""
-    grad.abs_()
-
-
-def subtract_mean_(grad: Tensor, axis: Axis) -> None:
+def subtract_mean_(grad: Tensor, axis: Axis) -> Tensor:
     """Subtract the mean of every slice in place; axis "tensor", "row" or "column"."""
     result = moments([grad], None, axis)
     assert isinstance(result, Moments)
     mean = (result.sum[0] / result.count[0]).to(grad.dtype)
-    grad.sub_(mean[:, None] if axis == "row" else mean)
+    return grad.sub_(mean[:, None] if axis == "row" else mean)
 
 
 def find_output_projections(gradients: GradientPass, item: Encoded) -> tuple[str, ...]:
@@ -80,7 +74,6 @@ def build_reference(
     gradients: GradientPass,
     items: Sequence[Encoded],
     components: ComponentMap,
-    config: DetectorConfig,
     label: str,
     raw: bool = False,
 ) -> tuple[Reference, Tensor]:
@@ -91,6 +84,7 @@ def build_reference(
     finished as the backward pass reaches it; otherwise float32 sums of all layers are kept until
     the last batch. `raw` keeps signs and scale of the mean gradient, whatever the options say.
     """
+    config = gradients.config
     table = torch.zeros(components.size, 3, dtype=torch.float64)
     sums: dict[str, Tensor] = {}  # of the layers that are not finished
     done: Counter[str] = Counter()  # samples per layer
@@ -148,9 +142,8 @@ def build_reference(
 def _storage_scale(grad: Tensor, dtype: torch.dtype) -> float:
     """What a reference is divided by before it is stored; 1 for a zero one.
 
-    Types with a wide exponent hold any spread around a root mean square of one. e4m3 only spans
-    2^-9 to 448: there the largest entry is mapped to 448, and entries below about 1e-5 of it become
-    zero.
+    Types with a wide exponent hold any spread around a root mean square of one. e4m3 spans 2^-9 to
+    448: there the largest entry becomes 448, and entries below about 1e-5 of it become zero.
     """
     if not grad.numel():
         return 1.0

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsafe._io.artifacts import StorageError
-from gradsafe.detection.calibration import Calibration
-from gradsafe.detection.cascade import Band
+from gradsafe.detection.calibration import Band, Calibration
 from gradsafe.detection.components import Rows
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.references import Reference
