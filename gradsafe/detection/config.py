@@ -16,30 +16,10 @@ Overflow = Literal["error", "window"]
 Modules = Literal["all", "attention", "mlp"]
 ReferenceDtype = Literal["float32", "bfloat16", "float16", "float8"]
 
-# Neutral scores, used while there is no calibration. GradSafe's is the published threshold
-# (arXiv 2402.13494); the GradCoo paper gives none.
-DEFAULT_THRESHOLDS: dict[tuple[str, str | None], float] = {
-    ("gradcoo", "share"): 0.5,
-    ("gradcoo", "ratio"): 1.0,
-    ("gradcoo", "logratio"): 0.0,
-    ("gradcoo", "difference"): 0.0,
-    ("gradsafe", None): 0.25,
-}
 # The methods that read a field, where not all of them do.
+COMPONENT_FIELDS = ("granularity", "relative", "unsigned", "normalize", "center", "absolute")
 READ_BY = {
-    **dict.fromkeys(
-        (
-            "granularity",
-            "relative",
-            "unsigned",
-            "normalize",
-            "center",
-            "absolute",
-            "reference_order",
-            "reduce",
-        ),
-        ("gradcoo", "cascade"),
-    ),
+    **dict.fromkeys((*COMPONENT_FIELDS, "reference_order", "reduce"), ("gradcoo", "cascade")),
     "gap": ("gradsafe",),
 }
 TYPE_NAMES = {float: "a number", type(None): "None"}
@@ -160,10 +140,11 @@ class DetectorConfig:
     @property
     def default_threshold(self) -> float | None:
         """The neutral score (GradSafe: the published threshold), None where it is unknown."""
-        if self.method == "gradcoo" and self.relative == "share" and not self.unsigned:
-            return 0.0  # signed shares lie around zero
-        relative = self.relative if self.method == "gradcoo" else None
-        return DEFAULT_THRESHOLDS.get((self.method, relative))
+        if self.method == "gradcoo":
+            share = 0.5 if self.unsigned else 0.0  # signed shares lie around zero
+            neutral = {"share": share, "ratio": 1.0, "logratio": 0.0, "difference": 0.0}
+            return neutral.get(self.relative)
+        return 0.25 if self.method == "gradsafe" else None  # arXiv 2402.13494
 
 
 def _check_type(name: str, value: object, kind: Any) -> None:

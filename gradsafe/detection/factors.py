@@ -210,6 +210,8 @@ def layer_token_evidence(
     # Gradients may be tiny: factors near 1 keep the float32 products in range.
     peak = float(factors.abs().max()) or 1.0
     factors = (factors / peak).to(device=dy.device, dtype=torch.float32)
+    # For axis "tensor" this is the one factor of all columns.
+    by_column = factors[-cols:] if axis != "row" else torch.zeros_like(factors[:1])
     inputs = x.float()
     evidence = torch.zeros(len(x), dtype=torch.float64, device=dy.device)
     height = max(1, PANEL_BYTES // (4 * cols))
@@ -218,11 +220,9 @@ def layer_token_evidence(
         outputs = dy[:, panel].float()
         merged = torch.zeros(outputs.shape[1], cols, device=dy.device)
         for k, ref in enumerate(refs):
-            factor = factors[0, k]
-            if axis != "tensor":
-                by_row = factors[:rows][panel, k, None] if axis != "column" else 0.0
-                by_column = factors[None, -cols:, k] if axis != "row" else 0.0
-                factor = by_row + by_column
+            factor = by_column[:, k]
+            if axis in ("row", "both"):
+                factor = factors[:rows][panel, k, None] + factor
             merged.addcmul_(ref[panel].float(), factor)
         if unsigned:
             merged.mul_((outputs.t() @ inputs).sign_())

@@ -42,24 +42,26 @@ class GradCoo(Method):
         super().__init__(state, layers)
         self.unsigned = self.config.unsigned
         self.unsafe, self.safe = (state.references[name] for name in ("unsafe", "safe"))
+        divide = self.config.normalize and self.config.reference_order == "mean_then_norm"
+        self.stds = [  # what the dots with each reference are divided by
+            standard_deviation(r.sums) if divide else torch.ones_like(r.sums[:, COUNT])
+            for r in (self.unsafe, self.safe)
+        ]
 
     @classmethod
     def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
         """Build both references."""
         components = cls.component_map(state, gradients.layers)
-        found = {
-            name: build_reference(gradients, items, components, f"{name} references")
-            for name, (items, _) in groups.items()
-        }
-        references = {name: reference for name, (reference, _) in found.items()}
-        return replace(state, references=references), {
-            name: nll for name, (_, nll) in found.items()
-        }
+        references, losses = {}, {}
+        for name, (items, _) in groups.items():
+            references[name], losses[name] = build_reference(
+                gradients, items, components, state.config.unsigned, f"{name} references"
+            )
+        return replace(state, references=references), losses
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Relative values and their mean, weighted mean or median."""
-        a = _divide(table[..., DOTS], self.unsafe.std)
-        b = _divide(table[..., DOTS + 1], self.safe.std)
+        a, b = (_divide(table[..., DOTS + k], std) for k, std in enumerate(self.stds))
         if self.config.normalize:
             std = standard_deviation(table)
             a, b = _divide(a, std), _divide(b, std)
@@ -74,7 +76,7 @@ class GradCoo(Method):
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Both references contribute, the safe one negatively, or the unsafe one alone."""
         config, entries = self.config, table[:, COUNT].clamp(min=1)
-        factors = torch.stack([_divide(1.0, r.std) for r in (self.unsafe, self.safe)], dim=1)
+        factors = torch.stack([_divide(1.0, std) for std in self.stds], dim=1)
         if config.normalize:
             factors *= _divide(1.0, standard_deviation(table))[:, None]
         if config.relative == "share":
@@ -136,9 +138,9 @@ class GradSafe(Method):
     def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
         """Build the unsafe reference, then select what separates the reference prompts."""
         components, gap = cls.component_map(state, gradients.layers), state.config.gap
-        items = groups["unsafe"][0]
-        # As published: raw gradients, and no safe reference.
-        unsafe, _ = build_reference(gradients, items, components, "unsafe references", raw=True)
+        items, label = groups["unsafe"][0], "unsafe references"
+        # As published: signed gradients, and no safe reference.
+        unsafe, _ = build_reference(gradients, items, components, unsigned=False, label=label)
         state = replace(state, references={"unsafe": unsafe})
         method = cls(state, gradients.layers)
         scores = {name: method.score(gradients, group) for name, group in groups.items()}
@@ -155,7 +157,7 @@ class GradSafe(Method):
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines of the selected slices and their mean."""
-        norms = (table[..., SUM_SQ] * self.unsafe.sum_sq).sqrt()
+        norms = (table[..., SUM_SQ] * self.unsafe.sums[:, SUM_SQ]).sqrt()
         cosines = torch.where(norms > 0, table[..., DOTS] / norms, 0.0)  # a zero slice: cosine 0
         if self.selected is not None:
             cosines = cosines[:, self.selected]
@@ -163,7 +165,7 @@ class GradSafe(Method):
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse norms, with equal weights for the selected slices."""
-        norms = (table[:, SUM_SQ] * self.unsafe.sum_sq).sqrt()
+        norms = (table[:, SUM_SQ] * self.unsafe.sums[:, SUM_SQ]).sqrt()
         chosen = torch.ones_like(norms) if self.selected is None else self.selected.to(norms)
         return torch.where(norms > 0, 1.0 / norms, 0.0)[:, None], chosen / chosen.sum()
 

@@ -33,15 +33,12 @@ class Reference:
             divided by the layer's scale; R are the scored rows.
         scales: Per layer name what undoes this: the scales keep the small entries of small layers
             inside the range of 16-bit floats.
-        std: `[C]` float64, what the dots are divided by: the standard deviation of the reference
-            gradient per component, or ones.
-        sum_sq: `[C]` float64, squared norm of the reference gradient per component.
+        sums: `[C, 3]` float64, count, sum and sum of squares per component.
     """
 
     weights: dict[str, Tensor]
     scales: dict[str, float]
-    std: Tensor
-    sum_sq: Tensor
+    sums: Tensor
 
 
 def prepare_function(config: DetectorConfig) -> Prepare | None:
@@ -74,15 +71,15 @@ def build_reference(
     gradients: GradientPass,
     items: Sequence[Encoded],
     components: ComponentMap,
+    unsigned: bool,
     label: str,
-    raw: bool = False,
 ) -> tuple[Reference, Tensor]:
     """Build one group's reference; also returns the `[n]` NLL of the response after each prompt.
 
     The mean over prompts of G_b = dy_b^T x_b is one product over the tokens of all prompts, for a
     stack of experts one per expert and prompt. If the group fits one batch, each layer's mean is
     finished as the backward pass reaches it; otherwise float32 sums of all layers are kept until
-    the last batch. `raw` keeps signs and scale of the mean gradient, whatever the options say.
+    the last batch. `unsigned` references are stored as absolute values.
     """
     config = gradients.config
     table = torch.zeros(components.size, 3, dtype=torch.float64)
@@ -90,9 +87,8 @@ def build_reference(
     done: Counter[str] = Counter()  # samples per layer
     weights: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
-    prepare = None if raw else prepare_function(config)
-    normalize = config.normalize and not raw
-    per_prompt = normalize and config.reference_order == "norm_then_mean"
+    prepare = prepare_function(config)
+    per_prompt = config.normalize and config.reference_order == "norm_then_mean"
     dtype = DTYPES[config.reference_dtype]
 
     def visit(layer: LinearLayer, factors: Factors) -> None:
@@ -128,15 +124,13 @@ def build_reference(
                 "check the model's weights, or run it in bfloat16 or float32"
             )
         table.index_add_(0, index, values)
-        if config.unsigned and not raw:
+        if unsigned:
             grad.abs_()
         scales[layer.name] = _storage_scale(grad, dtype)
         weights[layer.name] = (grad / scales[layer.name]).to(dtype)
 
     nll = gradients.losses(items, visit, label)
-    divide = normalize and not per_prompt
-    std = standard_deviation(table) if divide else torch.ones_like(table[:, 0])
-    return Reference(weights, scales, std, table[:, 2].clone()), nll
+    return Reference(weights, scales, table), nll
 
 
 def _storage_scale(grad: Tensor, dtype: torch.dtype) -> float:
