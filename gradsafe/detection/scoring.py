@@ -13,13 +13,11 @@ from torch import Tensor
 from gradsafe.detection.components import DOTS, ComponentMap
 from gradsafe.detection.config import Granularity
 from gradsafe.detection.factors import Factors
-from gradsafe.detection.gradients import GradientPass, NonFiniteGradientError
+from gradsafe.detection.gradients import GradientPass, Group, NonFiniteGradientError
 from gradsafe.detection.references import prepare_function
 from gradsafe.detection.state import DetectorState
-from gradsafe.models import Encoded, Layers, LinearLayer
+from gradsafe.models import Layers, LinearLayer
 
-# Encoded windows, and the index of the prompt that each belongs to.
-Group = tuple[Sequence[Encoded], Sequence[int]]
 Groups = Mapping[str, Group]
 # The state with what a method learned, and the NLL values of each group.
 Learned = tuple[DetectorState, Mapping[str, Tensor]]

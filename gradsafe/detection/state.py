@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsafe._io.artifacts import StorageError
-from gradsafe.detection.calibration import Calibration
-from gradsafe.detection.cascade import Band
+from gradsafe.detection.calibration import Band, Calibration
 from gradsafe.detection.components import Rows
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.references import Reference
@@ -50,7 +49,7 @@ class DetectorState:
         tensors |= {f"learned/{name}": tensor for name, tensor in self.learned.items()}
         for group, reference in self.references.items():
             tensors |= {f"{group}/weights/{n}": weight for n, weight in reference.weights.items()}
-            tensors |= {f"{group}/std": reference.std, f"{group}/sum_sq": reference.sum_sq}
+            tensors[f"{group}/sums"] = reference.sums
         band = asdict(self.band) if self.band else None
         metadata = {
             "config": asdict(self.config),
@@ -86,18 +85,13 @@ class DetectorState:
             found = (name for name in tensors if name.startswith(f"{group}/"))
             return {name.removeprefix(f"{group}/"): tensors[name] for name in found}
 
-        references = {
-            group: Reference(
-                weights={
-                    layer.name: get(f"{group}/weights/{layer.name}").to(_device(layer.module))
-                    for layer in layers.scored
-                },
-                scales=scales,
-                std=get(f"{group}/std"),
-                sum_sq=get(f"{group}/sum_sq"),
-            )
-            for group, scales in metadata["scales"].items()
-        }
+        references = {}
+        for group, scales in metadata["scales"].items():
+            weights = {
+                layer.name: get(f"{group}/weights/{layer.name}").to(_device(layer.module))
+                for layer in layers.scored
+            }
+            references[group] = Reference(weights, scales, get(f"{group}/sums"))
         calibration, band = metadata["calibration"], metadata["band"]
         if calibration is not None:
             interval = tuple(calibration["fpr_interval"])
