@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from gradsafe._io.records import pair
 from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.models import context_length, encode
+from gradsafe.models import Encoding, context_length, encode
+from gradsafe.models.encode import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,8 @@ def encode_rows(
 
 def has_text(rows: Any) -> bool:
     """Whether `rows` is a sequence of rows of text, which must be encoded."""
-    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or not len(rows):
+    counted = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
+    if not counted or isinstance(rows, Mapping) or not len(rows):
         return False
     return isinstance(rows[0], Mapping) and not {"prompt", "messages"}.isdisjoint(rows[0])
 
@@ -126,20 +128,11 @@ def _encode(
             f"{where}: expected prompt and response (or completion), messages, or input_ids and "
             f"labels, got {sorted(fields) or type(row).__name__}"
         )
+    prompt, response = pair(row, where)
     if tokenizer is None:
         raise ValueError(f"{where} is text; pass processing_class=tokenizer")
-    prompt, response = pair(row, where)
-    try:
-        encoded = encode(
-            tokenizer,
-            prompt,
-            response,
-            template=options.template,
-            system=options.system,
-            append_eos=options.append_eos,
-        )
-    except (ValueError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{where}: {error}") from error
+    encoding = Encoding(options.template, options.system, options.append_eos)
+    with located(where):
+        encoded = encode(tokenizer, prompt, response, encoding)
     labels = [IGNORED] * encoded.prompt_length + encoded.input_ids[encoded.prompt_length :]
     return {"input_ids": encoded.input_ids, "labels": labels}
