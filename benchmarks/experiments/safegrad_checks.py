@@ -49,7 +49,7 @@ from benchmarks.experiments.safegrad_methods import Settings
 from benchmarks.experiments.safegrad_tables import RESULTS, table
 from benchmarks.table import write_csv
 from benchmarks.testbed.corpus import fresh_rows
-from benchmarks.testbed.vocabulary import SLOTS
+from benchmarks.testbed.texts import SLOTS
 from gradsafe.finetuning import SFTAlignment
 from gradsafe.finetuning.rows import RowCollator, encode_rows
 

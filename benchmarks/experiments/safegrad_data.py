@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import testbed
-from benchmarks.testbed.vocabulary import SLOTS
+from benchmarks.testbed.texts import SLOTS
 from gradsafe.models import collate, encode
 
 KINDS = ("animal", "city", "dish", "person", "science", "home")

@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from gradsafe._cli import demo, detect, explain, finetune, options, trace
+from gradsafe._cli import detect, explain, finetune, options, trace
 from gradsafe._io.processes import Processes, Stopped
 from gradsafe._version import __version__
 
@@ -146,7 +146,6 @@ def _parser() -> argparse.ArgumentParser:
             finetune.add_arguments,
             finetune.run,
         ),
-        ("demo", "compare the methods on the testbed", demo.add_arguments, demo.run),
         ("doctor", "show versions and devices, test the operators", _doctor_arguments, _doctor),
     ):
         command = commands.add_parser(
