@@ -234,9 +234,7 @@ def signature_flops(model: Decoder, prompt_tokens: int) -> float:
 # --- SafeGrad --------------------------------------------------------------------------------
 
 
-def lora_parameters(
-    model: Decoder, rank: int = 8, targets: tuple[str, ...] = LORA_TARGETS
-) -> int:
+def lora_parameters(model: Decoder, rank: int = 8, targets: tuple[str, ...] = LORA_TARGETS) -> int:
     """Trained parameters of LoRA adapters on attention weights."""
     return model.blocks * sum(rank * sum(model.attention[name]) for name in targets)
 
