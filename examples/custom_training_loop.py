@@ -2,6 +2,8 @@
 
 python examples/custom_training_loop.py --tiny
 python examples/custom_training_loop.py --model path/to/chat-model
+
+The extra `finetune` is needed for LoRA: pip install ".[finetune]".
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 python examples/detect_with_calibration.py --tiny
 python examples/detect_with_calibration.py --model path/to/chat-model
+
+The prompts below are placeholders: replace them with your own traffic.
 """
 
 from __future__ import annotations
