@@ -18,7 +18,8 @@ from gradsafe import ops
 def detection(device: str) -> None:
     """The sums behind the detection scores."""
     # A gradient and two references, read once.
-    grad, unsafe, safe = (torch.randn(96, 64, device=device) for _ in range(3))
+    grad = torch.randn(96, 64, device=device)
+    unsafe, safe = torch.rand(2, 96, 64, device=device)
     found = ops.moments([grad], [[unsafe, safe]])
     plain = torch.stack([(grad.abs() * reference).sum() for reference in (unsafe, safe)])
     torch.testing.assert_close(found.dots[0].float(), plain)
@@ -33,7 +34,7 @@ def detection(device: str) -> None:
     print("wgrad_moments: dots", list(found.dots.shape))
 
     # Fused experts: tokens are sorted by segment, and every segment belongs to one expert.
-    experts = torch.randn(8, 96, 64, device=device)
+    experts = torch.rand(8, 96, 64, device=device)
     found = ops.grouped_wgrad_moments(
         x.flatten(0, 1), dy.flatten(0, 1), [experts], lengths=[5, 15, 20], experts=[0, 3, 7]
     )

@@ -167,7 +167,8 @@ def test_docstrings(module, documented, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     loaded = importlib.import_module(module)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    given = {**prepared.namespace(folder), **vars(loaded)}
+    own = prepared.DOCSTRINGS.get(module, {})
+    given = {**prepared.namespace(folder), **own, **vars(loaded)}
     result = doctest.testmod(loaded, extraglobs=given, optionflags=flags)
     assert result.attempted > 0
     assert result.failed == 0
