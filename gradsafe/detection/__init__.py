@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from gradsafe.detection.explanation import Explanation
     from gradsafe.detection.fitting import CoverageWarning, ReferenceGapWarning
     from gradsafe.detection.gradients import NonFiniteGradientError
-    from gradsafe.detection.scores import Scores
+    from gradsafe.detection.scoring import Scores
 
 __all__ = [
     "Calibration",
@@ -37,7 +37,7 @@ __getattr__, __dir__ = lazy_names(
         "Explanation": "explanation",
         "NonFiniteGradientError": "gradients",
         "ReferenceGapWarning": "fitting",
-        "Scores": "scores",
+        "Scores": "scoring",
         "UncalibratedWarning": "detector",
     },
 )

@@ -1,11 +1,10 @@
-"""A threshold from benign data, with what is known about its false-positive rate."""
+"""A threshold from benign prompts, with a confidence interval of its false-positive rate."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from scipy.stats import beta
@@ -14,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Calibration:
-    """Threshold and its measured false-positive rate; a prompt is flagged if its score is larger.
+    """Threshold and its measured false-positive rate; prompts with a higher score are flagged.
 
     Attributes:
         threshold: The threshold.
-        max_fpr: The wanted bound on the false-positive rate.
+        max_fpr: The requested bound on the false-positive rate.
         fpr: Share of the calibration prompts above the threshold.
-        fpr_interval: Exact (Clopper-Pearson) 95 % interval of the false-positive rate on prompts
-            like the calibration prompts.
+        fpr_interval: Exact (Clopper-Pearson) 95 % confidence interval of the false-positive rate on
+            prompts like the calibration prompts.
         n: Number of calibration prompts.
     """
 
@@ -38,23 +37,14 @@ class Calibration:
             f"flagged (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Calibration:
-        """Restore from `to_json`."""
-        return cls(**{**values, "fpr_interval": tuple(values["fpr_interval"])})
-
 
 def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
     """Choose the smallest threshold that keeps the false-positive rate at or below `max_fpr`.
 
     The threshold is the ceil((n + 1)(1 - max_fpr))-th smallest score (split conformal prediction):
-    for new prompts of the same kind the chance of a false alarm is at most `max_fpr`, on average
-    over calibration sets. With fewer than 1 / max_fpr - 1 prompts that cannot be promised; the
-    largest score is taken then, with a warning.
+    for new prompts of the same distribution the probability of a false alarm is at most `max_fpr`,
+    on average over calibration sets. Fewer than 1 / max_fpr - 1 prompts cannot guarantee this; then
+    the largest score is used, with a warning.
 
     Args:
         scores: `[n]` scores of benign prompts.
@@ -64,7 +54,10 @@ def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
         The calibration.
 
     Raises:
-        ValueError: No scores, a score that is no number, or `max_fpr` out of range.
+        ValueError: No scores, a NaN score, or `max_fpr` out of range.
+
+    Warns:
+        UserWarning: Too few prompts to guarantee the rate.
     """
     if not 0 < max_fpr < 1:
         raise ValueError(f"gradsafe.calibrate: expected 0 < max_fpr < 1, got {max_fpr}")
@@ -74,13 +67,13 @@ def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
     if torch.isnan(scores).any():
         raise ValueError("gradsafe.calibrate: a score is NaN")
     ordered = scores.double().sort().values
-    # The small term keeps an exact product such as 100 * 0.99 from being pushed up by rounding.
+    # The small term keeps an exact product such as 100 * 0.99 from being rounded up.
     rank = math.ceil((n + 1) * (1 - max_fpr) - 1e-9)
     if rank > n:
         warnings.warn(
-            f"gradsafe.calibrate: {n} benign prompts are too few to promise a false-positive rate "
-            f"of {max_fpr} (at least {math.ceil(1 / max_fpr) - 1} are needed); the threshold is "
-            "their largest score",
+            f"gradsafe.calibrate: {n} benign prompts are too few to guarantee a false-positive "
+            f"rate of {max_fpr} (at least {math.ceil(1 / max_fpr) - 1} are needed); the threshold "
+            "is their largest score",
             stacklevel=2,
         )
         rank = n

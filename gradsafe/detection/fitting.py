@@ -1,28 +1,22 @@
-"""From reference prompts to a method that scores: references, selected slices, and a warning."""
+"""From reference prompts to a fitted state, with warnings about what will make scores poor."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from gradsafe.detection.components import ComponentMap
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.gradients import GradientPass
-from gradsafe.detection.methods import GradCoo, GradientMethod, GradNorm, GradSafe
-from gradsafe.detection.references import (
-    Reference,
-    build_reference,
-    find_output_projections,
-)
-from gradsafe.detection.scoring import score_with_gradients
-from gradsafe.models import Encoded, Layers
+from gradsafe.detection.methods import METHODS
+from gradsafe.detection.references import find_output_projections
+from gradsafe.detection.scoring import Group
+from gradsafe.detection.state import DetectorState
+from gradsafe.models import Layers
 
 MIN_REFERENCE_GAP = 1.0  # nats
-
-# Encoded windows and the number of the prompt each belongs to.
-Group = tuple[list[Encoded], list[int]]
 
 
 class ReferenceGapWarning(UserWarning):
@@ -33,69 +27,33 @@ class CoverageWarning(UserWarning):
     """Less than half of the weights of the chosen blocks are scored."""
 
 
-@dataclass
-class Fitted:
-    """What fitting found; None for what the method has not."""
-
-    method: GradientMethod | None = None
-    components: ComponentMap | None = None
-    reference_gap: float | None = None
-
-
-def fit_without_references(config: DetectorConfig, gradients: GradientPass) -> Fitted:
-    """Methods "nll" and "gradnorm"."""
-    if config.method == "nll":
-        return Fitted()
-    return Fitted(GradNorm(), ComponentMap(gradients.layers, "tensor", rows=gradients.rows))
-
-
-def fit_references(
+def fit(
     config: DetectorConfig,
     gradients: GradientPass,
-    unsafe: Group,
-    safe: Group,
+    groups: Mapping[str, Group],
     progress: bool,
-) -> Fitted:
-    """Methods that compare with references; see `Detector.fit`."""
-    _check_stacks(config, gradients.layers)
-    groups = {"unsafe": unsafe, "safe": safe}
-    granularity = "row+column" if config.method == "gradsafe" else config.granularity
-    projections: list[str] = []
-    if granularity == "head":
-        projections = find_output_projections(gradients, safe[0][0])
-    components = ComponentMap(gradients.layers, granularity, projections, gradients.rows)
-    built: dict[str, Reference] = {}
-    for name, (items, _) in groups.items():
-        label = f"{name} references" if progress else None
-        if config.method == "gradsafe" and name == "safe":  # published: no safe reference
-            continue
-        built[name] = build_reference(gradients, items, components, config, label)
-    method: GradientMethod
-    if config.method == "gradsafe":
-        method = GradSafe(built["unsafe"])
-        scores = {
-            name: score_with_gradients(
-                method, components, config, gradients, items, owners, True, None
-            )
-            for name, (items, owners) in groups.items()
-        }
-        method.select(scores["unsafe"].components, scores["safe"].components, config.gap)
-        losses = {name: score.nll for name, score in scores.items()}
-    else:
-        method = GradCoo(config, built["unsafe"], built["safe"])
-        losses = {name: reference.nll for name, reference in built.items()}
-    return Fitted(method, components, _check_gap(config, losses))
+) -> DetectorState:
+    """See `Detector.fit`; `groups` are the encoded "unsafe" and "safe" prompts, or empty."""
+    state = DetectorState(config, gradients.rows)
+    if config.uses_gradients:
+        _check_coverage(config, gradients.layers)
+    if groups:
+        _check_stacks(config, gradients.layers)
+    if config.granularity == "head":
+        item = groups["safe"][0][0]
+        state = replace(state, output_projections=find_output_projections(gradients, item))
+    state, losses = METHODS[config.method].fit(state, gradients, groups, progress)
+    return replace(state, reference_gap=_reference_gap(config, losses)) if losses else state
 
 
-def check_coverage(config: DetectorConfig, layers: Layers) -> None:
-    """Warn where less than half of the weights of the chosen blocks are scored."""
+def _check_coverage(config: DetectorConfig, layers: Layers) -> None:
     share = layers.scored_parameters / max(1, layers.block_parameters)
     if config.modules == "all" and share < 0.5:
         warnings.warn(
             f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
-            f"are scored, and what the others would say is not seen; {layers}",
+            f"are scored, and the gradients of the others are ignored; {layers}",
             CoverageWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -106,12 +64,12 @@ def _check_stacks(config: DetectorConfig, layers: Layers) -> None:
         if stack is not None and getattr(config, name) == value:
             raise ValueError(
                 f"gradsafe.Detector.fit: {name}={value!r} changes the gradients of experts that a "
-                f"prompt never reaches, and {stack} is a stack of experts; leave {name} out, or "
+                f"prompt does not use, and {stack} is a stack of experts; leave {name} out, or "
                 'score modules="attention"'
             )
 
 
-def _check_gap(config: DetectorConfig, losses: dict[str, Tensor]) -> float:
+def _reference_gap(config: DetectorConfig, losses: Mapping[str, Tensor]) -> float:
     unsafe, safe = (float(losses[name].mean()) for name in ("unsafe", "safe"))
     if unsafe - safe < MIN_REFERENCE_GAP:
         warnings.warn(

@@ -1,81 +1,76 @@
-"""From component sums to scores: GradCoo, GradSafe and the gradient norm."""
+"""The score methods, one class each. A new one needs its name in `config.Method` too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gradsafe.detection.components import COUNT, DOTS, SUM_SQ, ComponentMap, standard_deviation
-from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.references import Reference
-from gradsafe.models import LinearLayer
+from gradsafe.detection.cascade import Band
+from gradsafe.detection.components import COUNT, DOTS, SUM_SQ, standard_deviation
+from gradsafe.detection.gradients import GradientPass
+from gradsafe.detection.references import build_reference
+from gradsafe.detection.scoring import Group, Method, Scores
+from gradsafe.detection.state import DetectorState
+from gradsafe.models import Layers
 
 
-class GradCoo:
+class GradCoo(Method):
     """Unsigned co-occurrence with an unsafe and a safe reference (arXiv 2502.12411).
 
     With n(g) = abs(g) / std(g): a_c = <n(g_c), n(unsafe_c)>, b_c the same with the safe reference;
     the score is the mean over components of a relative value such as a_c / (a_c + b_c).
-
-    Args:
-        config: Options.
-        unsafe: Unsafe reference.
-        safe: Safe reference.
     """
 
-    def __init__(self, config: DetectorConfig, unsafe: Reference, safe: Reference) -> None:
-        self.config = config
-        self.unsafe = unsafe
-        self.safe = safe
-        self.unsigned = config.unsigned
+    def __init__(self, state: DetectorState, layers: Layers) -> None:
+        super().__init__(state, layers)
+        self.unsigned = self.config.unsigned
+        self.unsafe, self.safe = (state.references[name] for name in ("unsafe", "safe"))
 
-    def references(self, layer: LinearLayer) -> list[Tensor]:
-        """The layer's two references."""
-        return [self.unsafe.weights[layer.name], self.safe.weights[layer.name]]
-
-    def scales(self, layer: LinearLayer) -> Sequence[float]:
-        """Factors that undo the storage scale of the references."""
-        return (self.unsafe.scales[layer.name], self.safe.scales[layer.name])
+    @classmethod
+    def fit(
+        cls,
+        state: DetectorState,
+        gradients: GradientPass,
+        groups: Mapping[str, Group],
+        progress: bool,
+    ) -> tuple[DetectorState, Mapping[str, Tensor]]:
+        components = cls.component_map(state, gradients.layers)
+        references, losses = {}, {}
+        for name, (items, _) in groups.items():
+            label = f"{name} references" if progress else None
+            references[name], losses[name] = build_reference(
+                gradients, items, components, state.config, label
+            )
+        return replace(state, references=references), losses
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Score a batch.
-
-        Args:
-            table: `[B, C, 5]` float64.
-
-        Returns:
-            Scores `[B]` and component values `[B, C]`, float64.
-        """
-        a = self._divide(table[..., DOTS], self.unsafe.std)
-        b = self._divide(table[..., DOTS + 1], self.safe.std)
+        a = _divide(table[..., DOTS], self.unsafe.std)
+        b = _divide(table[..., DOTS + 1], self.safe.std)
         if self.config.normalize:
             std = standard_deviation(table)
-            a, b = self._divide(a, std), self._divide(b, std)
-        values = self._relative(a, b, table[..., COUNT].clamp(min=1))
-        return self._reduce(values, table[..., COUNT]), values
+            a, b = _divide(a, std), _divide(b, std)
+        counts = table[..., COUNT]
+        values = self._relative(a, b, counts.clamp(min=1))
+        if self.config.reduce == "median":
+            return values.quantile(0.5, dim=1), values  # mean of the middle two
+        if self.config.reduce == "weighted":
+            return (values * counts).sum(1) / counts.sum(1), values
+        return values.mean(1), values
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """How the dots of one prompt add up to evidence, all denominators fixed; see `explain`.
-
-        Args:
-            table: `[C, 5]` float64.
-
-        Returns:
-            Factors `[C, 2]`, whose products with the dots sum to a component's evidence, and the
-            weights `[C]` of the components, which sum to 1; float64.
-        """
         config, entries = self.config, table[:, COUNT].clamp(min=1)
-        factors = torch.stack([self._divide(1.0, r.std) for r in (self.unsafe, self.safe)], dim=1)
+        factors = torch.stack([_divide(1.0, r.std) for r in (self.unsafe, self.safe)], dim=1)
         if config.normalize:
-            factors *= self._divide(1.0, standard_deviation(table))[:, None]
+            factors *= _divide(1.0, standard_deviation(table))[:, None]
         if config.relative == "share":
             total = (table[:, DOTS:] * factors).abs().sum(1)
-            factors *= self._divide(1.0, total)[:, None]
+            factors *= _divide(1.0, total)[:, None]
         else:
             factors /= entries[:, None]
-        # A signed share is measured from 0, an unsigned one from the undecided a = b.
+        # A signed share is measured from 0, an unsigned one from the neutral a = b.
         two_sided = config.relative == "difference" or (
             config.relative == "share" and config.unsigned
         )
@@ -83,16 +78,11 @@ class GradCoo:
         counts = table[:, COUNT] if config.reduce == "weighted" else torch.ones_like(entries)
         return factors, counts / counts.sum()
 
-    @staticmethod
-    def _divide(dots: Tensor | float, std: Tensor) -> Tensor:
-        """A component without spread has no direction to share: it counts as zero evidence."""
-        return torch.where(std > 0, dots / std, 0.0)
-
     def _relative(self, a: Tensor, b: Tensor, entries: Tensor) -> Tensor:
         kind = self.config.relative
         if kind == "share":
             total = a.abs() + b.abs()
-            # Signed sums keep their sign in the numerator; nothing on either side is undecided.
+            # Signed sums keep their sign in the numerator. Without any evidence: the neutral value.
             neutral = 0.5 if self.config.unsigned else 0.0
             return torch.where(total > 0, a / total, neutral)
         if kind == "ratio":
@@ -103,38 +93,80 @@ class GradCoo:
             return (a - b) / entries
         return a / entries
 
-    def _reduce(self, values: Tensor, entries: Tensor) -> Tensor:
-        if self.config.reduce == "median":
-            return values.quantile(0.5, dim=1)  # mean of the middle two, unlike torch.median
-        if self.config.reduce == "weighted":
-            return (values * entries).sum(1) / entries.sum(1)
-        return values.mean(1)
 
+class Cascade(GradCoo):
+    """The NLL of the response outside the calibrated band, GradCoo inside it.
 
-class GradSafe:
-    """Mean cosine with the unsafe reference over selected rows and columns (arXiv 2402.13494).
-
-    Args:
-        unsafe: Raw unsafe reference.
-        selected: `[C]` bool, the slices that count; None for all.
+    Before calibration the band holds every NLL.
     """
 
-    unsigned = False
+    def score(
+        self,
+        gradients: GradientPass,
+        group: Group,
+        keep: bool = True,
+        progress: str | None = None,
+    ) -> Scores:
+        if self.state.band is None:
+            return super().score(gradients, group, keep, progress)
+        items, owners = group
+        band: Band = self.state.band
+        nll = gradients.losses(items, progress=progress)
+        unsure = band.unsure(nll)
+        values = band.sure_scores(nll)
+        components = torch.full((len(items), self.components.size if keep else 0), torch.nan)
+        chosen = unsure.nonzero()[:, 0].tolist()
+        if chosen:
+            label = f"{progress}: gradients" if progress else None
+            inside = [items[i] for i in chosen], [owners[i] for i in chosen]
+            scores = super().score(gradients, inside, keep, label)
+            values[chosen], components[chosen] = scores.values, scores.components
+        return Scores(values, components, nll, unsure)
 
-    def __init__(self, unsafe: Reference, selected: Tensor | None = None) -> None:
-        self.unsafe = unsafe
-        self.selected = selected
 
-    def references(self, layer: LinearLayer) -> list[Tensor]:
-        """The layer's reference."""
-        return [self.unsafe.weights[layer.name]]
+class GradSafe(Method):
+    """Mean cosine to the unsafe reference over selected rows and columns (arXiv 2402.13494)."""
 
-    def scales(self, layer: LinearLayer) -> Sequence[float]:
-        """Factor that undoes the storage scale of the reference."""
-        return (self.unsafe.scales[layer.name],)
+    granularity = "row+column"
+
+    def __init__(self, state: DetectorState, layers: Layers) -> None:
+        super().__init__(state, layers)
+        self.unsafe = state.references["unsafe"]
+
+    @classmethod
+    def fit(
+        cls,
+        state: DetectorState,
+        gradients: GradientPass,
+        groups: Mapping[str, Group],
+        progress: bool,
+    ) -> tuple[DetectorState, Mapping[str, Tensor]]:
+        """Select the rows and columns that separate the reference prompts.
+
+        Raises:
+            ValueError: There is none.
+        """
+        components = cls.component_map(state, gradients.layers)
+        label = "unsafe references" if progress else None
+        # As published: raw gradients, and no safe reference.
+        unsafe, _ = build_reference(
+            gradients, groups["unsafe"][0], components, state.config, label, raw=True
+        )
+        state = replace(state, references={"unsafe": unsafe})
+        method = cls(state, gradients.layers)
+        scores = {name: method.score(gradients, group) for name, group in groups.items()}
+        difference = scores["unsafe"].components.mean(0) - scores["safe"].components.mean(0)
+        selected = difference > state.config.gap
+        if not selected.any():
+            raise ValueError(
+                f"gradsafe.Detector.fit: no row or column separates the reference prompts by more "
+                f"than gap={state.config.gap} (largest: {float(difference.max()):.3f}); lower gap= "
+                "or choose references that the model treats differently"
+            )
+        losses = {name: found.nll for name, found in scores.items()}
+        return replace(state, learned={"selected": selected}), losses
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Score a batch: `[B, C, 4]` to scores `[B]` and the cosines of the selected slices."""
         norms = (table[..., SUM_SQ] * self.unsafe.sum_sq).sqrt()
         cosines = torch.where(norms > 0, table[..., DOTS] / norms, 0.0)  # a zero slice: cosine 0
         if self.selected is not None:
@@ -142,56 +174,45 @@ class GradSafe:
         return cosines.mean(1), cosines
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors `[C, 1]` and weights `[C]` of one prompt's `[C, 4]` table; see `GradCoo`."""
         norms = (table[:, SUM_SQ] * self.unsafe.sum_sq).sqrt()
         chosen = torch.ones_like(norms) if self.selected is None else self.selected.to(norms)
         return torch.where(norms > 0, 1.0 / norms, 0.0)[:, None], chosen / chosen.sum()
 
-    def select(self, unsafe: Tensor, safe: Tensor, gap: float) -> None:
-        """Choose the slices that tell the reference prompts apart.
 
-        Args:
-            unsafe: `[n, C]` cosines of the unsafe reference prompts.
-            safe: `[m, C]` cosines of the safe ones.
-            gap: Needed difference of the means.
-
-        Raises:
-            ValueError: No slice has that gap.
-        """
-        difference = unsafe.mean(0) - safe.mean(0)
-        self.selected = difference > gap
-        if not self.selected.any():
-            raise ValueError(
-                f"gradsafe.Detector.fit: no row or column separates the reference prompts by more "
-                f"than gap={gap} (largest: {float(difference.max()):.3f}); lower gap= or choose "
-                "references that the model treats differently"
-            )
-
-
-class GradNorm:
+class GradNorm(Method):
     """Norm of the scored gradients: a baseline without references."""
 
-    unsigned = False
-
-    def references(self, layer: LinearLayer) -> list[Tensor]:
-        """None."""
-        return []
-
-    def scales(self, layer: LinearLayer) -> Sequence[float]:
-        """None."""
-        return ()
-
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Score a batch: `[B, C, 3]` to norms `[B]` and component norms `[B, C]`."""
         return table[..., SUM_SQ].sum(1).sqrt(), table[..., SUM_SQ].sqrt()
 
 
-GradientMethod = GradCoo | GradSafe | GradNorm
+class NLL(Method):
+    """NLL of the response, from a forward pass: a baseline without components."""
+
+    def score(
+        self,
+        gradients: GradientPass,
+        group: Group,
+        keep: bool = True,
+        progress: str | None = None,
+    ) -> Scores:
+        nll = gradients.losses(group[0], progress=progress)
+        return Scores(nll.clone(), nll.new_empty(len(nll), 0), nll, torch.zeros_like(nll).bool())
+
+    @property
+    def names(self) -> list[str]:
+        return []
 
 
-def component_names(method: GradientMethod, components: ComponentMap) -> list[str]:
-    """Names of the columns that a method reports."""
-    names = components.names
-    if isinstance(method, GradSafe) and method.selected is not None:
-        return [name for name, kept in zip(names, method.selected.tolist(), strict=True) if kept]
-    return names
+METHODS: dict[str, type[Method]] = {
+    "gradcoo": GradCoo,
+    "gradsafe": GradSafe,
+    "cascade": Cascade,
+    "nll": NLL,
+    "gradnorm": GradNorm,
+}
+
+
+def _divide(dots: Tensor | float, std: Tensor) -> Tensor:
+    """A component without spread has no direction: its value is zero."""
+    return torch.where(std > 0, dots / std, 0.0)

@@ -1,4 +1,4 @@
-"""A seeded part of the rows of every weight: what `row_fraction` leaves to score."""
+"""Seeded choice of the rows of every weight that are scored (`row_fraction`)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Rows = dict[str, Tensor]
 
 
 def choose_rows(layers: Layers, fraction: float, seed: int) -> Rows:
-    """Draw the rows of every scored weight that take part.
+    """Choose the rows of every scored weight that are scored.
 
-    The O rows of a weight are cut into ceil(fraction * O) strata of nearly equal size, and one row
-    is drawn from each: every attention head keeps its share, and draws differ less than free ones.
-    The experts of a stack `[E, O, I]` keep the same rows.
+    The O rows of a weight are divided into ceil(fraction * O) strata of nearly equal size, and one
+    row is drawn from each: every attention head keeps its share, and the variance between draws is
+    lower than without strata. The experts of a stack `[E, O, I]` keep the same rows.
 
     Args:
         layers: The scored layers.
         fraction: Part to keep, above 0 and at most 1.
-        seed: Of the draw; the same seed, layers and fraction give the same rows everywhere.
+        seed: Of the draw; the same seed, layers and fraction give the same rows on every machine.
 
     Returns:
         The rows of each layer; empty if all are kept.

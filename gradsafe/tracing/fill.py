@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradsafe._io.processes import Processes
-from gradsafe._io.progress import SharedProgress
+from gradsafe._io.processes import Processes, SharedProgress
 from gradsafe.models import Encoded, pad_token_id
 from gradsafe.tracing.examples import Encoding, Example, ExampleEncoder
 from gradsafe.tracing.folder import IndexFolder, Shard, ShardPlan, batch_key

@@ -1,0 +1,144 @@
+"""The fitted state of a detector: everything but the model, frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradsafe._io.artifacts import StorageError
+from gradsafe.detection.calibration import Calibration
+from gradsafe.detection.cascade import Band
+from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.references import Reference
+from gradsafe.detection.rows import Rows
+from gradsafe.models import Layers
+
+
+@dataclass(frozen=True)
+class DetectorState:
+    """What `Detector.fit` and `Detector.calibrate` found.
+
+    Attributes:
+        config: The options.
+        rows: Rows that are kept of each weight; empty for all.
+        output_projections: Layers whose input is divided into heads (granularity "head").
+        references: Reference gradients by the name of their prompts, "unsafe" and "safe".
+        learned: Other tensors that the method learned, by name.
+        reference_gap: Mean NLL of the response after the unsafe minus after the safe references, in
+            nats; None for methods without references.
+        calibration: What `calibrate` found, None before.
+        band: NLL values between which method "cascade" computes gradients, None before `calibrate`.
+    """
+
+    config: DetectorConfig
+    rows: Rows = field(default_factory=dict)
+    output_projections: tuple[str, ...] = ()
+    references: Mapping[str, Reference] = field(default_factory=dict)
+    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    reference_gap: float | None = None
+    calibration: Calibration | None = None
+    band: Band | None = None
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The state as tensors and JSON values; see `unpack`."""
+        tensors = {f"rows/{name}": rows for name, rows in self.rows.items()}
+        tensors |= {f"learned/{name}": tensor for name, tensor in self.learned.items()}
+        for group, reference in self.references.items():
+            tensors |= {f"{group}/weights/{n}": weight for n, weight in reference.weights.items()}
+            tensors |= {f"{group}/std": reference.std, f"{group}/sum_sq": reference.sum_sq}
+        band = asdict(self.band) if self.band else None
+        metadata = {
+            "config": asdict(self.config),
+            "output_projections": list(self.output_projections),
+            "scales": {group: reference.scales for group, reference in self.references.items()},
+            "reference_gap": self.reference_gap,
+            "calibration": asdict(self.calibration) if self.calibration else None,
+            # JSON has no infinity, which is the default of both ends.
+            "band": band and {end: nll for end, nll in band.items() if math.isfinite(nll)},
+        }
+        return tensors, metadata
+
+    @classmethod
+    def unpack(
+        cls,
+        where: object,
+        config: DetectorConfig,
+        tensors: Mapping[str, Tensor],
+        metadata: Mapping[str, Any],
+        layers: Layers,
+    ) -> DetectorState:
+        """Restore a state.
+
+        Args:
+            where: What the tensors and the metadata come from, for error messages.
+            config: See `unpack_config`.
+            tensors: From `pack`.
+            metadata: From `pack`.
+            layers: The scored layers; each reference moves to the device of its layer.
+
+        Raises:
+            StorageError: A tensor is missing.
+        """
+
+        def get(name: str) -> Tensor:
+            if name not in tensors:
+                raise StorageError(f"{where} is incomplete: it holds no tensor {name}")
+            return tensors[name]
+
+        def named(group: str) -> dict[str, Tensor]:
+            found = (name for name in tensors if name.startswith(f"{group}/"))
+            return {name.removeprefix(f"{group}/"): tensors[name] for name in found}
+
+        references = {
+            group: Reference(
+                weights={
+                    layer.name: get(f"{group}/weights/{layer.name}").to(_device(layer.module))
+                    for layer in layers.scored
+                },
+                scales=scales,
+                std=get(f"{group}/std"),
+                sum_sq=get(f"{group}/sum_sq"),
+            )
+            for group, scales in metadata["scales"].items()
+        }
+        calibration, band = metadata["calibration"], metadata["band"]
+        if calibration is not None:
+            interval = tuple(calibration["fpr_interval"])
+            calibration = Calibration(**{**calibration, "fpr_interval": interval})
+        return cls(
+            config=config,
+            # The rows of the references, whatever a new draw would give.
+            rows=named("rows"),
+            output_projections=tuple(metadata["output_projections"]),
+            references=references,
+            learned=named("learned"),
+            reference_gap=metadata["reference_gap"],
+            calibration=calibration,
+            band=None if band is None else Band(**band),
+        )
+
+
+def unpack_config(where: object, values: Mapping[str, Any]) -> DetectorConfig:
+    """The options of a packed state.
+
+    Raises:
+        StorageError: A newer version wrote options that this one does not know.
+    """
+    unknown = sorted(set(values) - set(DetectorConfig.__dataclass_fields__))
+    if unknown:
+        raise StorageError(
+            f"{where} uses options this version does not know: {unknown}; update gradsafe"
+        )
+    return DetectorConfig(**values)
+
+
+def _device(module: nn.Module) -> torch.device:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type != "meta":
+            return tensor.device
+    return torch.device("cpu")
