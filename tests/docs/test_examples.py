@@ -146,6 +146,9 @@ def test_command(block, line, command_folders, documented, tmp_path_factory, mon
     if block.page not in command_folders:
         command_folders[block.page] = tmp_path_factory.mktemp("commands") / "here"
         shutil.copytree(documented, command_folders[block.page])
+        for one in blocks("yaml"):
+            name = one.code.splitlines()[0].removeprefix("# ")
+            (command_folders[block.page] / name).write_text(one.code)
     monkeypatch.chdir(command_folders[block.page])
     assert main(shlex.split(line, comments=True)[1:]) == 0
 
