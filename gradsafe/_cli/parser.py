@@ -63,6 +63,7 @@ class Command:
                 inner, None if item.metadata.get("flat") else item.name
             )
         self._types = dict(_types(kind))
+        self.files = _Files([])
 
     def parse(self, argv: Sequence[str]) -> Any:
         """Returns the configuration.
@@ -72,7 +73,7 @@ class Command:
             SystemExit: After `--help` and `--print_config`.
         """
         arguments = self._normalised(argv)
-        files = _Files([Path(path) for path in _values_of("--config", arguments)])
+        self.files = files = _Files([Path(path) for path in _values_of("--config", arguments)])
         files.check_keys(self._types)
         try:
             found = self._parser.parse_args(arguments)
@@ -162,8 +163,17 @@ class _Files:
             unknown = key.rpartition(".")[2]
             raise UsageError(f"{where}: {prefix}unknown key {unknown!r}, {nearest(unknown, names)}")
 
-    def located(self, text: str) -> str:
-        """The error with the place of the key that it names, if a file gives that key."""
+    def located(self, text: str, *, begins: bool = False) -> str:
+        """The error with the place of the key that it names, if a file gives that key.
+
+        Args:
+            text: The error.
+            begins: Only a key that the error begins with.
+        """
+        if begins:
+            first = re.match(r"[\w.]+", text)
+            where = self._lines.get(first[0].rstrip(".")) if first else None
+            return f"{where}: {text}" if where else text
         named = [key for key in self._lines if _mentions(text, key)]
         named = named or [k for k in self._lines if _mentions(text, k.rpartition(".")[2])]
         return f"{self._lines[max(named, key=len)]}: {text}" if named else text

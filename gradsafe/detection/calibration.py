@@ -44,20 +44,7 @@ def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
     The threshold is the ceil((n + 1)(1 - max_fpr))-th smallest score (split conformal prediction):
     for new prompts of the same distribution the probability of a false alarm is at most `max_fpr`,
     on average over calibration sets. Fewer than 1 / max_fpr - 1 prompts cannot guarantee this; then
-    the largest score is used, with a warning.
-
-    Args:
-        scores: `[n]` scores of benign prompts.
-        max_fpr: Between 0 and 1, both excluded.
-
-    Returns:
-        The calibration.
-
-    Raises:
-        ValueError: No scores, a NaN score, or `max_fpr` out of range.
-
-    Warns:
-        UserWarning: Too few prompts to guarantee the rate.
+    the largest score is used, with a warning. `scores` are those of n benign prompts, `[n]`.
     """
     if not 0 < max_fpr < 1:
         raise ValueError(f"gradsafe.calibrate: expected 0 < max_fpr < 1, got {max_fpr}")

@@ -44,23 +44,10 @@ def choose_band(benign: Tensor, unsafe: Tensor, max_fpr: float, max_fnr: float) 
 
     Both ends are split-conformal quantiles: of new prompts of the same distributions, at most
     `max_fnr` of the unsafe ones are cleared by their NLL alone, and at most `max_fpr` of the benign
-    ones are marked as unsafe by it, on average over calibration sets.
-
-    Args:
-        benign: `[n]` NLL of the response after benign prompts.
-        unsafe: `[m]` NLL after unsafe prompts.
-        max_fpr: Between 0 and 1, both excluded.
-        max_fnr: Between 0 and 1, both excluded.
-
-    Returns:
-        The band. Where the NLL separates the two classes, the band lies between them.
-
-    Raises:
-        ValueError: A set is empty or holds NaN, or a bound is out of range.
-
-    Warns:
-        UserWarning: Too few prompts for one of the bounds; with too few unsafe prompts, nothing is
-            cleared without gradients.
+    ones are marked as unsafe by it, on average over calibration sets. Where the NLL separates the
+    two classes, the band lies between them. With too few unsafe prompts for the bound, nothing is
+    cleared without gradients, and a warning says so. `benign` and `unsafe` are the NLL of the
+    response after such prompts, `[n]` and `[m]`.
     """
     if not 0 < max_fnr < 1:
         raise ValueError(f"gradsafe.choose_band: expected 0 < max_fnr < 1, got {max_fnr}")

@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,18 +14,23 @@ from gradsafe._io.artifacts import load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.detection.calibration import Calibration, calibrate
 from gradsafe.detection.cascade import Band, choose_band
+from gradsafe.detection.components import choose_rows
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.explanation import Explanation, check_explainable, explain
 from gradsafe.detection.fitting import fit
 from gradsafe.detection.gradients import GradientPass
-from gradsafe.detection.methods import METHODS
-from gradsafe.detection.rows import Rows, choose_rows
+from gradsafe.detection.methods import METHODS, NLL
 from gradsafe.detection.scoring import Group, Method, Scores, worst_windows
 from gradsafe.detection.state import DetectorState, unpack_config
-from gradsafe.models import Layers, context_length, encode_prompts, find_layers
-
-if TYPE_CHECKING:
-    from gradsafe.models.encode import Prompt
+from gradsafe.models import (
+    Encoding,
+    Layers,
+    Prompt,
+    context_length,
+    encode_prompts,
+    find_layers,
+    probe_prompts,
+)
 
 KIND = "detector"  # of the saved folder
 
@@ -44,11 +49,11 @@ class Detector:
         model: The model it was fitted on.
         tokenizer: Its tokenizer.
         state: What fitting found.
-        layers: The layers that `state.config` chooses in the model, where they are known already.
+        layers: The layers that `state.config` chooses in the model, if they are known already.
 
     Attributes:
-        state: The fitted state, frozen; `calibrate` replaces it.
         layers: The scored layers, see `coverage`.
+        method: The fitted score method.
     """
 
     def __init__(
@@ -56,8 +61,8 @@ class Detector:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.state = state
         self.layers = layers or find_layers(model, state.config.layers, state.config.modules)
+        self.method = METHODS[state.config.method](state, self.layers)
 
     @classmethod
     def fit(
@@ -105,25 +110,26 @@ class Detector:
         layers = find_layers(model, config.layers, config.modules)
         rows = choose_rows(layers, config.row_fraction, config.row_seed)
         groups: dict[str, Group] = {}
-        for name, prompts in (("unsafe", unsafe), ("safe", safe)) if config.uses_references else ():
+        references = {"unsafe": unsafe, "safe": safe} if config.uses_references else {}
+        for name, prompts in references.items():
             if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
                 raise ValueError(
                     f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
                     f"of at least one {name} reference prompt"
                 )
             groups[name] = _encode(model, tokenizer, config, prompts)
-        gradients = GradientPass(model, layers, tokenizer, batch_tokens, rows)
-        return cls(model, tokenizer, fit(config, gradients, groups, progress), layers)
+        gradients = GradientPass(model, layers, tokenizer, rows, batch_tokens, progress)
+        return cls(model, tokenizer, fit(config, gradients, groups), layers)
+
+    @property
+    def state(self) -> DetectorState:
+        """The fitted state, frozen; `calibrate` replaces it."""
+        return self.method.state
 
     @property
     def config(self) -> DetectorConfig:
         """Options it was fitted with."""
         return self.state.config
-
-    @property
-    def rows(self) -> Rows:
-        """Rows that are scored of each weight; empty for all."""
-        return self.state.rows
 
     @property
     def reference_gap(self) -> float | None:
@@ -152,11 +158,6 @@ class Detector:
     def coverage(self) -> Layers:
         """Which weights are scored and which are not, and why; printable."""
         return self.layers
-
-    @property
-    def method(self) -> Method:
-        """The fitted score method."""
-        return METHODS[self.config.method](self.state, self.layers)
 
     @property
     def components(self) -> list[str]:
@@ -189,7 +190,7 @@ class Detector:
                 prompt, for example prompts[3]. Method "nll" gives such a prompt the score NaN.
             TypeError: An entry is neither a text nor a conversation.
         """
-        return self._score(self.method, prompts, batch_tokens, progress, components)
+        return self._score(self.method, prompts, (batch_tokens, progress), components)
 
     def calibrate(
         self,
@@ -237,24 +238,24 @@ class Detector:
                 'gradsafe.Detector.calibrate: unsafe_prompts=[...] is for method "cascade", not '
                 f"for {self.config.method!r}"
             )
-        state = self.state
+        state, run = self.state, (batch_tokens, progress)
         if unsafe_prompts is not None:
             if len(benign_prompts) < 2:
                 raise ValueError(
                     'gradsafe.Detector.calibrate: method "cascade" needs at least two '
                     f"benign_prompts, half of them for the band, got {len(benign_prompts)}"
                 )
-            nll = METHODS["nll"](state, self.layers)
-            benign, unsafe = (
-                self._score(nll, prompts, batch_tokens, progress, False).values
-                for prompts in (benign_prompts[::2], unsafe_prompts)
-            )
-            benign_prompts = benign_prompts[1::2]
-            state = replace(state, band=choose_band(benign, unsafe, max_fpr / 2, max_fnr))
+            benign, benign_prompts = benign_prompts[::2], benign_prompts[1::2]
+            losses = [
+                self._score(NLL(state, self.layers), p, run) for p in (benign, unsafe_prompts)
+            ]
+            band = choose_band(losses[0].values, losses[1].values, max_fpr / 2, max_fnr)
+            state = replace(state, band=band)
         method = METHODS[self.config.method](state, self.layers)
-        values = self._score(method, benign_prompts, batch_tokens, progress, False).values
-        calibration = calibrate(values, max_fpr)
-        self.state = replace(state, calibration=calibration)
+        calibration = calibrate(self._score(method, benign_prompts, run).values, max_fpr)
+        self.method = METHODS[self.config.method](
+            replace(state, calibration=calibration), self.layers
+        )
         return calibration
 
     def flag(
@@ -315,22 +316,16 @@ class Detector:
                 "median", `center` and absolute "before".
             TypeError: `prompt` is neither a text nor a conversation.
         """
-        message: Mapping[str, Any] | None = None
-        if not isinstance(prompt, str):
-            if isinstance(prompt, Sequence) and prompt and isinstance(prompt[-1], Mapping):
-                message = prompt[-1]
-            else:
-                raise TypeError(
-                    "gradsafe.Detector.explain: expected prompt to be str or a list of messages, "
-                    f"got {type(prompt).__name__}; explain takes one prompt"
-                )
         check_explainable(self.config)
-        windows, _ = _encode(self.model, self.tokenizer, self.config, [prompt])
-        # Texts with different ends in place of the prompt show where it lies among the tokens.
-        texts: list[Prompt] = ["0", "?"]
-        if message is not None:
-            texts = [[*prompt[:-1], {**message, "content": text}] for text in texts]
-        probes, _ = _encode(self.model, self.tokenizer, self.config, texts)
+        if not isinstance(prompt, str) and prompt and not isinstance(prompt[0], Mapping):
+            raise TypeError(
+                "gradsafe.Detector.explain: expected prompt to be str or a list of messages, got "
+                f"{type(prompt).__name__}; explain takes one prompt"
+            )
+        windows, probes = (
+            _encode(self.model, self.tokenizer, self.config, prompts)[0]
+            for prompts in ([prompt], probe_prompts(prompt))
+        )
         return explain(self.method, self._gradients(1), windows, probes, self.threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -356,13 +351,11 @@ class Detector:
         self,
         method: Method,
         prompts: Sequence[Prompt],
-        batch_tokens: int,
-        progress: bool,
-        components: bool,
+        run: tuple[int, bool],
+        components: bool = False,
     ) -> Scores:
         group = _encode(self.model, self.tokenizer, self.config, prompts)
-        label = "score" if progress else None
-        found = method.score(self._gradients(batch_tokens), group, components, label)
+        found = method.score(self._gradients(*run), group, components)
         worst = worst_windows(found.values, group[1], len(prompts))
         return Scores(
             found.values[worst],
@@ -372,8 +365,9 @@ class Detector:
             self.threshold,
         )
 
-    def _gradients(self, batch_tokens: int) -> GradientPass:
-        return GradientPass(self.model, self.layers, self.tokenizer, batch_tokens, self.state.rows)
+    def _gradients(self, batch_tokens: int, progress: bool = False) -> GradientPass:
+        parts = self.model, self.layers, self.tokenizer, self.state.rows
+        return GradientPass(*parts, batch_tokens, progress)
 
 
 def pack(detector: Detector) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -392,19 +386,9 @@ def unpack(
     tokenizer: Any,
     cls: type[Detector] = Detector,
 ) -> Detector:
-    """Restore a detector from the result of `pack`.
+    """Restore a detector from the result of `pack`; see `Detector.load`.
 
-    Args:
-        where: Where the result comes from, for error messages.
-        tensors: From `pack`.
-        metadata: From `pack`.
-        model: The model it was fitted on.
-        tokenizer: Its tokenizer.
-        cls: Class of the result.
-
-    Raises:
-        StorageError: A tensor is missing, or a newer version wrote unknown options.
-        ValueError: The detector was fitted on another model or tokenizer.
+    Error messages start with `where`, the place that the result came from.
     """
     for what, given in (
         ("model", model_fingerprint(model)),
@@ -425,13 +409,11 @@ def unpack(
 def _encode(
     model: nn.Module, tokenizer: Any, config: DetectorConfig, prompts: Sequence[Prompt]
 ) -> Group:
-    return encode_prompts(
-        tokenizer,
-        prompts,
-        config.response,
-        overflow=config.overflow,
-        max_length=context_length(model, tokenizer),
+    encoding = Encoding(
         template=config.template,
         system=config.system,
         append_eos=config.eos,
+        overflow=config.overflow,
+        max_length=context_length(model, tokenizer),
     )
+    return encode_prompts(tokenizer, prompts, config.response, encoding)

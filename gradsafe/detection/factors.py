@@ -13,7 +13,9 @@ from gradsafe.detection.token_evidence import layer_token_evidence
 from gradsafe.models import Routing
 from gradsafe.ops import Axis, grouped_wgrad_moments, moments, wgrad_moments
 
-# Changes a gradient in place before its moments are taken (ablations), given the axis.
+# Changes a gradient in place before its moments are taken (ablations), given the axis. Only then
+# does a gradient exist in memory, one at a time. It must not change zeros in a stack of experts,
+# since the experts that a sample does not use are left out.
 Prepare = Callable[[Tensor, Axis], None]
 
 
@@ -40,10 +42,7 @@ class MatrixFactors:
     def moments(
         self, refs: Sequence[Tensor], axis: Axis, unsigned: bool, prepare: Prepare | None = None
     ) -> Tensor:
-        """Sums over slices `[B, slices, 3 + K]` float64, see `ops.wgrad_moments`.
-
-        With `prepare`, one gradient exists at a time.
-        """
+        """Sums over slices `[B, slices, 3 + K]` float64, see `ops.wgrad_moments`."""
         if prepare is None:
             return slice_values(wgrad_moments(self.x, self.dy, refs, axis, unsigned, self.lengths))
         return torch.cat(
@@ -69,7 +68,7 @@ class MatrixFactors:
         return evidence.view(-1, self.repeat).sum(1)
 
     def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """x `[rows, I]` and dy `[rows, R]` of each sample, without padding."""
+        """Each sample's x `[rows, I]` and dy `[rows, R]`, without padding."""
         for b, length in enumerate(self.lengths):
             yield self.x[b, :length], self.dy[b, :length]
 
@@ -103,15 +102,7 @@ class StackFactors:
     def of(
         cls, x: Tensor, dy: Tensor, routing: Routing, lengths: Sequence[int], stack: int
     ) -> StackFactors:
-        """Drop padding and divide the rows into segments; counts are copied to the host once.
-
-        Args:
-            x: `[N, I]`.
-            dy: `[N, R]`.
-            routing: Token and expert of each row.
-            lengths: Tokens of each sample.
-            stack: E.
-        """
+        """Drop padding and divide the rows into segments; `lengths` are the samples' tokens."""
         samples = torch.zeros_like(routing.experts)
         if routing.tokens is not None:
             samples = routing.tokens // routing.width
@@ -142,11 +133,7 @@ class StackFactors:
     def moments(
         self, refs: Sequence[Tensor], axis: Axis, unsigned: bool, prepare: Prepare | None = None
     ) -> Tensor:
-        """Sums over slices `[B, E * slices, 3 + K]` float64, see `ops.grouped_wgrad_moments`.
-
-        With `prepare`, the gradient of one matrix exists at a time. It must not change zeros, since
-        experts that are not used are left out.
-        """
+        """Sums over slices `[B, E * slices, 3 + K]` float64; see `ops.grouped_wgrad_moments`."""
         rows, cols = self.dy.shape[1], self.x.shape[1]
         counts = {"tensor": [rows * cols], "row": [cols] * rows, "column": [rows] * cols}
         counts["both"] = counts["row"] + counts["column"]

@@ -1,4 +1,4 @@
-"""From reference prompts to a fitted state, with warnings about what will make scores poor."""
+"""From reference prompts to a fitted state, with warnings about causes of poor scores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.gradients import GradientPass
 from gradsafe.detection.methods import METHODS
 from gradsafe.detection.references import find_output_projections
-from gradsafe.detection.scoring import Group
+from gradsafe.detection.scoring import Groups
 from gradsafe.detection.state import DetectorState
 from gradsafe.models import Layers
 
@@ -27,12 +27,7 @@ class CoverageWarning(UserWarning):
     """Less than half of the weights of the chosen blocks are scored."""
 
 
-def fit(
-    config: DetectorConfig,
-    gradients: GradientPass,
-    groups: Mapping[str, Group],
-    progress: bool,
-) -> DetectorState:
+def fit(config: DetectorConfig, gradients: GradientPass, groups: Groups) -> DetectorState:
     """See `Detector.fit`; `groups` are the encoded "unsafe" and "safe" prompts, or empty."""
     state = DetectorState(config, gradients.rows)
     if config.uses_gradients:
@@ -42,7 +37,7 @@ def fit(
     if config.granularity == "head":
         item = groups["safe"][0][0]
         state = replace(state, output_projections=find_output_projections(gradients, item))
-    state, losses = METHODS[config.method].fit(state, gradients, groups, progress)
+    state, losses = METHODS[config.method].fit(state, gradients, groups)
     return replace(state, reference_gap=_reference_gap(config, losses)) if losses else state
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradsafe._fallback import announce_fallback
+from gradsafe.detection.components import Rows
 from gradsafe.detection.factors import Factors, MatrixFactors, StackFactors
-from gradsafe.detection.rows import Rows
 from gradsafe.models import (
     Encoded,
     Layers,
@@ -42,38 +42,32 @@ class GradientPass:
         model: Causal language model.
         layers: Scored layers.
         tokenizer: Its padding token fills short rows.
-        batch_tokens: Padded tokens per batch.
-        rows: Rows that are kept of each weight; empty for all.
+        rows: Rows that are scored of each weight; empty for all.
+        batch_tokens: Tokens per batch, padding included.
+        progress: Show progress bars.
     """
 
     model: nn.Module
     layers: Layers
     tokenizer: Any
-    batch_tokens: int
     rows: Rows
+    batch_tokens: int
+    progress: bool = False
 
-    def losses(
-        self, items: Sequence[Encoded], visit: Visit | None = None, progress: str | None = None
-    ) -> Tensor:
+    def losses(self, items: Sequence[Encoded], visit: Visit | None, label: str = "") -> Tensor:
         """`[n]` float32 NLL of each item's response, in input order; see `run`."""
         nll = torch.empty(len(items), dtype=torch.float32)
-        for indices, batch_nll in self.run(items, visit, progress):
+        for indices, batch_nll in self.run(items, visit, label):
             nll[indices] = batch_nll
         return nll
 
     def run(
-        self, items: Sequence[Encoded], visit: Visit | None = None, progress: str | None = None
+        self, items: Sequence[Encoded], visit: Visit | None, label: str
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Process all items.
+        """Yield the indices of each batch and the float32 NLL of its items, on the CPU.
 
-        Args:
-            items: Encoded prompts.
-            visit: Called for every layer of each batch, last block first. None for a forward pass
-                without gradients.
-            progress: Label of a progress bar over the items, None for no bar.
-
-        Yields:
-            After each batch, the indices of its items and their float32 NLL, on the CPU.
+        Before that, `visit` was called for every layer, last block first; None stands for a forward
+        pass without gradients. `label` names the progress bar; without one there is none.
         """
         budget = self.batch_tokens
         if visit is not None and self.layers.one_at_a_time and len(items) > 1:
@@ -86,7 +80,8 @@ class GradientPass:
                     else "computes something else for a prompt with padding after it"
                 )
             )
-        with tqdm(total=len(items), desc=progress, disable=progress is None, unit="prompt") as bar:
+        hidden = not (self.progress and label)
+        with tqdm(total=len(items), desc=label, disable=hidden, unit="prompt") as bar:
             for indices in plan_batches([len(item) for item in items], budget):
                 batch = [items[i] for i in indices]
                 with self._memory_advice(batch):

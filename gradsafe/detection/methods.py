@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gradsafe.detection.cascade import Band
 from gradsafe.detection.components import COUNT, DOTS, SUM_SQ, standard_deviation
 from gradsafe.detection.gradients import GradientPass
 from gradsafe.detection.references import build_reference
-from gradsafe.detection.scoring import Group, Method, Scores
+from gradsafe.detection.scoring import Group, Groups, Learned, Method, Scores
 from gradsafe.detection.state import DetectorState
 from gradsafe.models import Layers
 
@@ -30,23 +28,20 @@ class GradCoo(Method):
         self.unsafe, self.safe = (state.references[name] for name in ("unsafe", "safe"))
 
     @classmethod
-    def fit(
-        cls,
-        state: DetectorState,
-        gradients: GradientPass,
-        groups: Mapping[str, Group],
-        progress: bool,
-    ) -> tuple[DetectorState, Mapping[str, Tensor]]:
+    def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
+        """Build both references."""
         components = cls.component_map(state, gradients.layers)
-        references, losses = {}, {}
-        for name, (items, _) in groups.items():
-            label = f"{name} references" if progress else None
-            references[name], losses[name] = build_reference(
-                gradients, items, components, state.config, label
-            )
-        return replace(state, references=references), losses
+        found = {
+            name: build_reference(gradients, items, components, state.config, f"{name} references")
+            for name, (items, _) in groups.items()
+        }
+        references = {name: reference for name, (reference, _) in found.items()}
+        return replace(state, references=references), {
+            name: nll for name, (_, nll) in found.items()
+        }
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Relative values and their mean, weighted mean or median."""
         a = _divide(table[..., DOTS], self.unsafe.std)
         b = _divide(table[..., DOTS + 1], self.safe.std)
         if self.config.normalize:
@@ -61,6 +56,7 @@ class GradCoo(Method):
         return values.mean(1), values
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Both references contribute, the safe one negatively, or the unsafe one alone."""
         config, entries = self.config, table[:, COUNT].clamp(min=1)
         factors = torch.stack([_divide(1.0, r.std) for r in (self.unsafe, self.safe)], dim=1)
         if config.normalize:
@@ -89,37 +85,24 @@ class GradCoo(Method):
             return torch.where((a == 0) & (b == 0), 1.0, a / b)
         if kind == "logratio":
             return torch.where((a == 0) & (b == 0), 0.0, (a / b).log())
-        if kind == "difference":
-            return (a - b) / entries
-        return a / entries
+        return (a - b if kind == "difference" else a) / entries
 
 
 class Cascade(GradCoo):
-    """The NLL of the response outside the calibrated band, GradCoo inside it.
+    """The NLL of the response outside the band, GradCoo inside it; GradCoo before calibration."""
 
-    Before calibration the band holds every NLL.
-    """
-
-    def score(
-        self,
-        gradients: GradientPass,
-        group: Group,
-        keep: bool = True,
-        progress: str | None = None,
-    ) -> Scores:
-        if self.state.band is None:
-            return super().score(gradients, group, keep, progress)
-        items, owners = group
-        band: Band = self.state.band
-        nll = gradients.losses(items, progress=progress)
-        unsure = band.unsure(nll)
-        values = band.sure_scores(nll)
+    def score(self, gradients: GradientPass, group: Group, keep: bool = True) -> Scores:
+        """Forward passes for all items, gradients where the NLL is not decisive."""
+        band, (items, owners) = self.state.band, group
+        if band is None:
+            return super().score(gradients, group, keep)
+        nll = gradients.losses(items, None, "NLL")
+        unsure, values = band.unsure(nll), band.sure_scores(nll)
         components = torch.full((len(items), self.components.size if keep else 0), torch.nan)
         chosen = unsure.nonzero()[:, 0].tolist()
         if chosen:
-            label = f"{progress}: gradients" if progress else None
             inside = [items[i] for i in chosen], [owners[i] for i in chosen]
-            scores = super().score(gradients, inside, keep, label)
+            scores = super().score(gradients, inside, keep)
             values[chosen], components[chosen] = scores.values, scores.components
         return Scores(values, components, nll, unsure)
 
@@ -134,39 +117,29 @@ class GradSafe(Method):
         self.unsafe = state.references["unsafe"]
 
     @classmethod
-    def fit(
-        cls,
-        state: DetectorState,
-        gradients: GradientPass,
-        groups: Mapping[str, Group],
-        progress: bool,
-    ) -> tuple[DetectorState, Mapping[str, Tensor]]:
-        """Select the rows and columns that separate the reference prompts.
-
-        Raises:
-            ValueError: There is none.
-        """
-        components = cls.component_map(state, gradients.layers)
-        label = "unsafe references" if progress else None
+    def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
+        """Build the unsafe reference, then select what separates the reference prompts."""
+        components, gap = cls.component_map(state, gradients.layers), state.config.gap
         # As published: raw gradients, and no safe reference.
         unsafe, _ = build_reference(
-            gradients, groups["unsafe"][0], components, state.config, label, raw=True
+            gradients, groups["unsafe"][0], components, state.config, "unsafe references", raw=True
         )
         state = replace(state, references={"unsafe": unsafe})
         method = cls(state, gradients.layers)
         scores = {name: method.score(gradients, group) for name, group in groups.items()}
         difference = scores["unsafe"].components.mean(0) - scores["safe"].components.mean(0)
-        selected = difference > state.config.gap
+        selected = difference > gap
         if not selected.any():
             raise ValueError(
                 f"gradsafe.Detector.fit: no row or column separates the reference prompts by more "
-                f"than gap={state.config.gap} (largest: {float(difference.max()):.3f}); lower gap= "
-                "or choose references that the model treats differently"
+                f"than gap={gap} (largest: {float(difference.max()):.3f}); lower gap= or choose "
+                "references that the model treats differently"
             )
         losses = {name: found.nll for name, found in scores.items()}
         return replace(state, learned={"selected": selected}), losses
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines of the selected slices and their mean."""
         norms = (table[..., SUM_SQ] * self.unsafe.sum_sq).sqrt()
         cosines = torch.where(norms > 0, table[..., DOTS] / norms, 0.0)  # a zero slice: cosine 0
         if self.selected is not None:
@@ -174,6 +147,7 @@ class GradSafe(Method):
         return cosines.mean(1), cosines
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse norms, with equal weights for the selected slices."""
         norms = (table[:, SUM_SQ] * self.unsafe.sum_sq).sqrt()
         chosen = torch.ones_like(norms) if self.selected is None else self.selected.to(norms)
         return torch.where(norms > 0, 1.0 / norms, 0.0)[:, None], chosen / chosen.sum()
@@ -183,24 +157,21 @@ class GradNorm(Method):
     """Norm of the scored gradients: a baseline without references."""
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of all gradients and of every component."""
         return table[..., SUM_SQ].sum(1).sqrt(), table[..., SUM_SQ].sqrt()
 
 
 class NLL(Method):
     """NLL of the response, from a forward pass: a baseline without components."""
 
-    def score(
-        self,
-        gradients: GradientPass,
-        group: Group,
-        keep: bool = True,
-        progress: str | None = None,
-    ) -> Scores:
-        nll = gradients.losses(group[0], progress=progress)
+    def score(self, gradients: GradientPass, group: Group, keep: bool = True) -> Scores:
+        """The NLL is the score."""
+        nll = gradients.losses(group[0], None, "NLL")
         return Scores(nll.clone(), nll.new_empty(len(nll), 0), nll, torch.zeros_like(nll).bool())
 
     @property
     def names(self) -> list[str]:
+        """There are no components."""
         return []
 
 

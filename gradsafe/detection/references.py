@@ -49,7 +49,12 @@ def prepare_function(config: DetectorConfig) -> Prepare | None:
     """What changes a gradient in place before its moments are taken; None for nothing."""
     if config.center:
         return subtract_mean_
-    return (lambda grad, _: grad.abs_()) if config.absolute == "before" else None
+    return absolute_ if config.absolute == "before" else None
+
+
+def absolute_(grad: Tensor, axis: Axis) -> None:
+    """Absolute value in place; the same for every axis."""
+    grad.abs_()
 
 
 def subtract_mean_(grad: Tensor, axis: Axis) -> None:
@@ -76,30 +81,15 @@ def build_reference(
     items: Sequence[Encoded],
     components: ComponentMap,
     config: DetectorConfig,
-    progress: str | None = None,
-    *,
+    label: str,
     raw: bool = False,
 ) -> tuple[Reference, Tensor]:
-    """Build one group's reference.
+    """Build one group's reference; also returns the `[n]` NLL of the response after each prompt.
 
     The mean over prompts of G_b = dy_b^T x_b is one product over the tokens of all prompts, for a
     stack of experts one per expert and prompt. If the group fits one batch, each layer's mean is
     finished as the backward pass reaches it; otherwise float32 sums of all layers are kept until
-    the last batch.
-
-    Args:
-        gradients: Runs the prompts.
-        items: Encoded reference prompts.
-        components: Components whose statistics are needed.
-        config: Options.
-        progress: Label of the progress bar, None for no bar.
-        raw: Keep the signs and the scale of the mean gradient, whatever the options say.
-
-    Returns:
-        The reference, and the `[n]` NLL of the response after each reference prompt.
-
-    Raises:
-        NonFiniteGradientError: The mean gradient of a layer holds NaN or Inf.
+    the last batch. `raw` keeps signs and scale of the mean gradient, whatever the options say.
     """
     table = torch.zeros(components.size, 3, dtype=torch.float64)
     sums: dict[str, Tensor] = {}  # of the layers that are not finished
@@ -149,7 +139,7 @@ def build_reference(
         scales[layer.name] = _storage_scale(grad, dtype)
         weights[layer.name] = (grad / scales[layer.name]).to(dtype)
 
-    nll = gradients.losses(items, visit, progress)
+    nll = gradients.losses(items, visit, label)
     divide = normalize and not per_prompt
     std = standard_deviation(table) if divide else torch.ones_like(table[:, 0])
     return Reference(weights, scales, std, table[:, 2].clone()), nll

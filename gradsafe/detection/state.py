@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gradsafe._io.artifacts import StorageError
 from gradsafe.detection.calibration import Calibration
 from gradsafe.detection.cascade import Band
+from gradsafe.detection.components import Rows
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.references import Reference
-from gradsafe.detection.rows import Rows
 from gradsafe.models import Layers
 
 
@@ -25,7 +25,7 @@ class DetectorState:
 
     Attributes:
         config: The options.
-        rows: Rows that are kept of each weight; empty for all.
+        rows: Rows that are scored of each weight; empty for all.
         output_projections: Layers whose input is divided into heads (granularity "head").
         references: Reference gradients by the name of their prompts, "unsafe" and "safe".
         learned: Other tensors that the method learned, by name.
@@ -72,17 +72,9 @@ class DetectorState:
         metadata: Mapping[str, Any],
         layers: Layers,
     ) -> DetectorState:
-        """Restore a state.
+        """Restore a state from the result of `pack`, each reference on the device of its layer.
 
-        Args:
-            where: What the tensors and the metadata come from, for error messages.
-            config: See `unpack_config`.
-            tensors: From `pack`.
-            metadata: From `pack`.
-            layers: The scored layers; each reference moves to the device of its layer.
-
-        Raises:
-            StorageError: A tensor is missing.
+        Raises StorageError, with `where` in the message, if a tensor is missing.
         """
 
         def get(name: str) -> Tensor:
@@ -124,11 +116,7 @@ class DetectorState:
 
 
 def unpack_config(where: object, values: Mapping[str, Any]) -> DetectorConfig:
-    """The options of a packed state.
-
-    Raises:
-        StorageError: A newer version wrote options that this one does not know.
-    """
+    """The options of a packed state; raises StorageError if a newer version wrote them."""
     unknown = sorted(set(values) - set(DetectorConfig.__dataclass_fields__))
     if unknown:
         raise StorageError(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradsafe.ops import Axis
 
-# Of float32 weight gradient that exist at a time; of 1, 2, 4 and 8 MB the fastest on a CPU.
+# Bytes of the float32 weight gradient in memory at a time; of 1, 2, 4 and 8 MB fastest on a CPU.
 PANEL_BYTES = 2 * 2**20
 
 
@@ -23,10 +23,10 @@ def layer_token_evidence(
 ) -> Tensor:
     """Evidence of every token of one prompt in one layer.
 
-    With G = dy^T x, <abs(G), R> = sum_t dy_t^T (sign(G) * R) x_t holds exactly: the sign is that of
-    the sum over all tokens, and what remains is linear in each. With a factor per slice and
-    reference, e_t = dy_t^T (sign(G) * sum_k factor_k * R_k) x_t, so that the references merge into
-    one matrix before the tokens meet it. Rows of G are taken in panels.
+    With G = dy^T x, <abs(G), R> = sum_t dy_t^T (sign(G) * R) x_t holds exactly: the sign of G is
+    fixed by the sum over all tokens, and the rest is linear in each token. With a factor per slice
+    and reference, e_t = dy_t^T (sign(G) * sum_k factor_k * R_k) x_t, so the references are merged
+    into one matrix before they are multiplied with the tokens. G is computed in panels of rows.
 
     Args:
         x: Layer input `[T, I]`, any floating type.
@@ -35,13 +35,13 @@ def layer_token_evidence(
         factors: `[slices, K]` float64: one slice for axis "tensor", O rows, I columns, or O rows
             before I columns for axis "both".
         axis: What a slice is.
-        unsigned: Evidence of abs(G), else of G.
+        unsigned: Evidence from abs(G), otherwise from G.
 
     Returns:
         `[T]` float64; its sum is the sum over slices and references of factor times dot.
     """
     rows, cols = dy.shape[1], x.shape[1]
-    # Gradients may be tiny: factors of about 1 keep the float32 products in range.
+    # Gradients may be tiny: factors near 1 keep the float32 products in range.
     peak = float(factors.abs().max()) or 1.0
     factors = (factors / peak).to(device=dy.device, dtype=torch.float32)
     by_row = factors[:rows] if axis in ("row", "both") else None

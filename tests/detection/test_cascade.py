@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -71,8 +72,8 @@ def test_a_saved_cascade_keeps_its_band(model, tokenizer, tmp_path):
     assert torch.equal(
         loaded.score(PROMPTS, progress=False).values, detector.score(PROMPTS, progress=False).values
     )
-    detector.band = Band(-math.inf, 3.0)
-    detector.save(tmp_path / "detector")
+    state = dataclasses.replace(detector.state, band=Band(-math.inf, 3.0))
+    Detector(model, tokenizer, state).save(tmp_path / "detector")
     assert Detector.load(tmp_path / "detector", model, tokenizer).band == Band(-math.inf, 3.0)
 
 
@@ -113,7 +114,6 @@ def test_too_few_unsafe_prompts_clear_nothing():
     with pytest.warns(UserWarning, match="at least 99 are needed"):
         band = choose_band(torch.randn(300), torch.randn(50), 0.05, 0.01)
     assert band.low == -math.inf
-    assert Band.from_json(band.to_json()) == band
 
 
 def test_bad_input_is_refused(model, tokenizer):

@@ -6,13 +6,15 @@ import builders
 import pytest
 import torch
 
+from gradsafe import SafeGradConfig
 from gradsafe.finetuning.rows import RowCollator, encode_rows, has_text, response_tokens
 
 ROW = {"prompt": "to do", "response": "ok"}
 
 
 def encode(rows: Any, **options: Any) -> Any:
-    return encode_rows("rows", rows, builders.make_tokenizer(), progress=False, **options)
+    config = SafeGradConfig(**options)
+    return encode_rows("rows", rows, builders.make_tokenizer(), config, progress=False)
 
 
 def test_text_becomes_ids_whose_prompt_is_not_predicted() -> None:
