@@ -22,16 +22,16 @@ from families import LISTED, families, make_model  # noqa: E402
 
 HEADER = """# Models
 
-What works for each family of causal language models in transformers (version {version}), measured with
-a tiny random model of the family on the CPU. `tools/model_table.py` writes this page, `tests/zoo`
-tests the same.
+What works for each family of causal language models in transformers (version {version}),
+measured with a tiny random model of the family on the CPU. `tools/model_table.py` writes this page,
+`tests/zoo` tests the same.
 
 - **detect**: `fit` and `score` run; the scores equal those of plain autograd per prompt (float32,
   1e-5) and do not depend on how prompts are batched.
 - **trace**: signatures are finite and do not depend on the batch.
 - **SafeGrad**: one step of gradient surgery.
-- **coverage**: the fraction that is scored of the weights with two or more dimensions in the decoder
-  blocks. Weights that a text prompt does not use, such as cross-attention without an encoder and
+- **coverage**: of the weights with two or more dimensions in the decoder blocks, the fraction that is
+  scored. Weights that a text prompt does not use, such as cross-attention without an encoder and
   image towers, do not count; `detector.coverage` lists them.
 - **experts**: the number of scored stacks of expert weights (fused experts, or blocks of
   block-diagonal weights).
