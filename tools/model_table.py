@@ -30,8 +30,8 @@ measured with a tiny random model of the family on the CPU. `tools/model_table.p
   1e-5) and do not depend on how prompts are batched.
 - **trace**: signatures are finite and do not depend on the batch.
 - **SafeGrad**: one step of gradient surgery.
-- **coverage**: of the weights with two or more dimensions in the decoder blocks, the fraction that is
-  scored. Weights that a text prompt does not use, such as cross-attention without an encoder and
+- **coverage**: of the weights with two or more dimensions in the decoder blocks, the fraction that
+  is scored. Weights that a text prompt does not use, such as cross-attention without an encoder and
   image towers, do not count; `detector.coverage` lists them.
 - **experts**: the number of scored stacks of expert weights (fused experts, or blocks of
   block-diagonal weights).
