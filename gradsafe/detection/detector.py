@@ -357,10 +357,7 @@ class Detector:
         prompts: Sequence[Prompt] | EncodedPrompts,
         components: bool = False,
     ) -> Scores:
-        if isinstance(prompts, EncodedPrompts):
-            group = prompts.group
-        else:
-            group = gradients.encode(prompts)
+        group = prompts.group if isinstance(prompts, EncodedPrompts) else gradients.encode(prompts)
         found = method.score(gradients, group, components)
         worst = worst_windows(found.values, group[1], len(prompts))
         return Scores(

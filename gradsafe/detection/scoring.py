@@ -16,7 +16,7 @@ from gradsafe.detection.factors import Factors
 from gradsafe.detection.gradients import GradientPass, Group, NonFiniteGradientError
 from gradsafe.detection.references import prepare_function
 from gradsafe.detection.state import DetectorState
-from gradsafe.models import Layers, LinearLayer
+from gradsafe.models import Encoded, Layers, LinearLayer
 
 Groups = Mapping[str, Group]
 # The state with what a method learned, and the NLL values of each group.
