@@ -64,12 +64,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             if name is None:
                 return _without_command(arguments, processes)
-            config = _parse(name, arguments[name.count(" ") + 1 :], processes)
+            command, config = _parse(name, arguments[name.count(" ") + 1 :], processes)
             processes.join()
             warnings.showwarning = _warnings_once(processes)
             if processes.count > 1 and not COMMANDS[name].several:
                 raise ValueError("this command runs in one process: start it without torchrun")
-            result = config.run(processes)
+            try:
+                result = config.run(processes)
+            except ValueError as error:
+                if (text := command.files.located(str(error), begins=True)) == str(error):
+                    raise
+                raise ValueError(text) from error
             status = 0
             if processes.first:
                 from gradsafe._cli import show
@@ -110,14 +115,15 @@ def load(name: str) -> type:
     return kind
 
 
-def _parse(name: str, arguments: Sequence[str], processes: Processes) -> Any:
-    """Parses; one of several processes prints the help."""
+def _parse(name: str, arguments: Sequence[str], processes: Processes) -> tuple[Any, Any]:
+    """Returns the command and its configuration; one of several processes prints the help."""
     from gradsafe._cli.parser import Command
 
     out = io.StringIO()
     try:
         with contextlib.redirect_stdout(out):
-            return Command(name, load(name)).parse(arguments)
+            command = Command(name, load(name))
+            return command, command.parse(arguments)
     except SystemExit:
         if processes.claim_last_word():
             sys.stdout.write(out.getvalue())

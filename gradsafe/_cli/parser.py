@@ -43,6 +43,7 @@ class Command:
             usage=usage,
             description=(kind.__doc__ or "").split("\n    Attributes:")[0].strip(),
             exit_on_error=False,
+            allow_abbrev=False,
         )
         self._parser.add_argument("--config", action="config", help="YAML file with these options")
         self._parser.add_argument(
@@ -63,6 +64,7 @@ class Command:
                 inner, None if item.metadata.get("flat") else item.name
             )
         self._types = dict(_types(kind))
+        self.files = _Files([])
 
     def parse(self, argv: Sequence[str]) -> Any:
         """Returns the configuration.
@@ -72,7 +74,7 @@ class Command:
             SystemExit: After `--help` and `--print_config`.
         """
         arguments = self._normalised(argv)
-        files = _Files([Path(path) for path in _values_of("--config", arguments)])
+        self.files = files = _Files([Path(path) for path in _values_of("--config", arguments)])
         files.check_keys(self._types)
         try:
             found = self._parser.parse_args(arguments)
@@ -123,11 +125,12 @@ class Command:
     def _explained(self, text: str) -> str:
         """An error of the library in the words of this command line."""
         text = " ".join(text.split())
-        if match := re.search(r"unrecognized arguments: (--\S+)", text):
-            near = nearest(match[1][2:].partition("=")[0], [*self._types, "config"])
-            return (
-                f"unknown option {match[1]}, {near.replace(chr(39), '--', 1).replace(chr(39), '')}"
-            )
+        if match := re.search(r"unrecognized arguments: (\S+)", text):
+            given = match[1].partition("=")[0]
+            if not given.startswith("-"):
+                return f"unexpected argument {given!r}"
+            names = [f"--{name}" for name in (*self._types, "config")]
+            return f"unknown option {given}, {nearest(given, names)}"
         if match := re.match(r'Parser key "([\w.]+)": (.*)', text):
             kind = self._types.get(match[1])
             got = re.findall(r"(?:Got value|Given value): (.*?)(?= - Expected|$)", match[2])
@@ -161,8 +164,17 @@ class _Files:
             unknown = key.rpartition(".")[2]
             raise UsageError(f"{where}: {prefix}unknown key {unknown!r}, {nearest(unknown, names)}")
 
-    def located(self, text: str) -> str:
-        """The error with the place of the key that it names, if a file gives that key."""
+    def located(self, text: str, *, begins: bool = False) -> str:
+        """The error with the place of the key that it names, if a file gives that key.
+
+        Args:
+            text: The error.
+            begins: Only a key that the error begins with.
+        """
+        if begins:
+            first = re.match(r"[\w.]+", text)
+            where = self._lines.get(first[0].rstrip(".")) if first else None
+            return f"{where}: {text}" if where else text
         named = [key for key in self._lines if _mentions(text, key)]
         named = named or [k for k in self._lines if _mentions(text, k.rpartition(".")[2])]
         return f"{self._lines[max(named, key=len)]}: {text}" if named else text
@@ -237,11 +249,11 @@ def nearest(name: str, names: Sequence[str]) -> str:
     """The most similar names, for error messages."""
     near = difflib.get_close_matches(name, names, n=1)
     if near:
-        return f"did you mean {near[0]!r}?"
+        return f"did you mean {near[0]}?"
     if len(names) <= LISTED:
-        return f"expected one of {sorted(names)}"
+        return f"expected one of {', '.join(sorted(names))}"
     closest = difflib.get_close_matches(name, names, n=LISTED, cutoff=0.0)
-    return f"expected one of {len(names)} names, the nearest are {sorted(closest)}"
+    return f"expected one of {len(names)} names, the nearest are {', '.join(sorted(closest))}"
 
 
 def _mentions(text: str, word: str) -> bool:

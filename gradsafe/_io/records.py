@@ -196,9 +196,11 @@ class Records:
         self.found = self._read() if resume and processes.first else {}
 
     def begin(self) -> None:
-        """Removes what is overwritten; all processes call this before any of them writes."""
+        """Removes old parts that are overwritten; called before any process writes.
+
+        The old file itself stays until the new one is complete.
+        """
         if self.path is not None and self._first and self._overwrite:
-            self.path.unlink(missing_ok=True)
             for part in part_paths(self.path):
                 part.unlink()
 
@@ -256,9 +258,9 @@ class Records:
     def _open(self, part: Path) -> IO[bytes]:
         """Opens a part for appending; a last line that is incomplete is removed."""
         if not part.exists():
-            file = part.open("xb")  # x: another run may start the same file
+            new = part.open("xb")  # x: another run may start the same file
             flush_to_disk(part.resolve().parent)
-            return file
+            return new
         file = part.open("r+b")
         file.truncate(file.read().rfind(b"\n") + 1)
         file.seek(0, os.SEEK_END)
@@ -268,8 +270,15 @@ class Records:
         """The records of the file and of all parts; the file has priority."""
         assert self.path is not None
         found: dict[int, Row] = {}
-        for file in ([self.path] if self.path.exists() else []) + part_paths(self.path):
-            for row in self._complete(file):
+        parts = part_paths(self.path)
+        if self.path.exists() and not self._overwrite:
+            try:
+                found = {row["index"]: row for row in self._complete(self.path)}
+            except ValueError:
+                if not parts:  # else a run that overwrites this file was interrupted
+                    raise
+        for part in parts:
+            for row in self._complete(part):
                 found.setdefault(row["index"], row)
         return found
 

@@ -211,23 +211,11 @@ class Finetune:
         )
 
     def _training_arguments(self, processes: Processes) -> Any:
-        import difflib
-
         from transformers import TrainingArguments
 
         from gradsafe._jobs.model import choose_device
-        from gradsafe.models.compat import training_option
 
-        known = {item.name for item in fields(TrainingArguments) if item.init}
-        given: dict[str, Any] = {}
-        for key, value in self.training.items():
-            name = training_option(key, known)
-            if name not in known:
-                near = difflib.get_close_matches(key, known - set(SET_ELSEWHERE), n=1, cutoff=0.0)
-                raise ValueError(f"training.{key}: unknown key, did you mean {near[0]!r}?")
-            if name in given:
-                raise ValueError(f"training.{key} is the same as {name!r}: leave one of them out")
-            given[name] = value
+        given = _checked_training(self.training)
         if given.get("fsdp") and processes.count == 1:
             raise ValueError("training.fsdp: fsdp needs several processes; start with torchrun")
         try:
@@ -266,6 +254,37 @@ class Finetune:
                 return get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"lora.targets: {' '.join(str(error).split())}") from error
+
+
+def _checked_training(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields of TrainingArguments under their present names, with checked types."""
+    import difflib
+
+    from jsonargparse import ArgumentParser
+    from transformers import TrainingArguments
+
+    from gradsafe.models.compat import training_option
+
+    known = {item.name for item in fields(TrainingArguments) if item.init}
+    types = ArgumentParser(exit_on_error=False)
+    # The annotation of fsdp does not name everything that it accepts.
+    types.add_class_arguments(TrainingArguments, fail_untyped=False, skip={"output_dir", "fsdp"})
+    given: dict[str, Any] = {}
+    for key, value in values.items():
+        name = training_option(key, known)
+        if name not in known:
+            near = difflib.get_close_matches(key, known - set(SET_ELSEWHERE), n=1, cutoff=0.0)
+            raise ValueError(f"training.{key}: unknown key, did you mean {near[0]}?")
+        if name in given:
+            raise ValueError(f"training.{key} is the same as {name}: leave one of them out")
+        if name != "fsdp":
+            try:
+                value = types.parse_object({name: value})[name]
+            except Exception as error:  # of several kinds, by the version of jsonargparse
+                reason = " ".join(str(error).split()).partition(": ")[2]
+                raise ValueError(f"training.{key}: {reason or error}") from error
+        given[name] = value
+    return given
 
 
 def _warn_if_untrained(trainer: Any, start: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Components: which entries of the weight gradients share one score, and their sums.
+"""Which rows of the weights are scored, which entries form one component, and their sums.
 
 A component is a union of slices of weight gradients. Sums over slices are additive, so every
 granularity fills the same table: each slice that `ops.moments` reports is added to the row of its
@@ -7,35 +7,54 @@ component.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
 from gradsafe.detection.config import Granularity
-from gradsafe.detection.rows import Rows
 from gradsafe.models import Layers, LinearLayer
 from gradsafe.ops import Axis, Moments
 from gradsafe.ops.moments import standard_deviation as from_sums
 
 COUNT, SUM, SUM_SQ, DOTS = 0, 1, 2, 3  # columns of a table; the K dots come last
 
+# Layer name to the rows that are scored, [R] int64 in ascending order; empty for all rows.
+Rows = dict[str, Tensor]
 # Axis along which a layer is read, and the component of each slice [slices] int64: rows before
 # columns for axis "both", a stack of experts expert by expert.
 Slices = tuple[Axis, Tensor]
 
 
+def choose_rows(layers: Layers, fraction: float, seed: int) -> Rows:
+    """Choose the rows of every weight that are scored; the same on every machine.
+
+    The O rows of a weight are divided into ceil(fraction * O) strata of nearly equal size, and one
+    row is drawn from each: every attention head keeps its share, and the variance between draws is
+    lower than without strata. The experts of a stack `[E, O, I]` keep the same rows.
+    """
+    if fraction == 1:
+        return {}
+    generator = torch.Generator().manual_seed(seed)
+    rows: Rows = {}
+    for layer in layers.scored:
+        kept = math.ceil(fraction * layer.out_features)
+        edges = torch.arange(kept + 1) * layer.out_features // kept
+        widths = edges[1:] - edges[:-1]
+        draw = torch.rand(kept, generator=generator, dtype=torch.float64)
+        rows[layer.name] = edges[:-1] + (draw * widths).long().clamp(max=widths - 1)
+    return rows
+
+
 class ComponentMap:
-    """The components of a model at one granularity; `components[layer]` gives a layer's `Slices`.
+    """The C = `size` components of a model; `components[layer]` gives a layer's `Slices`.
 
     Args:
         layers: The scored layers.
         granularity: See `DetectorConfig`.
         output_projections: Names of the layers whose input, not output, is divided into heads.
-        rows: Rows that are kept of each weight, see `choose_rows`; empty for all.
-
-    Attributes:
-        size: Number of components C.
+        rows: The scored rows.
     """
 
     def __init__(
@@ -46,9 +65,9 @@ class ComponentMap:
         rows: Rows,
     ) -> None:
         self.size = 0
-        self._layers = layers
+        self._head_dim = layers.head_dim
         self._granularity = granularity
-        self._output_projections = frozenset(output_projections)
+        self._output_projections = output_projections
         self._rows = rows
         self._labels: list[tuple[str, str, Sequence[int]]] = []  # (owner, kind, numbers)
         self._blocks: dict[int, Tensor] = {}  # component of each block, granularity "layer"
@@ -73,9 +92,8 @@ class ComponentMap:
 
     def _slices_of(self, layer: LinearLayer) -> Slices:
         kind, name, stack = self._granularity, layer.name, max(1, layer.experts)
-        kept = self._rows.get(name)
+        kept, columns = self._rows.get(name), range(layer.in_features)
         rows: Sequence[int] = range(layer.out_features) if kept is None else kept.tolist()
-        columns = range(layer.in_features)
         if kind == "expert" and layer.experts:
             return "tensor", self._add(name, "expert", range(stack))
         if kind in ("row", "column", "row+column"):
@@ -87,13 +105,12 @@ class ComponentMap:
             if kind != "row":
                 parts.append(self._add(name, "column", columns).expand(stack, -1))
             return "both" if kind == "row+column" else kind, torch.cat(parts, dim=1).flatten()
-        head = self._layers.head_dim
-        if kind == "head" and layer.role == "attention" and head and not layer.experts:
+        if kind == "head" and layer.role == "attention" and self._head_dim and not layer.experts:
             by_input = name in self._output_projections
             split = layer.in_features if by_input else layer.out_features
-            if split % head == 0:
-                heads = self._add(name, "head", range(split // head))
-                which = torch.tensor(columns if by_input else rows) // head
+            if split % self._head_dim == 0:
+                heads = self._add(name, "head", range(split // self._head_dim))
+                which = torch.tensor(columns if by_input else rows) // self._head_dim
                 return "column" if by_input else "row", heads[which]
         if kind == "layer":
             if layer.block not in self._blocks:

@@ -6,26 +6,21 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from gradsafe._io.artifacts import load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
-from gradsafe.detection.calibration import Calibration, calibrate
-from gradsafe.detection.cascade import Band, choose_band
+from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band
+from gradsafe.detection.components import choose_rows
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.explanation import Explanation, check_explainable, explain
-from gradsafe.detection.fitting import fit
 from gradsafe.detection.gradients import GradientPass
-from gradsafe.detection.methods import METHODS
-from gradsafe.detection.rows import Rows, choose_rows
-from gradsafe.detection.scoring import Group, Method, Scores, worst_windows
+from gradsafe.detection.methods import METHODS, NLL, fit
+from gradsafe.detection.scoring import EncodedPrompts, Method, Scores, worst_windows
 from gradsafe.detection.state import DetectorState, unpack_config
-from gradsafe.models import Layers, context_length, encode_prompts, find_layers
-
-if TYPE_CHECKING:
-    from gradsafe.models.encode import Prompt
+from gradsafe.models import Encoded, Layers, Prompt, find_layers, probe_prompts
 
 KIND = "detector"  # of the saved folder
 
@@ -44,11 +39,11 @@ class Detector:
         model: The model it was fitted on.
         tokenizer: Its tokenizer.
         state: What fitting found.
-        layers: The layers that `state.config` chooses in the model, where they are known already.
+        layers: The layers that `state.config` chooses in the model, if they are known already.
 
     Attributes:
-        state: The fitted state, frozen; `calibrate` replaces it.
         layers: The scored layers, see `coverage`.
+        method: The fitted score method.
     """
 
     def __init__(
@@ -56,8 +51,8 @@ class Detector:
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.state = state
         self.layers = layers or find_layers(model, state.config.layers, state.config.modules)
+        self.method = METHODS[state.config.method](state, self.layers)
 
     @classmethod
     def fit(
@@ -73,8 +68,8 @@ class Detector:
     ) -> Detector:
         """Build a detector from a few unsafe and safe reference prompts.
 
-        About four pairs in the style of the expected traffic work well. The model's weights are
-        not changed, and the gradient of the whole model is never held at once.
+        About four pairs in the style of the expected traffic work well. The model is not changed,
+        and its whole gradient is never held at once.
 
         Args:
             model: A causal language model of `transformers`, with or without a PEFT wrapper.
@@ -96,34 +91,34 @@ class Detector:
             TypeError: An unknown option, or a value of the wrong type.
 
         Warns:
-            ReferenceGapWarning: The NLL of the response differs by less than 1 nat between unsafe
-                and safe references: the model does not refuse the unsafe ones, and scores will be
-                poor.
+            ReferenceGapWarning: The mean NLL of the response is less than 1 nat higher after the
+                unsafe references: the model does not refuse them, and scores will be poor.
             CoverageWarning: Less than half of the weights of the chosen blocks are scored.
         """
         config = DetectorConfig(**options)
         layers = find_layers(model, config.layers, config.modules)
         rows = choose_rows(layers, config.row_fraction, config.row_seed)
-        groups: dict[str, Group] = {}
-        for name, prompts in (("unsafe", unsafe), ("safe", safe)) if config.uses_references else ():
+        gradients = GradientPass(model, tokenizer, config, layers, rows, batch_tokens, progress)
+        groups = {}
+        references = {"unsafe": unsafe, "safe": safe} if config.uses_references else {}
+        for name, prompts in references.items():
             if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
                 raise ValueError(
                     f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
                     f"of at least one {name} reference prompt"
                 )
-            groups[name] = _encode(model, tokenizer, config, prompts)
-        gradients = GradientPass(model, layers, tokenizer, batch_tokens, rows)
-        return cls(model, tokenizer, fit(config, gradients, groups, progress), layers)
+            groups[name] = gradients.encode(prompts)
+        return cls(model, tokenizer, fit(gradients, groups), layers)
+
+    @property
+    def state(self) -> DetectorState:
+        """The fitted state, frozen; `calibrate` replaces it."""
+        return self.method.state
 
     @property
     def config(self) -> DetectorConfig:
         """Options it was fitted with."""
         return self.state.config
-
-    @property
-    def rows(self) -> Rows:
-        """Rows that are scored of each weight; empty for all."""
-        return self.state.rows
 
     @property
     def reference_gap(self) -> float | None:
@@ -154,18 +149,13 @@ class Detector:
         return self.layers
 
     @property
-    def method(self) -> Method:
-        """The fitted score method."""
-        return METHODS[self.config.method](self.state, self.layers)
-
-    @property
     def components(self) -> list[str]:
         """Names of the columns of `Scores.components`."""
         return self.method.names
 
     def score(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | EncodedPrompts,
         batch_tokens: int = 4096,
         progress: bool = True,
         components: bool = True,
@@ -175,7 +165,7 @@ class Detector:
         Prompts of similar length share a batch; scores do not depend on the batches.
 
         Args:
-            prompts: Texts or conversations.
+            prompts: Texts or conversations, or the result of `encode`.
             batch_tokens: Tokens per batch, padding included; lower it if memory runs out.
             progress: Show a progress bar.
             components: Keep the value of every component too.
@@ -189,16 +179,38 @@ class Detector:
                 prompt, for example prompts[3]. Method "nll" gives such a prompt the score NaN.
             TypeError: An entry is neither a text nor a conversation.
         """
-        return self._score(self.method, prompts, batch_tokens, progress, components)
+        return self._score(
+            self.method, self._gradients(batch_tokens, progress), prompts, components
+        )
+
+    def encode(
+        self, prompts: Sequence[Prompt], names: Sequence[str] | None = None
+    ) -> EncodedPrompts:
+        """Encode prompts for `score` in advance, to find errors before long work.
+
+        Args:
+            prompts: Texts or conversations.
+            names: What error messages call the prompts, for example `file:line`; None for
+                prompts[0], prompts[1] and so on.
+
+        Raises:
+            ValueError, TypeError: As in `score`, except for a NaN gradient.
+        """
+        names = [f"prompts[{index}]" for index in range(len(prompts))] if names is None else names
+        items, owners = self._gradients(batch_tokens=1, progress=False).encode(prompts, names)
+        windows: list[list[Encoded]] = [[] for _ in prompts]
+        for item, owner in zip(items, owners, strict=True):
+            windows[owner].append(item)
+        return EncodedPrompts(names, windows)
 
     def calibrate(
         self,
-        benign_prompts: Sequence[Prompt],
+        benign_prompts: Sequence[Prompt] | EncodedPrompts,
         max_fpr: float = 0.01,
         batch_tokens: int = 4096,
         progress: bool = True,
         *,
-        unsafe_prompts: Sequence[Prompt] | None = None,
+        unsafe_prompts: Sequence[Prompt] | EncodedPrompts | None = None,
         max_fnr: float = 0.01,
     ) -> Calibration:
         """Set the threshold so that at most `max_fpr` of prompts like these are flagged.
@@ -227,34 +239,28 @@ class Detector:
         Warns:
             UserWarning: Too few prompts to guarantee the rate.
         """
-        if self.config.method == "cascade" and unsafe_prompts is None:
+        if (self.config.method == "cascade") != (unsafe_prompts is not None):
             raise ValueError(
                 'gradsafe.Detector.calibrate: method "cascade" needs unsafe_prompts=[...], unsafe '
-                "prompts that are not references"
+                "prompts that are not references, and the other methods take none; got "
+                f"unsafe_prompts={unsafe_prompts and '[...]'} for {self.config.method!r}"
             )
-        if self.config.method != "cascade" and unsafe_prompts is not None:
-            raise ValueError(
-                'gradsafe.Detector.calibrate: unsafe_prompts=[...] is for method "cascade", not '
-                f"for {self.config.method!r}"
-            )
-        state = self.state
+        state, gradients = self.state, self._gradients(batch_tokens, progress)
         if unsafe_prompts is not None:
             if len(benign_prompts) < 2:
                 raise ValueError(
                     'gradsafe.Detector.calibrate: method "cascade" needs at least two '
                     f"benign_prompts, half of them for the band, got {len(benign_prompts)}"
                 )
-            nll = METHODS["nll"](state, self.layers)
-            benign, unsafe = (
-                self._score(nll, prompts, batch_tokens, progress, False).values
-                for prompts in (benign_prompts[::2], unsafe_prompts)
+            benign, benign_prompts = benign_prompts[::2], benign_prompts[1::2]
+            benign_nll, unsafe_nll = (
+                self._score(NLL(state, self.layers), gradients, prompts).values
+                for prompts in (benign, unsafe_prompts)
             )
-            benign_prompts = benign_prompts[1::2]
-            state = replace(state, band=choose_band(benign, unsafe, max_fpr / 2, max_fnr))
-        method = METHODS[self.config.method](state, self.layers)
-        values = self._score(method, benign_prompts, batch_tokens, progress, False).values
-        calibration = calibrate(values, max_fpr)
-        self.state = replace(state, calibration=calibration)
+            state = replace(state, band=choose_band(benign_nll, unsafe_nll, max_fpr / 2, max_fnr))
+        method = type(self.method)(state, self.layers)
+        calibration = calibrate(self._score(method, gradients, benign_prompts).values, max_fpr)
+        self.method = type(method)(replace(state, calibration=calibration), self.layers)
         return calibration
 
     def flag(
@@ -284,26 +290,23 @@ class Detector:
         values = self.score(prompts, batch_tokens, progress, components=False).values
         return (values > threshold) | values.isnan()
 
-    def explain(self, prompt: Prompt) -> Explanation:
+    def explain(self, prompt: Prompt, name: str = "prompt") -> Explanation:
         """Explain a score with exact, additive contributions of tokens and components.
 
-        abs(G) of a weight gradient G = dy^T x has the sign of the whole sum over tokens, so
-        <abs(G), R> = sum_t dy_t^T (sign(G) * R) x_t is an exact sum over tokens. With a_ct and
-        b_ct, token t's parts of a_c and b_c, its evidence is e_t = mean_c (a_ct - b_ct) / (a_c +
-        b_c), which sums to 2 * score - 1. For relative "difference" and "unsafe", signed shares and
-        GradSafe's cosines it sums to the score in the same way.
+        With a_ct and b_ct, token t's parts of the similarities a_c and b_c of component c to the
+        references, the evidence of the token is e_t = mean_c (a_ct - b_ct) / (a_c + b_c), which
+        sums to 2 * score - 1. For relative "difference" and "unsafe", signed shares and GradSafe's
+        cosines it sums to the score.
 
-        The whole encoded prompt is explained, including the tokens of the template and of the
-        response. The evidence of a token belongs to its position, which depends on all tokens
-        before it. The loss is computed where the response is predicted, so the last tokens of the
-        template carry much of the evidence. The last token of the response comes after the loss and
-        carries none.
-
-        It takes about two to three times as long as scoring the prompt, since the backward pass
-        runs twice. No weight gradient is stored.
+        The tokens of the template and of the response are included. The evidence of a token belongs
+        to its position, which depends on all tokens before it. The last tokens of the template
+        carry much of it, since the response is predicted there; the last token of the response
+        comes after the loss and carries none. An explanation takes two to three times as long as a
+        score, since the backward pass runs twice. No weight gradient is stored.
 
         Args:
             prompt: A text or a conversation.
+            name: What error messages call it.
 
         Returns:
             The explanation, on the CPU. With overflow "window", the explanation of the window with
@@ -315,23 +318,18 @@ class Detector:
                 "median", `center` and absolute "before".
             TypeError: `prompt` is neither a text nor a conversation.
         """
-        message: Mapping[str, Any] | None = None
-        if not isinstance(prompt, str):
-            if isinstance(prompt, Sequence) and prompt and isinstance(prompt[-1], Mapping):
-                message = prompt[-1]
-            else:
-                raise TypeError(
-                    "gradsafe.Detector.explain: expected prompt to be str or a list of messages, "
-                    f"got {type(prompt).__name__}; explain takes one prompt"
-                )
         check_explainable(self.config)
-        windows, _ = _encode(self.model, self.tokenizer, self.config, [prompt])
-        # Texts with different ends in place of the prompt show where it lies among the tokens.
-        texts: list[Prompt] = ["0", "?"]
-        if message is not None:
-            texts = [[*prompt[:-1], {**message, "content": text}] for text in texts]
-        probes, _ = _encode(self.model, self.tokenizer, self.config, texts)
-        return explain(self.method, self._gradients(1), windows, probes, self.threshold)
+        if isinstance(prompt, (list, tuple)) and prompt and not isinstance(prompt[0], Mapping):
+            raise TypeError(
+                "gradsafe.Detector.explain: expected prompt to be str or a list of messages, got "
+                f"{type(prompt).__name__}; explain takes one prompt"
+            )
+        gradients = self._gradients(batch_tokens=1, progress=False)
+        windows, probes = (
+            gradients.encode(prompts, [name] * 2)[0]
+            for prompts in ([prompt], probe_prompts(prompt))
+        )
+        return explain(self.method, gradients, windows, probes, self.threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the detector (not the model) to a folder of safetensors and JSON, atomically.
@@ -355,14 +353,15 @@ class Detector:
     def _score(
         self,
         method: Method,
-        prompts: Sequence[Prompt],
-        batch_tokens: int,
-        progress: bool,
-        components: bool,
+        gradients: GradientPass,
+        prompts: Sequence[Prompt] | EncodedPrompts,
+        components: bool = False,
     ) -> Scores:
-        group = _encode(self.model, self.tokenizer, self.config, prompts)
-        label = "score" if progress else None
-        found = method.score(self._gradients(batch_tokens), group, components, label)
+        if isinstance(prompts, EncodedPrompts):
+            group = prompts.group
+        else:
+            group = gradients.encode(prompts)
+        found = method.score(gradients, group, components)
         worst = worst_windows(found.values, group[1], len(prompts))
         return Scores(
             found.values[worst],
@@ -372,8 +371,9 @@ class Detector:
             self.threshold,
         )
 
-    def _gradients(self, batch_tokens: int) -> GradientPass:
-        return GradientPass(self.model, self.layers, self.tokenizer, batch_tokens, self.state.rows)
+    def _gradients(self, batch_tokens: int, progress: bool) -> GradientPass:
+        parts = self.model, self.tokenizer, self.config, self.layers, self.state.rows
+        return GradientPass(*parts, batch_tokens, progress)
 
 
 def pack(detector: Detector) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -392,19 +392,9 @@ def unpack(
     tokenizer: Any,
     cls: type[Detector] = Detector,
 ) -> Detector:
-    """Restore a detector from the result of `pack`.
+    """Restore a detector from the result of `pack`; see `Detector.load`.
 
-    Args:
-        where: Where the result comes from, for error messages.
-        tensors: From `pack`.
-        metadata: From `pack`.
-        model: The model it was fitted on.
-        tokenizer: Its tokenizer.
-        cls: Class of the result.
-
-    Raises:
-        StorageError: A tensor is missing, or a newer version wrote unknown options.
-        ValueError: The detector was fitted on another model or tokenizer.
+    Error messages contain `where`, the place that the result came from.
     """
     for what, given in (
         ("model", model_fingerprint(model)),
@@ -420,18 +410,3 @@ def unpack(
     layers = find_layers(model, config.layers, config.modules)
     state = DetectorState.unpack(where, config, tensors, metadata, layers)
     return cls(model, tokenizer, state, layers)
-
-
-def _encode(
-    model: nn.Module, tokenizer: Any, config: DetectorConfig, prompts: Sequence[Prompt]
-) -> Group:
-    return encode_prompts(
-        tokenizer,
-        prompts,
-        config.response,
-        overflow=config.overflow,
-        max_length=context_length(model, tokenizer),
-        template=config.template,
-        system=config.system,
-        append_eos=config.eos,
-    )

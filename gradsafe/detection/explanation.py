@@ -73,17 +73,11 @@ def explain(
     probes: Sequence[Encoded],
     threshold: float | None,
 ) -> Explanation:
-    """See `Detector.explain`.
+    """See `Detector.explain`; `windows` are the encoded prompt, `probes` its `probe_prompts`.
 
-    Args:
-        method: The fitted method.
-        gradients: Runs one window at a time, so that the second backward pass repeats the first bit
-            by bit, also where half precision would round a batch differently.
-        windows: The encoded prompt.
-        probes: Two other prompts of the same form, see `models.prompt_span`.
-        threshold: The detector's.
+    `gradients` must run one window at a time, so that the second backward pass repeats the first
+    bit by bit, also where half precision would round a batch differently.
     """
-    # Score, encoding and sums `[C, 3 + K]` of the window with the highest score.
     scored = (
         (float(method(table)[0].float()), windows[index], table[0])
         for (index,), _, table in method.tables(gradients, (windows, [0] * len(windows)))
@@ -108,10 +102,9 @@ def explain(
 def _token_evidence(
     method: Method, gradients: GradientPass, item: Encoded, shares: Tensor
 ) -> Tensor:
-    """Evidence of every token, `[T]` float64.
+    """Evidence of every token, `[T]` float64, from a second backward pass.
 
-    A second backward pass, in which all denominators are known: each layer is contracted to its
-    tokens as soon as it is reached, whatever the components are.
+    All denominators are known now: each layer is contracted to its tokens as it is reached.
     """
     parts: list[Tensor] = []
 
@@ -126,12 +119,7 @@ def _token_evidence(
 
 
 def check_explainable(config: DetectorConfig) -> None:
-    """Refuse options whose score is not a sum over tokens.
-
-    Raises:
-        ValueError: Method "nll", "gradnorm" or "cascade"; for "gradcoo" relative "ratio" or
-            "logratio", reduce "median", `center` or absolute "before".
-    """
+    """Raise ValueError for options whose score is not a sum over tokens."""
     # Method "gradsafe" does not read the other options: they have their defaults.
     for name, allowed, needed in (
         ("method", ("gradcoo", "gradsafe"), 'method "gradcoo" or "gradsafe"'),

@@ -13,13 +13,39 @@ from torch import Tensor
 from gradsafe.detection.components import DOTS, ComponentMap
 from gradsafe.detection.config import Granularity
 from gradsafe.detection.factors import Factors
-from gradsafe.detection.gradients import GradientPass, NonFiniteGradientError
+from gradsafe.detection.gradients import GradientPass, Group, NonFiniteGradientError
 from gradsafe.detection.references import prepare_function
 from gradsafe.detection.state import DetectorState
-from gradsafe.models import Encoded, Layers, LinearLayer
+from gradsafe.models import Layers, LinearLayer
 
-# Encoded windows and the index of the prompt that each belongs to.
-Group = tuple[Sequence[Encoded], Sequence[int]]
+Groups = Mapping[str, Group]
+# The state with what a method learned, and the NLL values of each group.
+Learned = tuple[DetectorState, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too.
+
+    Attributes:
+        names: What error messages call the prompts.
+        windows: The encoded windows of each prompt; one unless the prompt is too long.
+    """
+
+    names: Sequence[str]
+    windows: Sequence[Sequence[Encoded]]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, part: slice) -> EncodedPrompts:
+        return EncodedPrompts(self.names[part], self.windows[part])
+
+    @property
+    def group(self) -> Group:
+        """All windows, and the index of the prompt that each belongs to."""
+        owners = [index for index, items in enumerate(self.windows) for _ in items]
+        return [item for items in self.windows for item in items], owners
 
 
 @dataclass(frozen=True)
@@ -49,15 +75,11 @@ class Scores:
 
 
 class Method:
-    """A fitted score method. A new one overrides `__call__`, and `fit` if it has references.
-
-    Args:
-        state: The fitted state.
-        layers: The scored layers.
+    """A fitted score method. A subclass defines `__call__`, and `fit` if it learns anything.
 
     Attributes:
         granularity: What a component is; None for the option of that name.
-        unsigned: Whether dots are those of abs(g).
+        unsigned: Whether dots are computed from abs(g).
         selected: `[C]` bool, the components that are used; None for all.
     """
 
@@ -77,24 +99,8 @@ class Method:
         return ComponentMap(layers, granularity, state.output_projections, state.rows)
 
     @classmethod
-    def fit(
-        cls,
-        state: DetectorState,
-        gradients: GradientPass,
-        groups: Mapping[str, Group],
-        progress: bool,
-    ) -> tuple[DetectorState, Mapping[str, Tensor]]:
-        """Learn from reference prompts.
-
-        Args:
-            state: The options, and what does not depend on the method.
-            gradients: Runs the prompts.
-            groups: The "unsafe" and the "safe" prompts; empty for methods without references.
-            progress: Show progress bars.
-
-        Returns:
-            The state with what was learned, and each group's NLL values.
-        """
+    def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
+        """Learn from the "unsafe" and "safe" prompts; methods without references get none."""
         return state, {}
 
     def references(self, layer: LinearLayer) -> list[Tensor]:
@@ -106,25 +112,14 @@ class Method:
         return [r.scales[layer.name] for r in self.state.references.values()]
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Score a batch.
-
-        Args:
-            table: `[B, C, 3 + K]` float64: count, sum, sum of squares and dots per component.
-
-        Returns:
-            Scores `[B]` and component values `[B, C]`, float64.
-        """
+        """From sums `[B, C, 3 + K]` to scores `[B]` and component values `[B, C]`, all float64."""
         raise NotImplementedError
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """How the dots of one prompt add up to its score, all denominators fixed; see `explain`.
 
-        Args:
-            table: `[C, 3 + K]` float64.
-
-        Returns:
-            Factors `[C, K]`, whose products with the dots sum to a component's evidence, and the
-            weights `[C]` of the components, which sum to 1; float64.
+        From sums `[C, 3 + K]` to factors `[C, K]`, whose products with the dots sum to a
+        component's evidence, and the weights `[C]` of the components, which sum to 1; float64.
         """
         raise NotImplementedError
 
@@ -136,25 +131,12 @@ class Method:
             return names
         return [name for name, keep in zip(names, self.selected.tolist(), strict=True) if keep]
 
-    def score(
-        self,
-        gradients: GradientPass,
-        group: Group,
-        keep: bool = True,
-        progress: str | None = None,
-    ) -> Scores:
-        """Score encoded prompts or windows; one row for each of them.
-
-        Args:
-            gradients: Runs the items.
-            group: The items.
-            keep: Keep the component values.
-            progress: Label of the progress bar, None for no bar.
-        """
+    def score(self, gradients: GradientPass, group: Group, keep: bool = True) -> Scores:
+        """Score every item; `keep` its component values."""
         count = len(group[0])
         nll, values = torch.empty(2, count)
         components = torch.empty(count, 0)
-        for indices, batch_nll, table in self.tables(gradients, group, progress):
+        for indices, batch_nll, table in self.tables(gradients, group):
             batch_values, parts = self(table)
             nll[indices], values[indices] = batch_nll, batch_values.float()
             if keep:
@@ -164,13 +146,9 @@ class Method:
         return Scores(values, components, nll, torch.ones(count, dtype=torch.bool))
 
     def tables(
-        self, gradients: GradientPass, group: Group, progress: str | None = None
+        self, gradients: GradientPass, group: Group
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Sums over components of each item's gradients, which are never stored.
-
-        Yields:
-            Per batch: the indices of its items, their NLL and their table `[B, C, 3 + K]`.
-        """
+        """Per batch the indices of its items, their NLL and their sums `[B, C, 3 + K]`."""
         items, owners = group
         prepare = prepare_function(self.config)
         reached: list[tuple[LinearLayer, Tensor]] = []
@@ -179,11 +157,11 @@ class Method:
             axis, refs = self.components[layer][0], self.references(layer)
             reached.append((layer, factors.moments(refs, axis, self.unsigned, prepare)))
 
-        for indices, nll in gradients.run(items, visit, progress):
+        for indices, nll in gradients.run(items, visit, "score"):
             columns = DOTS + len(self.state.references)
             table = torch.zeros(len(indices), self.components.size, columns, dtype=torch.float64)
-            # The device is waited for here and not in every layer.
-            for layer, values in ((layer, values.cpu()) for layer, values in reached):
+            for layer, device_values in reached:
+                values = device_values.cpu()  # waits for the device here, not in every layer
                 for k, scale in enumerate(self.scales(layer)):
                     values[..., DOTS + k] *= scale
                 _check_finite(layer, [owners[i] for i in indices], values)

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from gradsafe._io.artifacts import StorageError
-from gradsafe.detection.calibration import Calibration
-from gradsafe.detection.cascade import Band
+from gradsafe.detection.calibration import Band, Calibration
+from gradsafe.detection.components import Rows
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.references import Reference
-from gradsafe.detection.rows import Rows
 from gradsafe.models import Layers
 
 
@@ -25,7 +24,7 @@ class DetectorState:
 
     Attributes:
         config: The options.
-        rows: Rows that are kept of each weight; empty for all.
+        rows: Rows that are scored of each weight; empty for all.
         output_projections: Layers whose input is divided into heads (granularity "head").
         references: Reference gradients by the name of their prompts, "unsafe" and "safe".
         learned: Other tensors that the method learned, by name.
@@ -50,7 +49,7 @@ class DetectorState:
         tensors |= {f"learned/{name}": tensor for name, tensor in self.learned.items()}
         for group, reference in self.references.items():
             tensors |= {f"{group}/weights/{n}": weight for n, weight in reference.weights.items()}
-            tensors |= {f"{group}/std": reference.std, f"{group}/sum_sq": reference.sum_sq}
+            tensors[f"{group}/sums"] = reference.sums
         band = asdict(self.band) if self.band else None
         metadata = {
             "config": asdict(self.config),
@@ -72,17 +71,9 @@ class DetectorState:
         metadata: Mapping[str, Any],
         layers: Layers,
     ) -> DetectorState:
-        """Restore a state.
+        """Restore a state from the result of `pack`, each reference on the device of its layer.
 
-        Args:
-            where: What the tensors and the metadata come from, for error messages.
-            config: See `unpack_config`.
-            tensors: From `pack`.
-            metadata: From `pack`.
-            layers: The scored layers; each reference moves to the device of its layer.
-
-        Raises:
-            StorageError: A tensor is missing.
+        Raises StorageError, with `where` in the message, if a tensor is missing.
         """
 
         def get(name: str) -> Tensor:
@@ -94,18 +85,13 @@ class DetectorState:
             found = (name for name in tensors if name.startswith(f"{group}/"))
             return {name.removeprefix(f"{group}/"): tensors[name] for name in found}
 
-        references = {
-            group: Reference(
-                weights={
-                    layer.name: get(f"{group}/weights/{layer.name}").to(_device(layer.module))
-                    for layer in layers.scored
-                },
-                scales=scales,
-                std=get(f"{group}/std"),
-                sum_sq=get(f"{group}/sum_sq"),
-            )
-            for group, scales in metadata["scales"].items()
-        }
+        references = {}
+        for group, scales in metadata["scales"].items():
+            weights = {
+                layer.name: get(f"{group}/weights/{layer.name}").to(_device(layer.module))
+                for layer in layers.scored
+            }
+            references[group] = Reference(weights, scales, get(f"{group}/sums"))
         calibration, band = metadata["calibration"], metadata["band"]
         if calibration is not None:
             interval = tuple(calibration["fpr_interval"])
@@ -124,11 +110,7 @@ class DetectorState:
 
 
 def unpack_config(where: object, values: Mapping[str, Any]) -> DetectorConfig:
-    """The options of a packed state.
-
-    Raises:
-        StorageError: A newer version wrote options that this one does not know.
-    """
+    """The options of a packed state; raises StorageError if a newer version wrote them."""
     unknown = sorted(set(values) - set(DetectorConfig.__dataclass_fields__))
     if unknown:
         raise StorageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gradsafe._cli import model
+from gradsafe._jobs import model
 
 
 @pytest.fixture
