@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from gradsafe._io.records import pair
 from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.models import Encoding, context_length, encode
+from gradsafe.models import Encoding, context_length, encode, pad_token_id
 from gradsafe.models.encode import located
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def encode_rows(
 
 def has_text(rows: Any) -> bool:
     """Whether `rows` is a sequence of rows of text, which must be encoded."""
-    counted = hasattr(rows, "__len__") and hasattr(rows, "__getitem__")
-    if not counted or isinstance(rows, Mapping) or not len(rows):
+    if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or not len(rows):
         return False
     return isinstance(rows[0], Mapping) and not {"prompt", "messages"}.isdisjoint(rows[0])
 
@@ -110,6 +109,11 @@ class RowCollator:
             for line, row in zip(batch[key], rows, strict=True):
                 line[: len(row["input_ids"])] = torch.as_tensor(row.get(key, 1))
         return batch
+
+
+def row_collator(tokenizer: Any) -> RowCollator:
+    """Return a collator with the padding of the tokenizer."""
+    return RowCollator(0 if tokenizer is None else pad_token_id(tokenizer))
 
 
 def _encode(

@@ -63,7 +63,6 @@ def test_tokenised_rows_stay_as_they_are() -> None:
     assert not has_text([row])
     assert has_text([ROW])
     assert not has_text(iter([ROW]))
-    assert not has_text({"one": [ROW]})
 
 
 def test_batches_are_padded_on_the_right() -> None:
