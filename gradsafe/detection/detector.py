@@ -19,7 +19,7 @@ from gradsafe.detection.explanation import Explanation, check_explainable, expla
 from gradsafe.detection.gradients import GradientPass
 from gradsafe.detection.methods import METHODS, NLL, fit
 from gradsafe.detection.scoring import EncodedPrompts, Method, Scores, worst_windows
-from gradsafe.detection.state import DetectorState, unpack_config
+from gradsafe.detection.state import DetectorState
 from gradsafe.models import Encoded, Layers, Prompt, find_layers, probe_prompts
 
 KIND = "detector"  # of the saved folder
@@ -122,7 +122,10 @@ class Detector:
 
     @property
     def reference_gap(self) -> float | None:
-        """Mean NLL of the response after the unsafe minus after the safe references, in nats."""
+        """Mean NLL of the response, in nats, after the unsafe minus after the safe references.
+
+        None for methods without references.
+        """
         return self.state.reference_gap
 
     @property
@@ -403,7 +406,5 @@ def unpack(
                 f"{metadata[what][:16]}, given {given[:16]}); load it with that {what}, or fit a "
                 "new detector"
             )
-    config = unpack_config(where, metadata["config"])
-    layers = find_layers(model, config.layers, config.modules)
-    state = DetectorState.unpack(where, config, tensors, metadata, layers)
+    state, layers = DetectorState.unpack(where, tensors, metadata, model)
     return cls(model, tokenizer, state, layers)

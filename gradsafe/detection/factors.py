@@ -137,9 +137,9 @@ class StackFactors:
     ) -> Tensor:
         """Sums over slices `[B, E * slices, 3 + K]` float64; see `ops.grouped_wgrad_moments`."""
         rows, cols = self.dy.shape[1], self.x.shape[1]
-        counts = {"tensor": [rows * cols], "row": [cols] * rows, "column": [rows] * cols}
-        counts["both"] = counts["row"] + counts["column"]
-        entries = torch.tensor(counts[axis], dtype=torch.float64, device=self.x.device)
+        by_row, by_column = [cols] * rows, [rows] * cols
+        counts = {"row": by_row, "column": by_column, "both": by_row + by_column}
+        entries = self.x.new_tensor(counts.get(axis, [rows * cols]), dtype=torch.float64)
         table = entries.new_zeros(len(self), self.stack, len(entries), 3 + len(refs))
         table[..., 0] = entries
         if prepare is None:
