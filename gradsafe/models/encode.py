@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from gradsafe.models.inspection import text_config
+from gradsafe.models.encoding import (
+    Encoding,
+    Prompt,
+    check_rendered,
+    expect_text,
+    messages_of,
+)
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
+
+__all__ = ["ContextOverflowError", "Encoded", "Encoder", "Encoding", "Prompt", "encode", "located"]
 
 _FIELD = re.compile(r"\{(prompt|system)\}")
 _EXAMPLE = r'template="User: {prompt}\nAssistant: "'
-# Tokenizers without a known limit report about 1e30.
-_SANE_LENGTH = 10**9
 
 
 class ContextOverflowError(ValueError):
     """A prompt does not fit the model's context; it is never truncated silently."""
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Put a place in front of the messages of errors about one prompt."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        kinds = (ContextOverflowError, TypeError, ValueError)
+        kind = next(kind for kind in kinds if isinstance(error, kind))
+        raise kind(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -57,102 +75,89 @@ class Encoder:
 
     Args:
         tokenizer: A transformers tokenizer.
-        response: The text whose likelihood is measured after every prompt.
-        template: None for the tokenizer's chat template; a Jinja chat template (it contains `{{`
-            or `{%`); or a plain text with `{prompt}` and optionally `{system}`.
-        system: System message.
-        append_eos: Close the response with the tokenizer's EOS token.
-        max_length: Longest allowed number of tokens, prompt and response together.
+        response: The text whose likelihood is measured after every prompt; tokenised on its own,
+            without special tokens.
+        encoding: The options; None for the defaults.
+        **options: Fields of `Encoding`, in place of those of `encoding`.
 
     Raises:
         ValueError: No usable template, an empty response, or an option that contradicts another.
-        TypeError: `response`, `template` or `system` is not a string.
+        TypeError: `response`, `template` or `system` is not a string, or an unknown option.
     """
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         response: str,
-        *,
-        template: str | None = None,
-        system: str | None = None,
-        append_eos: bool = False,
-        max_length: int | None = None,
+        encoding: Encoding | None = None,
+        **options: Any,
     ) -> None:
-        _expect_text("response", response)
-        if template is not None:
-            _expect_text("template", template)
-        if system is not None:
-            _expect_text("system", system)
-        if max_length is not None and max_length < 2:
-            raise ValueError(f"gradsafe.encode: expected max_length >= 2, got {max_length}")
+        expect_text("response", response)
         self.tokenizer = tokenizer
-        self.template = template
-        self.system = system
-        self.max_length = max_length
-        self._jinja = template is None or "{{" in template or "{%" in template
+        self.encoding = replace(encoding or Encoding(), **options)
+        template = self.encoding.template
+        self._plain = template is not None and "{{" not in template and "{%" not in template
+        self._fields = set(_FIELD.findall(template or ""))
         self._check_template()
-        self.response_ids = self._response_ids(response, append_eos)
+        self.response_ids = self._response_ids(response)
 
-    def __call__(self, prompt: str) -> Encoded:
+    def __call__(self, prompt: Prompt) -> Encoded:
         """Encode one prompt.
 
+        Args:
+            prompt: User text, or a conversation (see `Prompt`).
+
         Raises:
-            TypeError: `prompt` is not a string.
-            ValueError: `prompt` is empty or renders to no token.
+            TypeError: `prompt` is neither a string nor a list of messages with text.
+            ValueError: `prompt` is empty, renders to no token, is no conversation that a response
+                can follow, or has a turn that the template leaves out.
             ContextOverflowError: More than `max_length` tokens.
         """
         encoded = self.encode_any_length(prompt)
-        if self.max_length is not None and len(encoded) > self.max_length:
+        limit = self.encoding.max_length
+        if limit is not None and len(encoded) > limit:
             raise ContextOverflowError(
                 f"gradsafe.encode: prompt and response take {len(encoded)} tokens "
-                f"({encoded.prompt_length} + {encoded.response_length}), "
-                f"max_length is {self.max_length}; shorten the prompt or score overlapping "
-                f'windows of it with overflow="window"'
+                f"({encoded.prompt_length} + {encoded.response_length}), max_length is {limit}; "
+                f'shorten the prompt or use overlapping windows of it with overflow="window"'
             )
         return encoded
 
-    def encode_any_length(self, prompt: str) -> Encoded:
+    def encode_any_length(self, prompt: Prompt) -> Encoded:
         """Encode one prompt without looking at `max_length`; raises as `__call__` otherwise."""
-        _expect_text("prompt", prompt)
-        if not prompt:
-            raise ValueError("gradsafe.encode: expected a non-empty prompt, got ''")
-        prompt_ids = self._chat_ids(prompt) if self._jinja else self._plain_ids(prompt)
+        messages = messages_of(prompt, self.encoding.system)
+        prompt_ids = self._plain_ids(messages) if self._plain else self._chat_ids(messages)
         if not prompt_ids:
             raise ValueError(
                 "gradsafe.encode: the rendered prompt has no token, so nothing predicts the first "
                 f"response token; use a template with text of its own, for example {_EXAMPLE}"
             )
-        ids = prompt_ids + self.response_ids
-        assert ids[: len(prompt_ids)] == prompt_ids
-        return Encoded(ids, len(prompt_ids))
+        return Encoded(prompt_ids + self.response_ids, len(prompt_ids))
 
     def _check_template(self) -> None:
-        if self.template is None:
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise ValueError(
-                    "gradsafe.encode: the tokenizer has no chat template; "
-                    f"pass template= (--template in a shell), for example {_EXAMPLE}"
-                )
-        elif not self._jinja:
-            fields = set(_FIELD.findall(self.template))
-            if "prompt" not in fields:
-                raise ValueError(
-                    f"gradsafe.encode: expected template= to be a Jinja chat template or a text "
-                    f"that contains {{prompt}}, for example {_EXAMPLE}, got {self.template!r}"
-                )
-            if self.system is not None and "system" not in fields:
-                raise ValueError(
-                    "gradsafe.encode: system= is given, but template= has no {system} to hold it"
-                )
+        template, system = self.encoding.template, self.encoding.system
+        if template is None and not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError(
+                "gradsafe.encode: the tokenizer has no chat template; "
+                f"pass template= (--template in a shell), for example {_EXAMPLE}"
+            )
+        if self._plain and "prompt" not in self._fields:
+            raise ValueError(
+                f"gradsafe.encode: expected template= to be a Jinja chat template or a text "
+                f"that contains {{prompt}}, for example {_EXAMPLE}, got {template!r}"
+            )
+        if self._plain and system is not None and "system" not in self._fields:
+            raise ValueError(
+                "gradsafe.encode: system= is given, but template= has no {system} to hold it"
+            )
 
-    def _response_ids(self, response: str, append_eos: bool) -> list[int]:
+    def _response_ids(self, response: str) -> list[int]:
         ids = self._tokenize(response, add_special_tokens=False)
         if not ids:
             raise ValueError(
                 f"gradsafe.encode: response={response!r} has no token; use a text such as 'Sure'"
             )
-        if append_eos:
+        if self.encoding.append_eos:
             eos = self.tokenizer.eos_token_id
             if eos is None:
                 raise ValueError(
@@ -162,28 +167,36 @@ class Encoder:
             ids.append(int(eos))
         return ids
 
-    def _chat_ids(self, prompt: str) -> list[int]:
-        messages = [{"role": "user", "content": prompt}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": self.system})
+    def _chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
-        if self.template is not None:
-            options["chat_template"] = self.template
+        if self.encoding.template is not None:
+            options["chat_template"] = self.encoding.template
         try:
             text: Any = self.tokenizer.apply_chat_template(messages, **options)
         except TemplateError as error:
-            hint = "; leave out system= if the model knows no system role" if self.system else ""
+            system = messages[0]["role"] == "system"
+            hint = "; leave out system= if the model knows no system role" if system else ""
             raise ValueError(
                 f"gradsafe.encode: the chat template failed: {error}{hint}, "
                 f"or pass another template=, for example {_EXAMPLE}"
             ) from error
+        check_rendered(messages, text)
         # The template writes BOS itself: rendering to text first avoids a second one.
         return self._tokenize(text, add_special_tokens=False)
 
-    def _plain_ids(self, prompt: str) -> list[int]:
+    def _plain_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+        values = {"prompt": messages[-1]["content"], "system": ""}
+        if len(messages) == 2 and messages[0]["role"] == "system" and "system" in self._fields:
+            values["system"] = messages[0]["content"]
+        elif len(messages) > 1:
+            raise ValueError(
+                f"gradsafe.encode: expected a single user turn for the plain template "
+                f"{self.encoding.template!r} (and a system turn where it contains {{system}}), got "
+                f"the roles {', '.join(message['role'] for message in messages)}; pass a Jinja "
+                "chat template as template="
+            )
         # One pass over the template alone: braces inside the prompt stay as they are.
-        values = {"prompt": prompt, "system": self.system or ""}
-        text = _FIELD.sub(lambda match: values[match.group(1)], self.template or "")
+        text = _FIELD.sub(lambda match: values[match.group(1)], self.encoding.template or "")
         bare = self._tokenize(text, add_special_tokens=False)
         bos = self.tokenizer.bos_token
         if bos and text.startswith(str(bos)):
@@ -207,66 +220,36 @@ class Encoder:
 
 def encode(
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Prompt,
     response: str,
-    *,
-    template: str | None = None,
-    system: str | None = None,
-    append_eos: bool = False,
-    max_length: int | None = None,
+    encoding: Encoding | None = None,
+    **options: Any,
 ) -> Encoded:
-    """Encode one prompt and response; see `Encoder` for the options.
+    """Encode one prompt and response.
 
     Args:
         tokenizer: A transformers tokenizer.
-        prompt: User text, not empty.
-        response: Response text; tokenised on its own, without special tokens.
-        template: None for the tokenizer's chat template, a Jinja chat template, or a plain text
-            with `{prompt}` and optionally `{system}`.
-        system: System message.
-        append_eos: Close the response with EOS.
-        max_length: Longest allowed number of tokens.
+        prompt: User text, or a conversation: a list of dicts with "role" (system, user, assistant
+            or tool) and "content" (text); the last turn is of the user or a tool.
+        response: Response text.
+        encoding: The options; None for the defaults.
+        **options: Fields of `Encoding` (template, system, append_eos, max_length), in place of
+            those of `encoding`.
 
     Returns:
         Prompt ids followed by response ids.
 
     Raises:
-        TypeError: An argument that must be a string is not.
-        ValueError: No template, an empty prompt or response, or contradicting options.
+        TypeError: An argument that must be text is not, or an unknown option.
+        ValueError: No template, a template that leaves out a turn, an empty prompt or response, a
+            conversation that no response can follow, or contradicting options.
         ContextOverflowError: More than `max_length` tokens.
+
+    Example:
+        >>> encode(tokenizer, "What is 2 + 2?", "Sure", system="Be brief.")
+        >>> encode(tokenizer, [{"role": "user", "content": "Hi"}], "Sure", append_eos=True)
     """
-    return Encoder(
-        tokenizer,
-        response,
-        template=template,
-        system=system,
-        append_eos=append_eos,
-        max_length=max_length,
-    )(prompt)
-
-
-def context_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Return how many tokens the model can read at once, or None where nothing says.
-
-    The smaller of the text config's `max_position_embeddings` (or `n_positions`) and the
-    tokenizer's `model_max_length`; absurdly large values count as unknown.
-    """
-    config = text_config(model)
-    limits = [
-        getattr(config, "max_position_embeddings", None),
-        getattr(config, "n_positions", None),
-        getattr(tokenizer, "model_max_length", None),
-    ]
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < _SANE_LENGTH]
-    return min(known) if known else None
-
-
-def _expect_text(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(
-            f"gradsafe.encode: expected {name} to be str, got {type(value).__name__}; "
-            f"convert it first (dataset columns often hold None for empty cells)"
-        )
+    return Encoder(tokenizer, response, encoding, **options)(prompt)
 
 
 def _trailing(ids: list[int], token: int | None) -> int:

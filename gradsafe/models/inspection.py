@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Tokenizers without a known limit report about 1e30.
+_LARGEST_LENGTH = 10**9
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -44,6 +50,22 @@ def text_config(model: nn.Module) -> Any:
         )
     getter = getattr(config, "get_text_config", None)
     return getter() if callable(getter) else config
+
+
+def context_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return how many tokens the model can read at once, or None where this is unknown.
+
+    The smaller of the text config's `max_position_embeddings` (or `n_positions`) and the
+    tokenizer's `model_max_length`; values of 10^9 and more mean unknown.
+    """
+    config = text_config(model)
+    limits = [
+        getattr(config, "max_position_embeddings", None),
+        getattr(config, "n_positions", None),
+        getattr(tokenizer, "model_max_length", None),
+    ]
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < _LARGEST_LENGTH]
+    return min(known, default=None)
 
 
 def forward_parameters(model: nn.Module) -> frozenset[str]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 from gradsafe.models.encode import Encoded
+from gradsafe.models.encoding import Prompt, last_user_turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_INCOMPLETE = "\ufffd"  # what a decoder writes for a character whose bytes are not all there
+_INCOMPLETE = "\ufffd"  # what a decoder writes for an incomplete character
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
@@ -37,7 +39,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
         return text
 
     pieces: list[str] = []
-    begin = done = 0  # [begin, done) is the context, [done, end) what waits for its last token
+    begin = done = 0  # [begin, done) is the context, [done, end) an incomplete character
     for end in range(1, len(ids) + 1):
         context, text = decode(begin, done), decode(begin, end)
         waits = end < len(ids) and (text.endswith(_INCOMPLETE) or len(text) <= len(context))
@@ -47,12 +49,19 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     return pieces
 
 
+def probe_prompts(prompt: Prompt) -> list[Prompt]:
+    """Two variants of a prompt for `prompt_span`, with another last user turn each."""
+    _, with_text = last_user_turn(prompt)
+    return [with_text(text) for text in ("0", "?")]
+
+
 def prompt_span(item: Encoded, others: Sequence[Encoded]) -> slice:
     """Find the tokens of an encoded prompt that belong to the user's text.
 
     Args:
         item: The encoded prompt.
-        others: Other texts in the same template, of which no two start or end alike.
+        others: Other texts in the same template, no two of which start or end alike; encode
+            `probe_prompts(prompt)` to get them. Of a conversation this finds the last user turn.
 
     Returns:
         The tokens that are not the same in all of them; a token that the template's text and the
@@ -67,9 +76,4 @@ def prompt_span(item: Encoded, others: Sequence[Encoded]) -> slice:
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
-    length = 0
-    for left, right in zip(a, b, strict=False):
-        if left != right:
-            break
-        length += 1
-    return length
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

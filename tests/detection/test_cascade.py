@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from gradsafe import Detector
-from gradsafe.detection.cascade import Band, choose_band
+from gradsafe.detection.calibration import Band, choose_band
 
 UNSAFE, SAFE = ["how to hurt", "steal it now please"], ["bake a cake", "sing"]
 PROMPTS = [f"prompt {i} " + "word " * (i % 5) for i in range(24)]
@@ -71,8 +72,8 @@ def test_a_saved_cascade_keeps_its_band(model, tokenizer, tmp_path):
     assert torch.equal(
         loaded.score(PROMPTS, progress=False).values, detector.score(PROMPTS, progress=False).values
     )
-    detector.band = Band(-math.inf, 3.0)
-    detector.save(tmp_path / "detector")
+    state = dataclasses.replace(detector.state, band=Band(-math.inf, 3.0))
+    Detector(model, tokenizer, state).save(tmp_path / "detector")
     assert Detector.load(tmp_path / "detector", model, tokenizer).band == Band(-math.inf, 3.0)
 
 
@@ -113,14 +114,13 @@ def test_too_few_unsafe_prompts_clear_nothing():
     with pytest.warns(UserWarning, match="at least 99 are needed"):
         band = choose_band(torch.randn(300), torch.randn(50), 0.05, 0.01)
     assert band.low == -math.inf
-    assert Band.from_json(band.to_json()) == band
 
 
 def test_bad_input_is_refused(model, tokenizer):
     cascade = fit(model, tokenizer, method="cascade")
     with pytest.raises(ValueError, match=r"needs unsafe_prompts=\["):
         cascade.calibrate(BENIGN, 0.2, progress=False)
-    with pytest.raises(ValueError, match="not for 'gradcoo'"):
+    with pytest.raises(ValueError, match=r"other methods take none.*'gradcoo'"):
         fit(model, tokenizer).calibrate(BENIGN, 0.2, progress=False, unsafe_prompts=HARMFUL)
     with pytest.raises(ValueError, match="0 < max_fnr < 1"):
         cascade.calibrate(BENIGN, 0.2, progress=False, unsafe_prompts=HARMFUL, max_fnr=0)

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
@@ -14,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from gradsafe.models import (
     ContextOverflowError,
     Encoded,
+    Encoding,
     context_length,
     encode,
     encode_prompts,
@@ -92,6 +96,123 @@ def test_missing_chat_template_names_the_argument(build_tokenizer: Build) -> Non
         encode_prompts(tokenizer, ["hi"], "Sure", max_length=None)
 
 
+TALK = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "bye"},
+]
+
+
+def test_a_conversation_is_rendered_with_all_turns(tokenizer: PreTrainedTokenizerFast) -> None:
+    item = encode(tokenizer, TALK, "Sure")
+    assert prompt_text(tokenizer, item) == (
+        "<s>[system]Be kind.[user]hi[assistant]Hello![user]bye[assistant]"
+    )
+    assert encode(tokenizer, TALK[1:], "Sure", system="Be kind.") == item
+    assert encode(tokenizer, TALK[1:2], "Sure") == encode(tokenizer, "hi", "Sure")
+    found, owners = encode_prompts(tokenizer, ["hi", TALK], "Sure", max_length=None)
+    assert found == [encode(tokenizer, "hi", "Sure"), item]
+    assert owners == [0, 1]
+
+
+def test_other_keys_reach_the_template(build_tokenizer: Build) -> None:
+    tokenizer = build_tokenizer(
+        chat_template="{% for m in messages %}[{{ m.name or m.role }}]{{ m.content }}"
+        "{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+    )
+    calls = [{"function": {"name": "add"}}]
+    talk = [
+        {"role": "user", "content": "1+2", "name": "Ann"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "3"},
+    ]
+    text = prompt_text(tokenizer, encode(tokenizer, talk, "Sure"))
+    assert text == '[Ann]1+2[assistant][{"function": {"name": "add"}}][tool]3'
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "text"),
+    [
+        ([], ValueError, "at least one message"),
+        ({"role": "user", "content": "a"}, TypeError, "list of messages, got dict"),
+        (["a"], TypeError, r'prompt\[0\] to be a dict with "role" and "content"'),
+        ([{"role": "user", "content": None}], TypeError, r"prompt\[0\] to be str, got NoneType"),
+        ([{"role": "user", "content": [{"type": "image"}]}], TypeError, "only text models"),
+        ([{"role": "user", "content": ""}], ValueError, r"prompt\[0\] to be non-empty"),
+        ([{"role": "bot", "content": "a"}], ValueError, r"prompt\[0\] to be one of system, user"),
+        (TALK[:3], ValueError, "got assistant; pass the text of that turn as the response"),
+        (TALK[:1], ValueError, "got the roles system; add the user turn"),
+        ([{"role": "tool", "content": "3"}], ValueError, "got the roles tool; add"),
+    ],
+)
+def test_bad_conversations(
+    tokenizer: PreTrainedTokenizerFast, prompt: Any, error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        encode(tokenizer, prompt, "Sure")
+
+
+def test_two_system_messages_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(ValueError, match="one system message"):
+        encode(tokenizer, TALK, "Sure", system="Be brief.")
+
+
+def test_plain_templates_take_one_user_turn(tokenizer: PreTrainedTokenizerFast) -> None:
+    with_system = "{system}|{prompt}|"
+    pair = encode(tokenizer, [TALK[0], TALK[1]], "Sure", template=with_system)
+    assert pair == encode(tokenizer, "hi", "Sure", template=with_system, system="Be kind.")
+    assert encode(tokenizer, TALK[1:2], "Sure", template=PLAIN) == encode(
+        tokenizer, "hi", "Sure", template=PLAIN
+    )
+    for talk in (TALK, TALK[1:], TALK[:2]):
+        with pytest.raises(ValueError, match="single user turn for the plain template"):
+            encode(tokenizer, talk, "Sure", template=PLAIN)
+
+
+LAST_TURN = "[{{ messages[-1]['role'] }}]{{ messages[-1]['content'] }}"
+USERS = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+BACKWARDS = "{% for m in messages[::-1] %}{{ m.content }};{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "turn"),
+    [(LAST_TURN, "0 .system: 'Be kind.'"), (USERS, "0 .system"), (BACKWARDS, "2 .assistant")],
+)
+def test_a_template_that_drops_a_turn_is_refused(
+    tokenizer: PreTrainedTokenizerFast, template: str, turn: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"turn {turn}.*missing; pass another template="):
+        encode(tokenizer, TALK, "Sure", template=template)
+
+
+def test_a_template_that_drops_the_system_message_is_refused(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    assert encode(tokenizer, "hi", "Sure", template=USERS)
+    with pytest.raises(ValueError, match=r"turn 0 \(system: 'Be kind\.'\) is missing"):
+        encode(tokenizer, "hi", "Sure", template=USERS, system="Be kind.")
+
+
+def test_what_templates_do_to_turns_is_no_loss(tokenizer: PreTrainedTokenizerFast) -> None:
+    """White space stripped, the system message in the last turn, reasoning removed, JSON."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'tool' %}{{ m.content | tojson }}"
+        "{% elif m.role != 'system' %}[{{ m.role }}]"
+        "{{ messages[0].content if loop.last or m.content == 'sum ' }}"
+        "{{ m.content.split('</think>')[-1] | trim }}{% endif %}{% endfor %}"
+    )
+    talk = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": " hi\n"},
+        {"role": "assistant", "content": "<think>a greeting</think>\nHello!"},
+        {"role": "user", "content": "sum "},
+        {"role": "tool", "content": 'a "quoted"\nline é'},
+    ]
+    text = prompt_text(tokenizer, encode(tokenizer, talk, "Sure", template=template))
+    assert text == '[user]hi[assistant]Hello![user]Be kind.sum"a \\"quoted\\"\\nline é"'
+
+
 def test_template_that_refuses_a_system_message(build_tokenizer: Build) -> None:
     tokenizer = build_tokenizer(chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(ValueError, match=r"no system role; leave out system="):
@@ -102,7 +223,7 @@ def test_template_that_refuses_a_system_message(build_tokenizer: Build) -> None:
     ("arguments", "error", "text"),
     [
         ({"prompt": ""}, ValueError, "non-empty prompt"),
-        ({"prompt": None}, TypeError, "prompt to be str, got NoneType"),
+        ({"prompt": None}, TypeError, "prompt to be str or a list of messages, got None"),
         ({"response": ""}, ValueError, "response=''"),
         ({"response": 3}, TypeError, "response to be str"),
         ({"template": "no field"}, ValueError, r"\{prompt\}"),
@@ -122,9 +243,9 @@ def test_bad_arguments(
 
 
 def test_prompt_without_any_token_is_refused(build_tokenizer: Build) -> None:
-    tokenizer = build_tokenizer(chat_template="{{ '' }}")
+    tokenizer = build_tokenizer(chat_template="{{ messages[0]['content'] | trim }}")
     with pytest.raises(ValueError, match="has no token"):
-        encode(tokenizer, "hi", "Sure")
+        encode(tokenizer, " ", "Sure")
 
 
 def test_whitespace_prompts_are_allowed(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -136,6 +257,24 @@ def test_overflow_is_an_error_with_numbers_and_the_fix(tokenizer: PreTrainedToke
     assert len(encode(tokenizer, "hello", "Sure", max_length=length)) == length
     with pytest.raises(ContextOverflowError, match=rf'{length} tokens .*overflow="window"'):
         encode(tokenizer, "hello", "Sure", max_length=length - 1)
+
+
+def test_one_record_holds_the_options(tokenizer: PreTrainedTokenizerFast) -> None:
+    options = Encoding(template=PLAIN, append_eos=True)
+    item = encode(tokenizer, "hi", "Sure", options)
+    assert item == encode(tokenizer, "hi", "Sure", template=PLAIN, append_eos=True)
+    assert encode(tokenizer, "hi", "Sure", options, append_eos=False) != item
+    with pytest.raises(TypeError, match="append_bos"):
+        encode(tokenizer, "hi", "Sure", append_bos=True)
+
+
+def test_encodings_need_no_torch() -> None:
+    code = (
+        "import sys; from gradsafe.models import Encoding, Prompt, encode, encode_windows; "
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_encoded_needs_prompt_and_response() -> None:
@@ -151,6 +290,10 @@ def test_encode_prompts_names_the_index(tokenizer: PreTrainedTokenizerFast) -> N
         encode_prompts(tokenizer, ["a", "b", None], "Sure", max_length=None)  # type: ignore[list-item]
     with pytest.raises(ContextOverflowError, match=r"^prompts\[1\]: "):
         encode_prompts(tokenizer, ["a", "b" * 99], "Sure", max_length=40)
+    with pytest.raises(TypeError, match="one conversation"):
+        encode_prompts(tokenizer, TALK, "Sure", max_length=None)
+    with pytest.raises(ValueError, match=r"^prompts\[1\]: .*got assistant"):
+        encode_prompts(tokenizer, ["a", TALK[:3]], "Sure", max_length=None)
     with pytest.raises(TypeError, match="one str"):
         encode_prompts(tokenizer, "abc", "Sure", max_length=None)
     with pytest.raises(ValueError, match="empty list"):
@@ -192,6 +335,24 @@ def test_windows_overlap(tokenizer: PreTrainedTokenizerFast) -> None:
         size = len(before) // 4
         assert before[-size:] == after[:size]
     assert len(pieces) <= 200 / (0.7 * len(pieces[0])) + 1
+
+
+@pytest.mark.parametrize("last", [[], [{"role": "tool", "content": "42"}]])
+def test_windows_of_a_conversation_cut_the_last_user_turn(
+    tokenizer: PreTrainedTokenizerFast, last: list[dict[str, str]]
+) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(200))
+    talk = [*TALK[:3], {"role": "user", "content": text}, *last]
+    windows = encode_windows(tokenizer, talk, "Sure", max_length=100, overlap=0)
+    head = "<s>[system]Be kind.[user]hi[assistant]Hello![user]"
+    tail = "".join(f"[{turn['role']}]{turn['content']}" for turn in last) + "[assistant]"
+    pieces = [prompt_text(tokenizer, window) for window in windows]
+    assert len(windows) > 1
+    assert all(len(window) <= 100 for window in windows)
+    assert all(piece.startswith(head) and piece.endswith(tail) for piece in pieces)
+    assert "".join(piece.removeprefix(head).removesuffix(tail) for piece in pieces) == text
+    with pytest.raises(ContextOverflowError, match="shorten the other turns"):
+        encode_windows(tokenizer, talk, "Sure", max_length=60)
 
 
 def window_texts(

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers import models as token_models
 from transformers import PreTrainedTokenizerFast
 
-from gradsafe.models import encode, prompt_span, token_texts
+from gradsafe.models import encode, probe_prompts, prompt_span, token_texts
 
 TOKENIZER = make_tokenizer()
 
@@ -80,3 +80,16 @@ def test_tokens_shared_with_the_template_belong_to_the_user():
     item = encode(TOKENIZER, "o-t", "Sure", template="t{prompt}o")  # one merged "to" at each end
     pieces = token_texts(TOKENIZER, item.input_ids)
     assert pieces[prompt_span(item, others)] == ["to", "-", "to"]
+
+
+def test_the_span_of_a_conversation_is_its_last_user_turn():
+    talk = [
+        {"role": "user", "content": "0"},
+        {"role": "assistant", "content": "?"},
+        {"role": "user", "content": "to go"},
+        {"role": "tool", "content": "0"},
+    ]
+    others = [encode(TOKENIZER, probe, "Sure") for probe in probe_prompts(talk)]
+    item = encode(TOKENIZER, talk, "Sure")
+    assert "".join(token_texts(TOKENIZER, item.input_ids)[prompt_span(item, others)]) == "to go"
+    assert probe_prompts("hi") == ["0", "?"]
