@@ -43,6 +43,7 @@ class Command:
             usage=usage,
             description=(kind.__doc__ or "").split("\n    Attributes:")[0].strip(),
             exit_on_error=False,
+            allow_abbrev=False,
         )
         self._parser.add_argument("--config", action="config", help="YAML file with these options")
         self._parser.add_argument(

@@ -78,11 +78,13 @@ class Processes:
             host = os.environ.get("MASTER_ADDR", "localhost")
             address: list[Any] = [None]
             if found.first:
-                found._store = distributed.TCPStore(host, 0, size, True, wait_for_workers=False)
+                found._store = distributed.TCPStore(
+                    host, 0, size, is_master=True, wait_for_workers=False
+                )
                 address = [(host, found._store.port)]
             distributed.broadcast_object_list(address)
             if not found.first:
-                found._store = distributed.TCPStore(*address[0], size, False)
+                found._store = distributed.TCPStore(*address[0], world_size=size, is_master=False)
         return found
 
     @property

@@ -258,9 +258,9 @@ class Records:
     def _open(self, part: Path) -> IO[bytes]:
         """Opens a part for appending; a last line that is incomplete is removed."""
         if not part.exists():
-            file = part.open("xb")  # x: another run may start the same file
+            new = part.open("xb")  # x: another run may start the same file
             flush_to_disk(part.resolve().parent)
-            return file
+            return new
         file = part.open("r+b")
         file.truncate(file.read().rfind(b"\n") + 1)
         file.seek(0, os.SEEK_END)

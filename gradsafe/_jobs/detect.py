@@ -12,7 +12,7 @@ from gradsafe import detection
 from gradsafe._io.processes import Processes, SharedProgress
 from gradsafe._io.records import Records, Row, check_output, labels_of, prompt_of, record_key
 from gradsafe._jobs import detector as detectors
-from gradsafe._jobs.data import prompts_of, read_prompts, refuse_inputs
+from gradsafe._jobs.data import located, prompts_of, read_prompts, refuse_inputs
 from gradsafe._jobs.detector import FitOptions
 from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, save_config, transient
 from gradsafe.detection.config import DetectorConfig
@@ -226,7 +226,9 @@ class Detect:
         yield from together
         # One prompt of the slice fails: alone it names its line, and those before it are kept.
         for index in chosen[len(together) :]:
-            yield from score(range(index, index + 1))
+            with located(encoded.names[index]):
+                alone = score(range(index, index + 1))
+            yield from alone
 
     def _record(self, row: Row, score: float, threshold: float | None) -> dict[str, Any]:
         record: dict[str, Any] = {}

@@ -129,14 +129,17 @@ def prepare(
         )
     say(f"{detector.config.method}: {detector.coverage}")
     if prompts.benign is not None:
-        rows = [*prompts.benign, *(prompts.harmful or ())]
-        _check_encoding(rows, detector.config.to_json(), model, tokenizer)
+        benign, harmful = (
+            None if rows is None else detector.encode(prompts_of(rows), [row.where for row in rows])
+            for rows in (prompts.benign, prompts.harmful)
+        )
+        assert benign is not None
         detector.calibrate(
-            prompts_of(prompts.benign),
+            benign,
             max_fpr=options.max_fpr,
             batch_tokens=batch_tokens,
             progress=progress,
-            unsafe_prompts=None if prompts.harmful is None else prompts_of(prompts.harmful),
+            unsafe_prompts=harmful,
         )
     if detector.band:
         say(f"cascade: {detector.band}")

@@ -10,7 +10,7 @@ from gradsafe import detection
 from gradsafe._io.processes import Processes
 from gradsafe._io.records import Prompt, check_output, prompt_of
 from gradsafe._jobs import detector as detectors
-from gradsafe._jobs.data import located, read_prompts, refuse_inputs
+from gradsafe._jobs.data import read_prompts, refuse_inputs
 from gradsafe._jobs.detector import FitOptions
 from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, save_config, transient
 from gradsafe.detection.config import DetectorConfig
@@ -89,8 +89,7 @@ class Explain:
             progress=self.progress and sys.stderr.isatty(),
             say=lambda text: print(f"gradsafe: {text}", file=sys.stderr) if self.progress else None,
         )
-        with located(where):
-            explanation = detector.explain(prompt)
+        explanation = detector.explain(prompt, where)
         if self.html:
             save_config(self, self.html)
         return ExplainResult(detector.config.method, explanation)

@@ -23,7 +23,6 @@ from gradsafe._jobs.options import (
 )
 from gradsafe.tracing.config import QueryConfig, TraceConfig
 
-SAMPLES = 10  # per query, unless k is given
 TOKEN_RANKS = 3  # hits of a page that are shown token by token
 
 
@@ -150,13 +149,20 @@ class Query:
 
         # Everything below needs torch, which takes seconds to import.
         from gradsafe._jobs.model import load_model
-        from gradsafe.tracing import index as indexes
+        from gradsafe.tracing.approximate import load_faiss
+        from gradsafe.tracing.folder import IndexFolder
+        from gradsafe.tracing.matching import Metric
 
-        indexes.check_query(self.index, self.config)  # before a model is loaded
+        # What needs no model is refused before one is loaded.
+        own = IndexFolder.open(Path(self.index)).metadata["part_norm"]
+        Metric(self.config.part_norm or own, self.config.gradient_weight)
+        if self.config.approximate:
+            load_faiss()
         model, tokenizer = load_model(self.model)
         index = tracing.TraceIndex.load(self.index, model, tokenizer)
         values = as_options(self.config)
-        values["k"] = self.config.k or min(SAMPLES, len(index))
+        if self.config.k == QueryConfig.k:
+            values["k"] = min(self.config.k, len(index))
         hits = index.query(
             rows,
             batch_tokens=self.batch_tokens,

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from gradsafe.detection.config import DetectorConfig
     from gradsafe.detection.detector import Detector, UncalibratedWarning
     from gradsafe.detection.explanation import Explanation
-    from gradsafe.detection.fitting import CoverageWarning, ReferenceGapWarning
     from gradsafe.detection.gradients import NonFiniteGradientError
+    from gradsafe.detection.methods import CoverageWarning, ReferenceGapWarning
     from gradsafe.detection.scoring import Scores
 
 __all__ = [
@@ -31,12 +31,12 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Calibration": "calibration",
-        "CoverageWarning": "fitting",
+        "CoverageWarning": "methods",
         "Detector": "detector",
         "DetectorConfig": "config",
         "Explanation": "explanation",
         "NonFiniteGradientError": "gradients",
-        "ReferenceGapWarning": "fitting",
+        "ReferenceGapWarning": "methods",
         "Scores": "scoring",
         "UncalibratedWarning": "detector",
     },

@@ -16,30 +16,10 @@ Overflow = Literal["error", "window"]
 Modules = Literal["all", "attention", "mlp"]
 ReferenceDtype = Literal["float32", "bfloat16", "float16", "float8"]
 
-# Neutral scores, used while there is no calibration. GradSafe's is the published threshold
-# (arXiv 2402.13494); the GradCoo paper gives none.
-DEFAULT_THRESHOLDS: dict[tuple[str, str | None], float] = {
-    ("gradcoo", "share"): 0.5,
-    ("gradcoo", "ratio"): 1.0,
-    ("gradcoo", "logratio"): 0.0,
-    ("gradcoo", "difference"): 0.0,
-    ("gradsafe", None): 0.25,
-}
 # The methods that read a field, where not all of them do.
+COMPONENT_FIELDS = ("granularity", "relative", "unsigned", "normalize", "center", "absolute")
 READ_BY = {
-    **dict.fromkeys(
-        (
-            "granularity",
-            "relative",
-            "unsigned",
-            "normalize",
-            "center",
-            "absolute",
-            "reference_order",
-            "reduce",
-        ),
-        ("gradcoo", "cascade"),
-    ),
+    **dict.fromkeys((*COMPONENT_FIELDS, "reference_order", "reduce"), ("gradcoo", "cascade")),
     "gap": ("gradsafe",),
 }
 TYPE_NAMES = {float: "a number", type(None): "None"}
@@ -130,20 +110,15 @@ class DetectorConfig:
             methods, value = READ_BY.get(field.name), getattr(self, field.name)
             if methods and self.method not in methods and value != field.default:
                 _refuse(f"{field.name}={value!r}", f"method in {list(methods)}")
-        whole_slices = ("tensor", "row", "column")
-        if self.center and self.granularity not in whole_slices:
-            _refuse("center=True", f"granularity in {list(whole_slices)}")
-        if self.center and self.absolute == "before":
-            _refuse("center=True", 'absolute="after"')
+        if self.center and self.granularity not in ("tensor", "row", "column"):
+            _refuse("center=True", 'granularity "tensor", "row" or "column"')
         if self.reference_order == "norm_then_mean" and self.granularity in ("row+column", "layer"):
-            _refuse(
-                'reference_order="norm_then_mean"',
-                'granularity "tensor", "row", "column" or "head"',
-            )
+            heads = 'granularity "tensor", "row", "column" or "head"'
+            _refuse('reference_order="norm_then_mean"', heads)
         if not self.unsigned and self.relative in ("ratio", "logratio"):
             _refuse("unsigned=False", 'relative "share", "difference" or "unsafe"')
-        if not self.unsigned and self.absolute == "before":
-            _refuse("unsigned=False", 'absolute="after"')
+        if self.absolute == "before" and (self.center or not self.unsigned):
+            _refuse("center=True" if self.center else "unsigned=False", 'absolute="after"')
         if self.method == "cascade" and not (self.unsigned and self.relative == "share"):
             _refuse('method="cascade"', 'relative="share" and unsigned=True')
 
@@ -165,10 +140,11 @@ class DetectorConfig:
     @property
     def default_threshold(self) -> float | None:
         """The neutral score (GradSafe: the published threshold), None where it is unknown."""
-        if self.method == "gradcoo" and self.relative == "share" and not self.unsigned:
-            return 0.0  # signed shares lie around zero
-        relative = self.relative if self.method == "gradcoo" else None
-        return DEFAULT_THRESHOLDS.get((self.method, relative))
+        if self.method == "gradcoo":
+            share = 0.5 if self.unsigned else 0.0  # signed shares lie around zero
+            neutral = {"share": share, "ratio": 1.0, "logratio": 0.0, "difference": 0.0}
+            return neutral.get(self.relative)
+        return 0.25 if self.method == "gradsafe" else None  # arXiv 2402.13494
 
 
 def _check_type(name: str, value: object, kind: Any) -> None:

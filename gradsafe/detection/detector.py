@@ -12,25 +12,15 @@ from torch import Tensor, nn
 
 from gradsafe._io.artifacts import load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
-from gradsafe.detection.calibration import Calibration, calibrate
-from gradsafe.detection.cascade import Band, choose_band
+from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band
 from gradsafe.detection.components import choose_rows
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.explanation import Explanation, check_explainable, explain
-from gradsafe.detection.fitting import fit
 from gradsafe.detection.gradients import GradientPass
-from gradsafe.detection.methods import METHODS, NLL
-from gradsafe.detection.scoring import Group, Method, Scores, worst_windows
-from gradsafe.detection.state import DetectorState, unpack_config
-from gradsafe.models import (
-    Encoding,
-    Layers,
-    Prompt,
-    context_length,
-    encode_prompts,
-    find_layers,
-    probe_prompts,
-)
+from gradsafe.detection.methods import METHODS, NLL, fit
+from gradsafe.detection.scoring import EncodedPrompts, Method, Scores, worst_windows
+from gradsafe.detection.state import DetectorState
+from gradsafe.models import Encoded, Layers, Prompt, find_layers, probe_prompts
 
 KIND = "detector"  # of the saved folder
 
@@ -78,8 +68,8 @@ class Detector:
     ) -> Detector:
         """Build a detector from a few unsafe and safe reference prompts.
 
-        About four pairs in the style of the expected traffic work well. The model's weights are
-        not changed, and the gradient of the whole model is never held at once.
+        About four pairs in the style of the expected traffic work well. The model is not changed,
+        and its whole gradient is never held at once.
 
         Args:
             model: A causal language model of `transformers`, with or without a PEFT wrapper.
@@ -101,15 +91,15 @@ class Detector:
             TypeError: An unknown option, or a value of the wrong type.
 
         Warns:
-            ReferenceGapWarning: The NLL of the response differs by less than 1 nat between unsafe
-                and safe references: the model does not refuse the unsafe ones, and scores will be
-                poor.
+            ReferenceGapWarning: The mean NLL of the response is less than 1 nat higher after the
+                unsafe references: the model does not refuse them, and scores will be poor.
             CoverageWarning: Less than half of the weights of the chosen blocks are scored.
         """
         config = DetectorConfig(**options)
         layers = find_layers(model, config.layers, config.modules)
         rows = choose_rows(layers, config.row_fraction, config.row_seed)
-        groups: dict[str, Group] = {}
+        gradients = GradientPass(model, tokenizer, config, layers, rows, batch_tokens, progress)
+        groups = {}
         references = {"unsafe": unsafe, "safe": safe} if config.uses_references else {}
         for name, prompts in references.items():
             if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
@@ -117,9 +107,8 @@ class Detector:
                     f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
                     f"of at least one {name} reference prompt"
                 )
-            groups[name] = _encode(model, tokenizer, config, prompts)
-        gradients = GradientPass(model, layers, tokenizer, rows, batch_tokens, progress)
-        return cls(model, tokenizer, fit(config, gradients, groups), layers)
+            groups[name] = gradients.encode(prompts)
+        return cls(model, tokenizer, fit(gradients, groups), layers)
 
     @property
     def state(self) -> DetectorState:
@@ -133,7 +122,10 @@ class Detector:
 
     @property
     def reference_gap(self) -> float | None:
-        """Mean NLL of the response after the unsafe minus after the safe references, in nats."""
+        """Mean NLL of the response, in nats, after the unsafe minus after the safe references.
+
+        None for methods without references.
+        """
         return self.state.reference_gap
 
     @property
@@ -166,7 +158,7 @@ class Detector:
 
     def score(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | EncodedPrompts,
         batch_tokens: int = 4096,
         progress: bool = True,
         components: bool = True,
@@ -176,7 +168,7 @@ class Detector:
         Prompts of similar length share a batch; scores do not depend on the batches.
 
         Args:
-            prompts: Texts or conversations.
+            prompts: Texts or conversations, or the result of `encode`.
             batch_tokens: Tokens per batch, padding included; lower it if memory runs out.
             progress: Show a progress bar.
             components: Keep the value of every component too.
@@ -190,16 +182,38 @@ class Detector:
                 prompt, for example prompts[3]. Method "nll" gives such a prompt the score NaN.
             TypeError: An entry is neither a text nor a conversation.
         """
-        return self._score(self.method, prompts, (batch_tokens, progress), components)
+        return self._score(
+            self.method, self._gradients(batch_tokens, progress), prompts, components
+        )
+
+    def encode(
+        self, prompts: Sequence[Prompt], names: Sequence[str] | None = None
+    ) -> EncodedPrompts:
+        """Encode prompts for `score` in advance, to find errors before long work.
+
+        Args:
+            prompts: Texts or conversations.
+            names: What error messages call the prompts, for example `file:line`; None for
+                prompts[0], prompts[1] and so on.
+
+        Raises:
+            ValueError, TypeError: As in `score`, except for a NaN gradient.
+        """
+        names = [f"prompts[{index}]" for index in range(len(prompts))] if names is None else names
+        items, owners = self._gradients(batch_tokens=1, progress=False).encode(prompts, names)
+        windows: list[list[Encoded]] = [[] for _ in prompts]
+        for item, owner in zip(items, owners, strict=True):
+            windows[owner].append(item)
+        return EncodedPrompts(names, windows)
 
     def calibrate(
         self,
-        benign_prompts: Sequence[Prompt],
+        benign_prompts: Sequence[Prompt] | EncodedPrompts,
         max_fpr: float = 0.01,
         batch_tokens: int = 4096,
         progress: bool = True,
         *,
-        unsafe_prompts: Sequence[Prompt] | None = None,
+        unsafe_prompts: Sequence[Prompt] | EncodedPrompts | None = None,
         max_fnr: float = 0.01,
     ) -> Calibration:
         """Set the threshold so that at most `max_fpr` of prompts like these are flagged.
@@ -228,17 +242,13 @@ class Detector:
         Warns:
             UserWarning: Too few prompts to guarantee the rate.
         """
-        if self.config.method == "cascade" and unsafe_prompts is None:
+        if (self.config.method == "cascade") != (unsafe_prompts is not None):
             raise ValueError(
                 'gradsafe.Detector.calibrate: method "cascade" needs unsafe_prompts=[...], unsafe '
-                "prompts that are not references"
+                "prompts that are not references, and the other methods take none; got "
+                f"unsafe_prompts={unsafe_prompts and '[...]'} for {self.config.method!r}"
             )
-        if self.config.method != "cascade" and unsafe_prompts is not None:
-            raise ValueError(
-                'gradsafe.Detector.calibrate: unsafe_prompts=[...] is for method "cascade", not '
-                f"for {self.config.method!r}"
-            )
-        state, run = self.state, (batch_tokens, progress)
+        state, gradients = self.state, self._gradients(batch_tokens, progress)
         if unsafe_prompts is not None:
             if len(benign_prompts) < 2:
                 raise ValueError(
@@ -246,16 +256,14 @@ class Detector:
                     f"benign_prompts, half of them for the band, got {len(benign_prompts)}"
                 )
             benign, benign_prompts = benign_prompts[::2], benign_prompts[1::2]
-            losses = [
-                self._score(NLL(state, self.layers), p, run) for p in (benign, unsafe_prompts)
-            ]
-            band = choose_band(losses[0].values, losses[1].values, max_fpr / 2, max_fnr)
-            state = replace(state, band=band)
-        method = METHODS[self.config.method](state, self.layers)
-        calibration = calibrate(self._score(method, benign_prompts, run).values, max_fpr)
-        self.method = METHODS[self.config.method](
-            replace(state, calibration=calibration), self.layers
-        )
+            benign_nll, unsafe_nll = (
+                self._score(NLL(state, self.layers), gradients, prompts).values
+                for prompts in (benign, unsafe_prompts)
+            )
+            state = replace(state, band=choose_band(benign_nll, unsafe_nll, max_fpr / 2, max_fnr))
+        method = type(self.method)(state, self.layers)
+        calibration = calibrate(self._score(method, gradients, benign_prompts).values, max_fpr)
+        self.method = type(method)(replace(state, calibration=calibration), self.layers)
         return calibration
 
     def flag(
@@ -285,26 +293,23 @@ class Detector:
         values = self.score(prompts, batch_tokens, progress, components=False).values
         return (values > threshold) | values.isnan()
 
-    def explain(self, prompt: Prompt) -> Explanation:
+    def explain(self, prompt: Prompt, name: str = "prompt") -> Explanation:
         """Explain a score with exact, additive contributions of tokens and components.
 
-        abs(G) of a weight gradient G = dy^T x has the sign of the whole sum over tokens, so
-        <abs(G), R> = sum_t dy_t^T (sign(G) * R) x_t is an exact sum over tokens. With a_ct and
-        b_ct, token t's parts of a_c and b_c, its evidence is e_t = mean_c (a_ct - b_ct) / (a_c +
-        b_c), which sums to 2 * score - 1. For relative "difference" and "unsafe", signed shares and
-        GradSafe's cosines it sums to the score in the same way.
+        With a_ct and b_ct, token t's parts of the similarities a_c and b_c of component c to the
+        references, the evidence of the token is e_t = mean_c (a_ct - b_ct) / (a_c + b_c), which
+        sums to 2 * score - 1. For relative "difference" and "unsafe", signed shares and GradSafe's
+        cosines it sums to the score.
 
-        The whole encoded prompt is explained, including the tokens of the template and of the
-        response. The evidence of a token belongs to its position, which depends on all tokens
-        before it. The loss is computed where the response is predicted, so the last tokens of the
-        template carry much of the evidence. The last token of the response comes after the loss and
-        carries none.
-
-        It takes about two to three times as long as scoring the prompt, since the backward pass
-        runs twice. No weight gradient is stored.
+        The tokens of the template and of the response are included. The evidence of a token belongs
+        to its position, which depends on all tokens before it. The last tokens of the template
+        carry much of it, since the response is predicted there; the last token of the response
+        comes after the loss and carries none. An explanation takes two to three times as long as a
+        score, since the backward pass runs twice. No weight gradient is stored.
 
         Args:
             prompt: A text or a conversation.
+            name: What error messages call it.
 
         Returns:
             The explanation, on the CPU. With overflow "window", the explanation of the window with
@@ -317,16 +322,17 @@ class Detector:
             TypeError: `prompt` is neither a text nor a conversation.
         """
         check_explainable(self.config)
-        if not isinstance(prompt, str) and prompt and not isinstance(prompt[0], Mapping):
+        if isinstance(prompt, (list, tuple)) and prompt and not isinstance(prompt[0], Mapping):
             raise TypeError(
                 "gradsafe.Detector.explain: expected prompt to be str or a list of messages, got "
                 f"{type(prompt).__name__}; explain takes one prompt"
             )
+        gradients = self._gradients(batch_tokens=1, progress=False)
         windows, probes = (
-            _encode(self.model, self.tokenizer, self.config, prompts)[0]
+            gradients.encode(prompts, [name] * 2)[0]
             for prompts in ([prompt], probe_prompts(prompt))
         )
-        return explain(self.method, self._gradients(1), windows, probes, self.threshold)
+        return explain(self.method, gradients, windows, probes, self.threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the detector (not the model) to a folder of safetensors and JSON, atomically.
@@ -350,12 +356,12 @@ class Detector:
     def _score(
         self,
         method: Method,
-        prompts: Sequence[Prompt],
-        run: tuple[int, bool],
+        gradients: GradientPass,
+        prompts: Sequence[Prompt] | EncodedPrompts,
         components: bool = False,
     ) -> Scores:
-        group = _encode(self.model, self.tokenizer, self.config, prompts)
-        found = method.score(self._gradients(*run), group, components)
+        group = prompts.group if isinstance(prompts, EncodedPrompts) else gradients.encode(prompts)
+        found = method.score(gradients, group, components)
         worst = worst_windows(found.values, group[1], len(prompts))
         return Scores(
             found.values[worst],
@@ -365,8 +371,8 @@ class Detector:
             self.threshold,
         )
 
-    def _gradients(self, batch_tokens: int, progress: bool = False) -> GradientPass:
-        parts = self.model, self.layers, self.tokenizer, self.state.rows
+    def _gradients(self, batch_tokens: int, progress: bool) -> GradientPass:
+        parts = self.model, self.tokenizer, self.config, self.layers, self.state.rows
         return GradientPass(*parts, batch_tokens, progress)
 
 
@@ -388,7 +394,7 @@ def unpack(
 ) -> Detector:
     """Restore a detector from the result of `pack`; see `Detector.load`.
 
-    Error messages start with `where`, the place that the result came from.
+    Error messages contain `where`, the place that the result came from.
     """
     for what, given in (
         ("model", model_fingerprint(model)),
@@ -400,20 +406,5 @@ def unpack(
                 f"{metadata[what][:16]}, given {given[:16]}); load it with that {what}, or fit a "
                 "new detector"
             )
-    config = unpack_config(where, metadata["config"])
-    layers = find_layers(model, config.layers, config.modules)
-    state = DetectorState.unpack(where, config, tensors, metadata, layers)
+    state, layers = DetectorState.unpack(where, tensors, metadata, model)
     return cls(model, tokenizer, state, layers)
-
-
-def _encode(
-    model: nn.Module, tokenizer: Any, config: DetectorConfig, prompts: Sequence[Prompt]
-) -> Group:
-    encoding = Encoding(
-        template=config.template,
-        system=config.system,
-        append_eos=config.eos,
-        overflow=config.overflow,
-        max_length=context_length(model, tokenizer),
-    )
-    return encode_prompts(tokenizer, prompts, config.response, encoding)

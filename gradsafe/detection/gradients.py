@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +12,19 @@ from tqdm.auto import tqdm
 
 from gradsafe._fallback import announce_fallback
 from gradsafe.detection.components import Rows
+from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.factors import Factors, MatrixFactors, StackFactors
 from gradsafe.models import (
     Encoded,
+    Encoding,
     Layers,
     LinearLayer,
+    Prompt,
     Routing,
     capture,
     collate,
+    context_length,
+    encode_prompts,
     pad_token_id,
     plan_batches,
     response_nll,
@@ -28,6 +32,8 @@ from gradsafe.models import (
 from gradsafe.models.modes import evaluating
 
 Visit = Callable[[LinearLayer, Factors], None]
+# Encoded windows, and the index of the prompt that each belongs to.
+Group = tuple[Sequence[Encoded], Sequence[int]]
 
 
 class NonFiniteGradientError(ValueError):
@@ -36,23 +42,26 @@ class NonFiniteGradientError(ValueError):
 
 @dataclass(frozen=True)
 class GradientPass:
-    """Runs encoded prompts through a model in batches of similar length.
-
-    Attributes:
-        model: Causal language model.
-        layers: Scored layers.
-        tokenizer: Its padding token fills short rows.
-        rows: Rows that are scored of each weight; empty for all.
-        batch_tokens: Tokens per batch, padding included.
-        progress: Show progress bars.
-    """
+    """Runs prompts through a model in batches of `batch_tokens`, padding included."""
 
     model: nn.Module
-    layers: Layers
     tokenizer: Any
+    config: DetectorConfig
+    layers: Layers
     rows: Rows
     batch_tokens: int
-    progress: bool = False
+    progress: bool
+
+    def encode(self, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Group:
+        """Token ids of prompts followed by the response."""
+        encoding = Encoding(
+            template=self.config.template,
+            system=self.config.system,
+            append_eos=self.config.eos,
+            overflow=self.config.overflow,
+            max_length=context_length(self.model, self.tokenizer),
+        )
+        return encode_prompts(self.tokenizer, prompts, self.config.response, encoding, names=names)
 
     def losses(self, items: Sequence[Encoded], visit: Visit | None, label: str = "") -> Tensor:
         """`[n]` float32 NLL of each item's response, in input order; see `run`."""
@@ -72,39 +81,31 @@ class GradientPass:
         budget = self.batch_tokens
         if visit is not None and self.layers.one_at_a_time and len(items) > 1:
             budget = 1
+            reason = "does not show which sample a row of its experts belongs to"
+            if not self.layers.padding:
+                reason = "computes something else for a prompt with padding after it"
             announce_fallback(
-                "gradsafe.Detector: prompts run one at a time, since this model "
-                + (
-                    "does not show which sample a row of its experts belongs to"
-                    if self.layers.padding
-                    else "computes something else for a prompt with padding after it"
-                )
+                f"gradsafe.Detector: prompts run one at a time, since this model {reason}"
             )
         hidden = not (self.progress and label)
         with tqdm(total=len(items), desc=label, disable=hidden, unit="prompt") as bar:
             for indices in plan_batches([len(item) for item in items], budget):
                 batch = [items[i] for i in indices]
-                with self._memory_advice(batch):
+                try:
                     nll = self._batch(batch, visit)
+                except RuntimeError as error:
+                    self._advise_on_memory(error, batch)
+                    raise
                 yield indices, nll
                 bar.update(len(indices))
 
-    @contextmanager
-    def _memory_advice(self, batch: list[Encoded]) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            # The CPU's allocator raises a plain RuntimeError.
-            if not (
-                isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-            ):
-                raise
+    def _advise_on_memory(self, error: RuntimeError, batch: list[Encoded]) -> None:
+        # The CPU's allocator raises a plain RuntimeError.
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
             longest = max(len(item) for item in batch)
-            advice = (
-                f"lower batch_tokens, now {self.batch_tokens}"
-                if len(batch) > 1
-                else "it cannot be split; free memory, or use a smaller dtype or row_fraction"
-            )
+            advice = "it cannot be split; free memory, or use a smaller dtype or row_fraction"
+            if len(batch) > 1:
+                advice = f"lower batch_tokens, now {self.batch_tokens}"
             raise torch.OutOfMemoryError(
                 f"gradsafe.Detector: out of memory in a batch of {len(batch)} prompts of up to "
                 f"{longest} tokens: {advice}"

@@ -1,18 +1,34 @@
-"""The score methods, one class each. A new one needs its name in `config.Method` too."""
+"""The score methods, one class each, and how they are fitted.
+
+A new method is a class here, an entry of `METHODS`, and its name in `config.Method`.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from gradsafe.detection.components import COUNT, DOTS, SUM_SQ, standard_deviation
-from gradsafe.detection.gradients import GradientPass
-from gradsafe.detection.references import build_reference
-from gradsafe.detection.scoring import Group, Groups, Learned, Method, Scores
+from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.gradients import GradientPass, Group
+from gradsafe.detection.references import build_reference, find_output_projections
+from gradsafe.detection.scoring import Groups, Learned, Method, Scores
 from gradsafe.detection.state import DetectorState
 from gradsafe.models import Layers
+
+MIN_REFERENCE_GAP = 1.0  # nats
+
+
+class ReferenceGapWarning(UserWarning):
+    """The model answers the unsafe reference prompts as readily as the safe ones."""
+
+
+class CoverageWarning(UserWarning):
+    """Less than half of the weights of the chosen blocks are scored."""
 
 
 class GradCoo(Method):
@@ -26,24 +42,26 @@ class GradCoo(Method):
         super().__init__(state, layers)
         self.unsigned = self.config.unsigned
         self.unsafe, self.safe = (state.references[name] for name in ("unsafe", "safe"))
+        divide = self.config.normalize and self.config.reference_order == "mean_then_norm"
+        self.stds = [  # what the dots with each reference are divided by
+            standard_deviation(r.sums) if divide else torch.ones_like(r.sums[:, COUNT])
+            for r in (self.unsafe, self.safe)
+        ]
 
     @classmethod
     def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
         """Build both references."""
         components = cls.component_map(state, gradients.layers)
-        found = {
-            name: build_reference(gradients, items, components, state.config, f"{name} references")
-            for name, (items, _) in groups.items()
-        }
-        references = {name: reference for name, (reference, _) in found.items()}
-        return replace(state, references=references), {
-            name: nll for name, (_, nll) in found.items()
-        }
+        references, losses = {}, {}
+        for name, (items, _) in groups.items():
+            references[name], losses[name] = build_reference(
+                gradients, items, components, state.config.unsigned, f"{name} references"
+            )
+        return replace(state, references=references), losses
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Relative values and their mean, weighted mean or median."""
-        a = _divide(table[..., DOTS], self.unsafe.std)
-        b = _divide(table[..., DOTS + 1], self.safe.std)
+        a, b = (_divide(table[..., DOTS + k], std) for k, std in enumerate(self.stds))
         if self.config.normalize:
             std = standard_deviation(table)
             a, b = _divide(a, std), _divide(b, std)
@@ -58,7 +76,7 @@ class GradCoo(Method):
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Both references contribute, the safe one negatively, or the unsafe one alone."""
         config, entries = self.config, table[:, COUNT].clamp(min=1)
-        factors = torch.stack([_divide(1.0, r.std) for r in (self.unsafe, self.safe)], dim=1)
+        factors = torch.stack([_divide(1.0, std) for std in self.stds], dim=1)
         if config.normalize:
             factors *= _divide(1.0, standard_deviation(table))[:, None]
         if config.relative == "share":
@@ -120,10 +138,9 @@ class GradSafe(Method):
     def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
         """Build the unsafe reference, then select what separates the reference prompts."""
         components, gap = cls.component_map(state, gradients.layers), state.config.gap
-        # As published: raw gradients, and no safe reference.
-        unsafe, _ = build_reference(
-            gradients, groups["unsafe"][0], components, state.config, "unsafe references", raw=True
-        )
+        items, label = groups["unsafe"][0], "unsafe references"
+        # As published: signed gradients, and no safe reference.
+        unsafe, _ = build_reference(gradients, items, components, unsigned=False, label=label)
         state = replace(state, references={"unsafe": unsafe})
         method = cls(state, gradients.layers)
         scores = {name: method.score(gradients, group) for name, group in groups.items()}
@@ -140,7 +157,7 @@ class GradSafe(Method):
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines of the selected slices and their mean."""
-        norms = (table[..., SUM_SQ] * self.unsafe.sum_sq).sqrt()
+        norms = (table[..., SUM_SQ] * self.unsafe.sums[:, SUM_SQ]).sqrt()
         cosines = torch.where(norms > 0, table[..., DOTS] / norms, 0.0)  # a zero slice: cosine 0
         if self.selected is not None:
             cosines = cosines[:, self.selected]
@@ -148,7 +165,7 @@ class GradSafe(Method):
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse norms, with equal weights for the selected slices."""
-        norms = (table[:, SUM_SQ] * self.unsafe.sum_sq).sqrt()
+        norms = (table[:, SUM_SQ] * self.unsafe.sums[:, SUM_SQ]).sqrt()
         chosen = torch.ones_like(norms) if self.selected is None else self.selected.to(norms)
         return torch.where(norms > 0, 1.0 / norms, 0.0)[:, None], chosen / chosen.sum()
 
@@ -182,6 +199,59 @@ METHODS: dict[str, type[Method]] = {
     "nll": NLL,
     "gradnorm": GradNorm,
 }
+
+
+def fit(gradients: GradientPass, groups: Groups) -> DetectorState:
+    """See `Detector.fit`; `groups` are the encoded "unsafe" and "safe" prompts, or empty."""
+    config = gradients.config
+    state = DetectorState(config, gradients.rows)
+    if config.uses_gradients:
+        _check_coverage(config, gradients.layers)
+    if groups:
+        _check_stacks(config, gradients.layers)
+    if config.granularity == "head":
+        item = groups["safe"][0][0]
+        state = replace(state, output_projections=find_output_projections(gradients, item))
+    state, losses = METHODS[config.method].fit(state, gradients, groups)
+    return replace(state, reference_gap=_reference_gap(config, losses)) if losses else state
+
+
+def _check_coverage(config: DetectorConfig, layers: Layers) -> None:
+    share = layers.scored_parameters / max(1, layers.block_parameters)
+    if config.modules == "all" and share < 0.5:
+        warnings.warn(
+            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
+            f"are scored, and the gradients of the others are ignored; {layers}",
+            CoverageWarning,
+            stacklevel=4,
+        )
+
+
+def _check_stacks(config: DetectorConfig, layers: Layers) -> None:
+    """Refuse options that would need the gradient of all experts of a layer at once."""
+    stack = next((layer.name for layer in layers.scored if layer.experts), None)
+    for name, value in (("center", True), ("reference_order", "norm_then_mean")):
+        if stack is not None and getattr(config, name) == value:
+            raise ValueError(
+                f"gradsafe.Detector.fit: {name}={value!r} changes the gradients of experts that a "
+                f"prompt does not use, and {stack} is a stack of experts; leave {name} out, or "
+                'score modules="attention"'
+            )
+
+
+def _reference_gap(config: DetectorConfig, losses: Mapping[str, Tensor]) -> float:
+    unsafe, safe = (float(losses[name].mean()) for name in ("unsafe", "safe"))
+    if unsafe - safe < MIN_REFERENCE_GAP:
+        warnings.warn(
+            f"gradsafe.Detector.fit: the mean NLL of {config.response!r} is {unsafe:.2f} after the "
+            f"unsafe and {safe:.2f} after the safe references, a gap of {unsafe - safe:.2f} nats "
+            f"(expected at least {MIN_REFERENCE_GAP:g}): this model does not refuse the unsafe "
+            "references, so scores will be poor. Choose references in the style of your traffic "
+            "that the model refuses.",
+            ReferenceGapWarning,
+            stacklevel=4,
+        )
+    return unsafe - safe
 
 
 def _divide(dots: Tensor | float, std: Tensor) -> Tensor:

@@ -30,39 +30,30 @@ class Reference:
 
     Attributes:
         weights: Per layer name `[R, I]` (`[E, R, I]` for a stack of experts) in the storage dtype,
-            divided by the layer's scale; R are the scored rows, all O unless `row_fraction` says
-            otherwise.
-        scales: Per layer name the scale: the true reference is weights * scale. It keeps the small
-            entries of small layers inside the range of 16-bit floats.
-        std: `[C]` float64, standard deviation of the reference gradient per component; dots are
-            divided by it. Ones where nothing is to be divided.
-        sum_sq: `[C]` float64, squared norm of the reference gradient per component.
+            divided by the layer's scale; R are the scored rows.
+        scales: Per layer name what undoes this: the scales keep the small entries of small layers
+            inside the range of 16-bit floats.
+        sums: `[C, 3]` float64, count, sum and sum of squares per component.
     """
 
     weights: dict[str, Tensor]
     scales: dict[str, float]
-    std: Tensor
-    sum_sq: Tensor
+    sums: Tensor
 
 
 def prepare_function(config: DetectorConfig) -> Prepare | None:
     """What changes a gradient in place before its moments are taken; None for nothing."""
     if config.center:
         return subtract_mean_
-    return absolute_ if config.absolute == "before" else None
+    return (lambda grad, _: grad.abs_()) if config.absolute == "before" else None
 
 
-def absolute_(grad: Tensor, axis: Axis) -> None:
-    """Absolute value in place; the same for every axis."""
-    grad.abs_()
-
-
-def subtract_mean_(grad: Tensor, axis: Axis) -> None:
+def subtract_mean_(grad: Tensor, axis: Axis) -> Tensor:
     """Subtract the mean of every slice in place; axis "tensor", "row" or "column"."""
     result = moments([grad], None, axis)
     assert isinstance(result, Moments)
     mean = (result.sum[0] / result.count[0]).to(grad.dtype)
-    grad.sub_(mean[:, None] if axis == "row" else mean)
+    return grad.sub_(mean[:, None] if axis == "row" else mean)
 
 
 def find_output_projections(gradients: GradientPass, item: Encoded) -> tuple[str, ...]:
@@ -80,25 +71,24 @@ def build_reference(
     gradients: GradientPass,
     items: Sequence[Encoded],
     components: ComponentMap,
-    config: DetectorConfig,
+    unsigned: bool,
     label: str,
-    raw: bool = False,
 ) -> tuple[Reference, Tensor]:
     """Build one group's reference; also returns the `[n]` NLL of the response after each prompt.
 
     The mean over prompts of G_b = dy_b^T x_b is one product over the tokens of all prompts, for a
     stack of experts one per expert and prompt. If the group fits one batch, each layer's mean is
     finished as the backward pass reaches it; otherwise float32 sums of all layers are kept until
-    the last batch. `raw` keeps signs and scale of the mean gradient, whatever the options say.
+    the last batch. `unsigned` references are stored as absolute values.
     """
+    config = gradients.config
     table = torch.zeros(components.size, 3, dtype=torch.float64)
     sums: dict[str, Tensor] = {}  # of the layers that are not finished
     done: Counter[str] = Counter()  # samples per layer
     weights: dict[str, Tensor] = {}
     scales: dict[str, float] = {}
-    prepare = None if raw else prepare_function(config)
-    normalize = config.normalize and not raw
-    per_prompt = normalize and config.reference_order == "norm_then_mean"
+    prepare = prepare_function(config)
+    per_prompt = config.normalize and config.reference_order == "norm_then_mean"
     dtype = DTYPES[config.reference_dtype]
 
     def visit(layer: LinearLayer, factors: Factors) -> None:
@@ -134,23 +124,20 @@ def build_reference(
                 "check the model's weights, or run it in bfloat16 or float32"
             )
         table.index_add_(0, index, values)
-        if config.unsigned and not raw:
+        if unsigned:
             grad.abs_()
         scales[layer.name] = _storage_scale(grad, dtype)
         weights[layer.name] = (grad / scales[layer.name]).to(dtype)
 
     nll = gradients.losses(items, visit, label)
-    divide = normalize and not per_prompt
-    std = standard_deviation(table) if divide else torch.ones_like(table[:, 0])
-    return Reference(weights, scales, std, table[:, 2].clone()), nll
+    return Reference(weights, scales, table), nll
 
 
 def _storage_scale(grad: Tensor, dtype: torch.dtype) -> float:
     """What a reference is divided by before it is stored; 1 for a zero one.
 
-    Types with a wide exponent hold any spread around a root mean square of one. e4m3 only spans
-    2^-9 to 448: there the largest entry is mapped to 448, and entries below about 1e-5 of it become
-    zero.
+    Types with a wide exponent hold any spread around a root mean square of one. e4m3 spans 2^-9 to
+    448: there the largest entry becomes 448, and entries below about 1e-5 of it become zero.
     """
     if not grad.numel():
         return 1.0

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from gradsafe._io.artifacts import StorageError
-from gradsafe.detection.calibration import Calibration
-from gradsafe.detection.cascade import Band
+from gradsafe.detection.calibration import Band, Calibration
 from gradsafe.detection.components import Rows
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.references import Reference
-from gradsafe.models import Layers
+from gradsafe.models import Layers, find_layers
 
 
 @dataclass(frozen=True)
@@ -29,10 +28,9 @@ class DetectorState:
         output_projections: Layers whose input is divided into heads (granularity "head").
         references: Reference gradients by the name of their prompts, "unsafe" and "safe".
         learned: Other tensors that the method learned, by name.
-        reference_gap: Mean NLL of the response after the unsafe minus after the safe references, in
-            nats; None for methods without references.
-        calibration: What `calibrate` found, None before.
-        band: NLL values between which method "cascade" computes gradients, None before `calibrate`.
+        reference_gap: See `Detector.reference_gap`.
+        calibration: See `Detector.calibration`.
+        band: See `Detector.band`.
     """
 
     config: DetectorConfig
@@ -50,7 +48,7 @@ class DetectorState:
         tensors |= {f"learned/{name}": tensor for name, tensor in self.learned.items()}
         for group, reference in self.references.items():
             tensors |= {f"{group}/weights/{n}": weight for n, weight in reference.weights.items()}
-            tensors |= {f"{group}/std": reference.std, f"{group}/sum_sq": reference.sum_sq}
+            tensors[f"{group}/sums"] = reference.sums
         band = asdict(self.band) if self.band else None
         metadata = {
             "config": asdict(self.config),
@@ -67,15 +65,22 @@ class DetectorState:
     def unpack(
         cls,
         where: object,
-        config: DetectorConfig,
         tensors: Mapping[str, Tensor],
         metadata: Mapping[str, Any],
-        layers: Layers,
-    ) -> DetectorState:
-        """Restore a state from the result of `pack`, each reference on the device of its layer.
+        model: nn.Module,
+    ) -> tuple[DetectorState, Layers]:
+        """Restore a state from the result of `pack`; also returns the scored layers of the model.
 
-        Raises StorageError, with `where` in the message, if a tensor is missing.
+        Each reference moves to the device of its layer. Raises StorageError, with `where` in the
+        message, if a tensor is missing, or if a newer version wrote options that are unknown here.
         """
+        unknown = sorted(set(metadata["config"]) - set(DetectorConfig.__dataclass_fields__))
+        if unknown:
+            raise StorageError(
+                f"{where} uses options this version does not know: {unknown}; update gradsafe"
+            )
+        config = DetectorConfig(**metadata["config"])
+        layers = find_layers(model, config.layers, config.modules)
 
         def get(name: str) -> Tensor:
             if name not in tensors:
@@ -86,26 +91,20 @@ class DetectorState:
             found = (name for name in tensors if name.startswith(f"{group}/"))
             return {name.removeprefix(f"{group}/"): tensors[name] for name in found}
 
-        references = {
-            group: Reference(
-                weights={
-                    layer.name: get(f"{group}/weights/{layer.name}").to(_device(layer.module))
-                    for layer in layers.scored
-                },
-                scales=scales,
-                std=get(f"{group}/std"),
-                sum_sq=get(f"{group}/sum_sq"),
-            )
-            for group, scales in metadata["scales"].items()
-        }
+        references = {}
+        for group, scales in metadata["scales"].items():
+            weights = {
+                layer.name: get(f"{group}/weights/{layer.name}").to(_device(layer.module))
+                for layer in layers.scored
+            }
+            references[group] = Reference(weights, scales, get(f"{group}/sums"))
         calibration, band = metadata["calibration"], metadata["band"]
         if calibration is not None:
             interval = tuple(calibration["fpr_interval"])
             calibration = Calibration(**{**calibration, "fpr_interval": interval})
-        return cls(
+        state = cls(
             config=config,
-            # The rows of the references, whatever a new draw would give.
-            rows=named("rows"),
+            rows=named("rows"),  # those of the references, whatever a new draw would give
             output_projections=tuple(metadata["output_projections"]),
             references=references,
             learned=named("learned"),
@@ -113,16 +112,7 @@ class DetectorState:
             calibration=calibration,
             band=None if band is None else Band(**band),
         )
-
-
-def unpack_config(where: object, values: Mapping[str, Any]) -> DetectorConfig:
-    """The options of a packed state; raises StorageError if a newer version wrote them."""
-    unknown = sorted(set(values) - set(DetectorConfig.__dataclass_fields__))
-    if unknown:
-        raise StorageError(
-            f"{where} uses options this version does not know: {unknown}; update gradsafe"
-        )
-    return DetectorConfig(**values)
+        return state, layers
 
 
 def _device(module: nn.Module) -> torch.device:

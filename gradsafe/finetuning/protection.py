@@ -20,11 +20,10 @@ from gradsafe.finetuning import checkpoint
 from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.finetuning.order import AlignmentOrder
-from gradsafe.finetuning.rows import RowCollator, encode_rows, fingerprint, response_tokens
+from gradsafe.finetuning.rows import Row, encode_rows, fingerprint, response_tokens, row_collator
 from gradsafe.finetuning.support import check_alignment, check_supported
 from gradsafe.finetuning.surgery import GradientSurgery
 from gradsafe.finetuning.teachers import refuse_shared, without_adapters
-from gradsafe.models import pad_token_id
 
 AlignmentLoss = Callable[..., Tensor]
 # Options that may change when a run resumes: they only affect warnings, and the encoding, which the
@@ -53,17 +52,8 @@ class SafeGradMixin(Trainer):
         super().__init__(*args, **options)
         self.safegrad = safegrad or SafeGradConfig()
         check_supported(self)
-        model: Any = self.model
-        tokenizer: Any = self.processing_class
-        self._collate = RowCollator(0 if tokenizer is None else pad_token_id(tokenizer))
-        self._alignment_rows = encode_rows(
-            "alignment_dataset",
-            alignment_dataset,
-            tokenizer,
-            self.safegrad,
-            model=model,
-            progress=not self.args.disable_tqdm,
-        )
+        self._collate = row_collator(self.processing_class)
+        self._alignment_rows = self._encode("alignment_dataset", alignment_dataset)
         _ = self.alignment_batch_size  # raises if the processes cannot share it
         seed = self.safegrad.alignment_seed
         if seed is None:
@@ -71,7 +61,7 @@ class SafeGradMixin(Trainer):
         self._order = AlignmentOrder(len(self._alignment_rows), seed)
         self._surgery: GradientSurgery | None = None
         self._reference_weights: str | None = None
-        self._alignment_loss = alignment_loss or self._configured_loss(model)
+        self._alignment_loss = alignment_loss or self._configured_loss(self.model)
         self._reset_window()
         self._watched = (0, 0.0)  # steps and sum of the cosine for the warning
 
@@ -181,7 +171,14 @@ class SafeGradMixin(Trainer):
             on_nonfinite="poison" if scaled else "drop",
         )
 
-    def _configured_loss(self, model: nn.Module) -> AlignmentLoss:
+    def _encode(self, name: str, rows: Any) -> list[Row]:
+        progress = not self.args.disable_tqdm
+        tokenizer: Any = self.processing_class
+        return encode_rows(
+            name, rows, tokenizer, self.safegrad, model=self.model, progress=progress
+        )
+
+    def _configured_loss(self, model: Any) -> AlignmentLoss:
         options = self.safegrad
         if options.loss == "sft":
             return SFTAlignment(model)
@@ -242,14 +239,10 @@ class SafeGradMixin(Trainer):
         count, total = self.accelerator.gather(self._window[None]).mean(0).tolist()
         self._reset_window()
         self._warn_of_no_relation(statistics.steps, statistics.cosine)
-        values = {
-            "cosine": statistics.cosine,
-            "conflict_rate": statistics.conflict_rate,
-            "user_norm": statistics.user_norm,
-            "align_norm": statistics.align_norm,
-            "kl": total / count if count else math.nan,
-            "skipped_steps": float(surgery.skipped),
-        }
+        means = ("cosine", "conflict_rate", "user_norm", "align_norm")
+        values = {name: getattr(statistics, name) for name in means}
+        values["kl"] = total / count if count else math.nan
+        values["skipped_steps"] = float(surgery.skipped)
         return {f"safegrad/{name}": v for name, v in values.items() if not math.isnan(v)}
 
     def _warn_of_no_relation(self, steps: int, cosine: float) -> None:

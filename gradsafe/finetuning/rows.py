@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from gradsafe._io.records import pair
 from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.models import context_length, encode
+from gradsafe.models import Encoding, context_length, encode, pad_token_id
+from gradsafe.models.encode import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -110,6 +111,11 @@ class RowCollator:
         return batch
 
 
+def row_collator(tokenizer: Any) -> RowCollator:
+    """Return a collator with the padding of the tokenizer."""
+    return RowCollator(0 if tokenizer is None else pad_token_id(tokenizer))
+
+
 def _encode(
     where: str, row: Any, tokenizer: PreTrainedTokenizerBase | None, options: SafeGradConfig
 ) -> Row:
@@ -126,20 +132,11 @@ def _encode(
             f"{where}: expected prompt and response (or completion), messages, or input_ids and "
             f"labels, got {sorted(fields) or type(row).__name__}"
         )
+    prompt, response = pair(row, where)
     if tokenizer is None:
         raise ValueError(f"{where} is text; pass processing_class=tokenizer")
-    prompt, response = pair(row, where)
-    try:
-        encoded = encode(
-            tokenizer,
-            prompt,
-            response,
-            template=options.template,
-            system=options.system,
-            append_eos=options.append_eos,
-        )
-    except (ValueError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"{where}: {error}") from error
+    encoding = Encoding(options.template, options.system, options.append_eos)
+    with located(where):
+        encoded = encode(tokenizer, prompt, response, encoding)
     labels = [IGNORED] * encoded.prompt_length + encoded.input_ids[encoded.prompt_length :]
     return {"input_ids": encoded.input_ids, "labels": labels}

@@ -184,17 +184,14 @@ def _adapters_off(peft: Any) -> Iterator[None]:
     gathers in the first forward pass. Afterwards, PEFT would unfreeze all adapters.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
-
-    def restore() -> None:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-
     try:
         with peft.disable_adapter():
-            restore()
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
             yield
     finally:
-        restore()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _in_adapters(model: nn.Module) -> set[int]:

@@ -9,9 +9,7 @@ from torch import nn
 
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.finetuning.protection import AlignmentLoss, SafeGradMixin
-from gradsafe.finetuning.rows import RowCollator, encode_rows, has_text
-from gradsafe.finetuning.support import check_alignment
-from gradsafe.models import pad_token_id
+from gradsafe.finetuning.rows import has_text, row_collator
 
 
 class SafeGradTrainer(SafeGradMixin):
@@ -81,29 +79,22 @@ class SafeGradTrainer(SafeGradMixin):
             raise ValueError(
                 "gradsafe.SafeGradTrainer: expected model=; model_init= is not supported"
             )
-        check_alignment(alignment_dataset, safegrad)  # before the user rows are encoded
-        progress = not getattr(args, "disable_tqdm", False)
-
-        def encoded(name: str, rows: Any) -> Any:
-            if not has_text(rows):
-                return rows
-            tokenizer = processing_class
-            return encode_rows(name, rows, tokenizer, safegrad, model=model, progress=progress)
-
-        if isinstance(eval_dataset, Mapping):  # several sets by name
-            eval_dataset = {n: encoded(f"eval_dataset[{n!r}]", r) for n, r in eval_dataset.items()}
-        if data_collator is None:
-            pad_id = 0 if processing_class is None else pad_token_id(processing_class)
-            data_collator = RowCollator(pad_id)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
-            train_dataset=encoded("train_dataset", train_dataset),
-            eval_dataset=encoded("eval_dataset", eval_dataset),
+            data_collator=data_collator or row_collator(processing_class),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             alignment_dataset=alignment_dataset,
             safegrad=safegrad,
             alignment_loss=alignment_loss,
             **options,
         )
+        self.train_dataset = self._encode_text("train_dataset", train_dataset)
+        self.eval_dataset = self._encode_text("eval_dataset", eval_dataset)
+
+    def _encode_text(self, name: str, rows: Any) -> Any:
+        if isinstance(rows, Mapping):  # several sets by name
+            return {key: self._encode_text(f"{name}[{key!r}]", rows[key]) for key in rows}
+        return self._encode(name, rows) if has_text(rows) else rows

@@ -135,7 +135,7 @@ class TestYaml:
         ("text", "message"),
         [
             ("model: m\nmehod: nll\n", "run.yaml:2: unknown key 'mehod', did you mean method?"),
-            ("lora: {}\n", "run.yaml:1: unknown key 'lora', did you mean"),
+            ("lora: {}\n", "run.yaml:1: unknown key 'lora', expected one of"),
             ("\nmethod: magic\n", "run.yaml:2: method must be one of gradcoo, gradsafe, cascade"),
             ("layers: many\n", "run.yaml:1: layers must be a whole number or a list of whole"),
             ("model: m\nrow_fraction: 3\n", "run.yaml:2: gradsafe.Detector: expected 0 < row_fr"),

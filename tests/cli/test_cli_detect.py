@@ -63,7 +63,7 @@ class TestDetect:
         calibration += ("--calibrate-unsafe", "harmful.txt")
         options = ("--method", "cascade", *calibration, "--save-detector", "saved")
         _, _, err = detect(*options, "-o", "out.jsonl")
-        assert "cascade: NLL below" in err
+        assert "cascade: an NLL below" in err
         first = records()
         detect("--detector", "saved", "-o", "again.jsonl", references=False)
         again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]
@@ -123,7 +123,7 @@ class TestDetect:
 
 def fixed_threshold(detector: Detector, *_: object, **__: object) -> None:
     calibration = Calibration(0.5, 0.01, 0.0, (0.0, 0.1), 10)
-    detector.state = replace(detector.state, calibration=calibration)
+    detector.method.state = replace(detector.state, calibration=calibration)
 
 
 class TestSavedDetector:

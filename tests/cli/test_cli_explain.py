@@ -112,8 +112,8 @@ class TestText:
         monkeypatch.delenv("NO_COLOR", raising=False)
         out = explain(PROMPT)[1]
         assert CHAT.replace("\n", "↵\n") in ESCAPES.sub("", out)
-        assert out.count("\x1b[0m") == out.count("\x1b[48;5;")
-        assert not re.search(r"\x1b\[48[^\x1b]*\n", out)  # no color runs on to the next line
+        assert out.count("\x1b[0m") == len(re.findall(r"\x1b\[38;5;16;48;5;", out))
+        assert not re.search(r"\x1b\[38[^\x1b]*\n", out)  # no color runs on to the next line
         for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
             with monkeypatch.context() as patch:
                 patch.setenv(name, value)
@@ -128,8 +128,8 @@ class TestText:
         made = made_up(["t", "a", "b", "c", "r"], [9, 2, -1, 0, 0])
         write(ExplainResult("m", made), 2)
         text = capsys.readouterr().out
-        assert f"\x1b[30;48;5;{RED[-1]}mt" in text
-        assert f"\x1b[30;48;5;{BLUE[2]}mb\x1b[0mcr\n" in text
+        assert f"\x1b[38;5;16;48;5;{RED[-1]}mt" in text
+        assert f"\x1b[38;5;16;48;5;{BLUE[2]}mb\x1b[0mcr\n" in text
         assert text.index("\ntwo") < text.index("\none")
 
     def test_a_prompt_cannot_act_on_the_terminal(self, explain: Run) -> None:

@@ -37,10 +37,10 @@ def test_decisions() -> None:
 
 
 def test_tables_align() -> None:
-    text = tables.table(["name", "value"], [["a", "1"], ["longer", "10.5"]])
+    text = tables.table(["name", "value"], [["a", "1"], ["[b]longer", "10.5"]])
     assert text.splitlines() == [
-        "name    value",
-        "------  -----",
-        "a           1",
-        "longer   10.5",
+        "name        value",
+        "─────────────────",
+        "a               1",
+        "[b]longer    10.5",
     ]

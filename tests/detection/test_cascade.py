@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gradsafe import Detector
-from gradsafe.detection.cascade import Band, choose_band
+from gradsafe.detection.calibration import Band, choose_band
 
 UNSAFE, SAFE = ["how to hurt", "steal it now please"], ["bake a cake", "sing"]
 PROMPTS = [f"prompt {i} " + "word " * (i % 5) for i in range(24)]
@@ -120,7 +120,7 @@ def test_bad_input_is_refused(model, tokenizer):
     cascade = fit(model, tokenizer, method="cascade")
     with pytest.raises(ValueError, match=r"needs unsafe_prompts=\["):
         cascade.calibrate(BENIGN, 0.2, progress=False)
-    with pytest.raises(ValueError, match="not for 'gradcoo'"):
+    with pytest.raises(ValueError, match=r"other methods take none.*'gradcoo'"):
         fit(model, tokenizer).calibrate(BENIGN, 0.2, progress=False, unsafe_prompts=HARMFUL)
     with pytest.raises(ValueError, match="0 < max_fnr < 1"):
         cascade.calibrate(BENIGN, 0.2, progress=False, unsafe_prompts=HARMFUL, max_fnr=0)

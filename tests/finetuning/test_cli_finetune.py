@@ -169,7 +169,7 @@ class TestRefused:
             ),
             (
                 {"alignment": "long.jsonl"},
-                "gradsafe.SafeGradTrainer: alignment_dataset[1] (line 2)",
+                "gradsafe.SafeGradTrainer: alignment_dataset[1] (long.jsonl:2)",
             ),
         ],
     )

@@ -149,7 +149,7 @@ def _colored(shown: list[Piece]) -> Text:
             text.append("\n" * line.endswith("\n"))
     text.append("\n\nsafe ")
     for color in (*SAFE[::-1], 0, *UNSAFE):
-        text.append("  ", f"black on color({color})" if color else None)
+        text.append("  ", f"color(16) on color({color})" if color else None)
     return text.append(f" unsafe; full color from {scale:.3g} on")
 
 
@@ -158,4 +158,4 @@ def _style(evidence: float, scale: float) -> str | None:
     if share < PALE:
         return None
     colors = UNSAFE if evidence > 0 else SAFE
-    return f"black on color({colors[min(len(colors) - 1, int(share * len(colors)))]})"
+    return f"color(16) on color({colors[min(len(colors) - 1, int(share * len(colors)))]})"

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 
 import numpy as np
-from rich.box import Box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +14,6 @@ from gradsafe._jobs.detect import DetectResult
 from gradsafe.detection.metrics import judge, rank
 
 WIDE = 10_000  # columns: nothing is wrapped or cut
-_RULED = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -28,7 +27,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -
     Returns:
         Lines without trailing blanks.
     """
-    grid = Table(box=_RULED, show_edge=False, pad_edge=False)
+    grid = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for index, title in enumerate(header):
         grid.add_column(_plain(title), justify="left" if index < left else "right", no_wrap=True)
     for row in rows:

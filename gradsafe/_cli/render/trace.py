@@ -47,7 +47,7 @@ def view(result: QueryResult, number: int, *, texts: bool, curve: bool) -> View:
     if layer_curve is None and curve:
         layer_curve, curve_of = hits.layer_curve(number), "query"
     name = query.get("id")
-    prompt, response = pair(query, query.where) if texts else (None, None)
+    asked = pair(query, query.where) if texts else (None, None)
     return {
         "query": number if name is None else name,
         "found": found,
@@ -56,8 +56,8 @@ def view(result: QueryResult, number: int, *, texts: bool, curve: bool) -> View:
         "layer_rule": index.layer_rule,
         "layer_curve": layer_curve,
         "curve_of": curve_of if layer_curve else None,
-        "prompt": prompt,
-        "response": response,
+        "prompt": asked[0],
+        "response": asked[1],
     }
 
 
