@@ -95,7 +95,7 @@ def changed(config: Any) -> dict[str, Any]:
 def with_line_ends(values: Mapping[str, Any]) -> dict[str, Any]:
     r"""The options of a method; `\n` in a template becomes a line end, as in other shells."""
     template = values.get("template")
-    return {**values, "template": template and re.sub(r"\\n", "\n", template)}
+    return {**values, "template": re.sub(r"\\n", "\n", template)} if template else {**values}
 
 
 def as_options(config: Any) -> dict[str, Any]:
