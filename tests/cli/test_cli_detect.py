@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -121,7 +122,8 @@ class TestDetect:
 
 
 def fixed_threshold(detector: Detector, *_: object, **__: object) -> None:
-    detector.calibration = Calibration(0.5, 0.01, 0.0, (0.0, 0.1), 10)
+    calibration = Calibration(0.5, 0.01, 0.0, (0.0, 0.1), 10)
+    detector.state = dataclasses.replace(detector.state, calibration=calibration)
 
 
 class TestSavedDetector:
