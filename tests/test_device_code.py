@@ -95,9 +95,7 @@ def test_doctor_says_which_code_each_device_runs(monkeypatch):
     checks = doctor.self_test()
     assert [c.name for c in checks if not c.ok] == ["operators on cuda:1"]
     assert "cuda:0" in {c.name for c in checks}
-    facts = doctor.collect()
-    facts["cuda"]["devices"] = doctor._devices("")
-    report = doctor.render(facts, checks)
+    report = doctor.render(doctor.examine())
     assert "New GPU (sm_90, 80 GiB)" in report
     assert "machine code for sm_90" in report
     assert "none: sm_75 is older than sm_80" in report

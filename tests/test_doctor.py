@@ -60,7 +60,7 @@ def test_report_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_forced_instruction_set_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADSAFE_FORCE_ISA", "scalar")
-    report = doctor.render(doctor.collect(), [])
+    report = doctor.render({**doctor.collect(), "checks": []})
     assert "forced by GRADSAFE_FORCE_ISA=scalar" in report
 
 

@@ -18,9 +18,9 @@ from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.explanation import Explanation, check_explainable, explain
 from gradsafe.detection.gradients import GradientPass
 from gradsafe.detection.methods import METHODS, NLL, fit
-from gradsafe.detection.scoring import Method, Scores, worst_windows
+from gradsafe.detection.scoring import EncodedPrompts, Method, Scores, worst_windows
 from gradsafe.detection.state import DetectorState
-from gradsafe.models import Layers, Prompt, find_layers, probe_prompts
+from gradsafe.models import Encoded, Layers, Prompt, find_layers, probe_prompts
 
 KIND = "detector"  # of the saved folder
 
@@ -162,7 +162,7 @@ class Detector:
 
     def score(
         self,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | EncodedPrompts,
         batch_tokens: int = 4096,
         progress: bool = True,
         components: bool = True,
@@ -172,7 +172,7 @@ class Detector:
         Prompts of similar length share a batch; scores do not depend on the batches.
 
         Args:
-            prompts: Texts or conversations.
+            prompts: Texts or conversations, or the result of `encode`.
             batch_tokens: Tokens per batch, padding included; lower it if memory runs out.
             progress: Show a progress bar.
             components: Keep the value of every component too.
@@ -190,14 +190,34 @@ class Detector:
             self.method, self._gradients(batch_tokens, progress), prompts, components
         )
 
+    def encode(
+        self, prompts: Sequence[Prompt], names: Sequence[str] | None = None
+    ) -> EncodedPrompts:
+        """Encode prompts for `score` in advance, to find errors before long work.
+
+        Args:
+            prompts: Texts or conversations.
+            names: What error messages call the prompts, for example `file:line`; None for
+                prompts[0], prompts[1] and so on.
+
+        Raises:
+            ValueError, TypeError: As in `score`, except for a NaN gradient.
+        """
+        names = [f"prompts[{index}]" for index in range(len(prompts))] if names is None else names
+        items, owners = self._gradients(batch_tokens=1, progress=False).encode(prompts, names)
+        windows: list[list[Encoded]] = [[] for _ in prompts]
+        for item, owner in zip(items, owners, strict=True):
+            windows[owner].append(item)
+        return EncodedPrompts(names, windows)
+
     def calibrate(
         self,
-        benign_prompts: Sequence[Prompt],
+        benign_prompts: Sequence[Prompt] | EncodedPrompts,
         max_fpr: float = 0.01,
         batch_tokens: int = 4096,
         progress: bool = True,
         *,
-        unsafe_prompts: Sequence[Prompt] | None = None,
+        unsafe_prompts: Sequence[Prompt] | EncodedPrompts | None = None,
         max_fnr: float = 0.01,
     ) -> Calibration:
         """Set the threshold so that at most `max_fpr` of prompts like these are flagged.
@@ -277,7 +297,7 @@ class Detector:
         values = self.score(prompts, batch_tokens, progress, components=False).values
         return (values > threshold) | values.isnan()
 
-    def explain(self, prompt: Prompt) -> Explanation:
+    def explain(self, prompt: Prompt, name: str = "prompt") -> Explanation:
         """Explain a score with exact, additive contributions of tokens and components.
 
         With a_ct and b_ct, token t's parts of the similarities a_c and b_c of component c to the
@@ -293,6 +313,7 @@ class Detector:
 
         Args:
             prompt: A text or a conversation.
+            name: What error messages call it.
 
         Returns:
             The explanation, on the CPU. With overflow "window", the explanation of the window with
@@ -311,7 +332,10 @@ class Detector:
                 f"{type(prompt).__name__}; explain takes one prompt"
             )
         gradients = self._gradients(batch_tokens=1, progress=False)
-        windows, probes = (gradients.encode(p)[0] for p in ([prompt], probe_prompts(prompt)))
+        windows, probes = (
+            gradients.encode(prompts, [name] * 2)[0]
+            for prompts in ([prompt], probe_prompts(prompt))
+        )
         return explain(self.method, gradients, windows, probes, self.threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -337,10 +361,10 @@ class Detector:
         self,
         method: Method,
         gradients: GradientPass,
-        prompts: Sequence[Prompt],
+        prompts: Sequence[Prompt] | EncodedPrompts,
         components: bool = False,
     ) -> Scores:
-        group = gradients.encode(prompts)
+        group = prompts.group if isinstance(prompts, EncodedPrompts) else gradients.encode(prompts)
         found = method.score(gradients, group, components)
         worst = worst_windows(found.values, group[1], len(prompts))
         return Scores(

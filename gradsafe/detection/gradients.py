@@ -52,7 +52,7 @@ class GradientPass:
     batch_tokens: int
     progress: bool
 
-    def encode(self, prompts: Sequence[Prompt]) -> Group:
+    def encode(self, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Group:
         """Token ids of prompts followed by the response."""
         encoding = Encoding(
             template=self.config.template,
@@ -61,7 +61,7 @@ class GradientPass:
             overflow=self.config.overflow,
             max_length=context_length(self.model, self.tokenizer),
         )
-        return encode_prompts(self.tokenizer, prompts, self.config.response, encoding)
+        return encode_prompts(self.tokenizer, prompts, self.config.response, encoding, names=names)
 
     def losses(self, items: Sequence[Encoded], visit: Visit | None, label: str = "") -> Tensor:
         """`[n]` float32 NLL of each item's response, in input order; see `run`."""

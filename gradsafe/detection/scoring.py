@@ -16,11 +16,36 @@ from gradsafe.detection.factors import Factors
 from gradsafe.detection.gradients import GradientPass, Group, NonFiniteGradientError
 from gradsafe.detection.references import prepare_function
 from gradsafe.detection.state import DetectorState
-from gradsafe.models import Layers, LinearLayer
+from gradsafe.models import Encoded, Layers, LinearLayer
 
 Groups = Mapping[str, Group]
 # The state with what a method learned, and the NLL values of each group.
 Learned = tuple[DetectorState, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too.
+
+    Attributes:
+        names: What error messages call the prompts.
+        windows: The encoded windows of each prompt; one unless the prompt is too long.
+    """
+
+    names: Sequence[str]
+    windows: Sequence[Sequence[Encoded]]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, part: slice) -> EncodedPrompts:
+        return EncodedPrompts(self.names[part], self.windows[part])
+
+    @property
+    def group(self) -> Group:
+        """All windows, and the index of the prompt that each belongs to."""
+        owners = [index for index, items in enumerate(self.windows) for _ in items]
+        return [item for items in self.windows for item in items], owners
 
 
 @dataclass(frozen=True)

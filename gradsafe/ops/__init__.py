@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gradsafe._backend import _C
 from gradsafe.ops.cosine_topk import TopK, cosine_topk, merge_topk
 from gradsafe.ops.grouped_wgrad_moments import grouped_wgrad_moments
 from gradsafe.ops.kl_divergence import kl_divergence, kl_divergence_
@@ -27,3 +28,6 @@ __all__ = [
     "surgery_sums",
     "wgrad_moments",
 ]
+
+if _C is None:
+    import gradsafe.ops._fallback  # noqa: F401

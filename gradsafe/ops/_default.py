@@ -1,8 +1,9 @@
 """The plain PyTorch definition of every operator.
 
-These functions say what the operators mean. They are the oracle of the tests (called with
-`dtype=torch.float64`) and the eager baseline of the benchmarks (called with the input's own dtype).
-They are written to be read, not to be fast.
+These functions define what the operators compute. They are the reference of the tests (called with
+`dtype=torch.float64`), the eager baseline of the benchmarks (called with the input's own dtype),
+and the kernels where the compiled module is missing (`_fallback.py`). They are written to be read,
+not to be fast.
 """
 
 from __future__ import annotations
@@ -88,13 +89,18 @@ def cosine_topk(
     k: int,
     start: int = 0,
     dtype: torch.dtype | None = torch.float64,
+    rounded: torch.dtype | None = None,
 ) -> TopK:
-    """What `gradsafe.ops.cosine_topk` computes, from all Q x N similarities; scores in `dtype`."""
+    """What `gradsafe.ops.cosine_topk` computes, from all Q x N similarities.
+
+    Scores are in `dtype`, or rounded to `rounded` before they are ranked, as in the operator.
+    """
     unit_queries, unit_rows = (_unit(m if dtype is None else m.to(dtype)) for m in (queries, rows))
     scores = unit_queries @ unit_rows.t()
     damaged = ~queries.isfinite().all(1)[:, None] | ~rows.isfinite().all(1)
     # Descending and stable: NaN first, then large scores, equal scores by index.
     scores = scores.masked_fill(damaged, torch.nan)
+    scores = scores if rounded is None else scores.to(rounded)
     best, indices = scores.sort(dim=1, descending=True, stable=True)
     return TopK(best[:, :k], indices[:, :k] + start)
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradsafe.ops.checks import FLOAT_DTYPES, check_device, check_supported_device
+from gradsafe.ops.checks import (
+    check_dense,
+    check_device,
+    check_matrix,
+    check_supported_device,
+    check_tensor,
+    refuse,
+)
+from gradsafe.ops.registry import operator
 
 OP = "cosine_topk"
-MERGE = "merge_topk"
 MAX_K = 1024
 
 
@@ -73,11 +80,16 @@ def cosine_topk(
         ...     size = min(k, start + len(shard))
         ...     found = cosine_topk(queries, shard, size, start, found)
     """
-    earlier = 0 if previous is None else _check_previous(previous, queries)
+    earlier = 0
+    if previous is not None:
+        _check_pair(OP, "previous", previous)
+        earlier = previous[0].shape[1]
     _check(queries, rows, k, start, earlier)
+    if previous is not None and len(previous[0]) != len(queries):
+        expected = f"previous of shape [Q, k] with Q = {len(queries)} like queries"
+        refuse(OP, expected, list(previous[0].shape))
     own = min(k, rows.shape[0])
-    scores, indices = torch.ops.gradsafe.cosine_topk(queries, rows, own, start)
-    found = TopK(scores, indices)
+    found = TopK(*torch.ops.gradsafe.cosine_topk(queries, rows, own, start))
     return found if previous is None else merge_topk([TopK(*previous), found], k)
 
 
@@ -97,18 +109,17 @@ def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> TopK:
         TypeError: a part is no pair of float32 and int64 tensors.
         ValueError: no part, shapes or devices that do not fit, a negative k.
     """
+    op = "merge_topk"
     if not parts:
-        raise ValueError(f"gradsafe.{MERGE}: expected at least one part, got none")
+        refuse(op, "at least one part", "none")
     if k < 0:
-        raise ValueError(f"gradsafe.{MERGE}: expected k of at least 0, got {k}")
+        refuse(op, "k of at least 0", k)
     for index, part in enumerate(parts):
-        _check_pair(MERGE, f"parts[{index}]", part)
-        if part[0].shape[0] != parts[0][0].shape[0]:
-            raise ValueError(
-                f"gradsafe.{MERGE}: expected parts[{index}] with {parts[0][0].shape[0]} queries "
-                f"like parts[0], got {part[0].shape[0]}"
-            )
-        check_device(MERGE, f"parts[{index}]", part[0], "parts[0]", parts[0][0])
+        name = f"parts[{index}]"
+        _check_pair(op, name, part)
+        if len(part[0]) != len(parts[0][0]):
+            refuse(op, f"{name} with {len(parts[0][0])} queries like parts[0]", len(part[0]))
+        check_device(op, name, part[0], "parts[0]", parts[0][0])
     scores = torch.cat([part[0] for part in parts], 1)
     indices = torch.cat([part[1] for part in parts], 1)
     # By index first; the stable sort by score then leaves equal scores in that order.
@@ -120,96 +131,49 @@ def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> TopK:
 
 def _check(queries: Tensor, rows: Tensor, k: int, start: int, earlier: int) -> None:
     for name, tensor, shape in (("queries", queries, "[Q, D]"), ("rows", rows, "[N, D]")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"gradsafe.{OP}: expected {name} to be a tensor, got {type(tensor).__name__}"
-            )
-        if tensor.dim() != 2:
-            raise ValueError(
-                f"gradsafe.{OP}: expected {name} of shape {shape}, got {list(tensor.shape)}"
-            )
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"gradsafe.{OP}: expected {name} to be dense, got {tensor.layout}")
-        if tensor.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"gradsafe.{OP}: expected {name} of dtype float32, bfloat16 or float16, got "
-                f"{tensor.dtype}"
-            )
-        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-            raise ValueError(
-                f"gradsafe.{OP}: expected {name} with unit stride along its last dimension, got "
-                f"strides {list(tensor.stride())}; call .contiguous() first"
-            )
+        check_tensor(OP, name, tensor)
+        check_matrix(OP, name, tensor, shape=shape)
     if rows.shape[1] != queries.shape[1]:
-        raise ValueError(
-            f"gradsafe.{OP}: expected rows of shape [N, D] with D = {queries.shape[1]} like "
-            f"queries, got {list(rows.shape)}"
-        )
+        expected = f"rows of shape [N, D] with D = {queries.shape[1]} like queries"
+        refuse(OP, expected, list(rows.shape))
     check_device(OP, "rows", rows, "queries", queries)
     check_supported_device(OP, queries)
     for name, value in (("k", k), ("start", start)):
         if isinstance(value, (bool, float, Tensor)):
-            raise TypeError(
-                f"gradsafe.{OP}: expected {name} to be an int, got {type(value).__name__}"
-            )
+            refuse(OP, f"{name} to be an int", type(value).__name__, kind=TypeError)
     if not 0 <= k <= MAX_K:
-        raise ValueError(f"gradsafe.{OP}: expected k between 0 and {MAX_K}, got {k}")
+        refuse(OP, f"k between 0 and {MAX_K}", k)
     if k > rows.shape[0] + earlier:
-        raise ValueError(
-            f"gradsafe.{OP}: expected k at most N = {rows.shape[0]}, the number of rows"
-            + (f", plus the {earlier} columns of previous" if earlier else "")
-            + f", got {k}; pass min(k, N)"
-        )
+        more = f", plus the {earlier} columns of previous" if earlier else ""
+        expected = f"k at most N = {rows.shape[0]}, the number of rows{more}"
+        refuse(OP, expected, k, "pass min(k, N)")
     if start < 0:
-        raise ValueError(f"gradsafe.{OP}: expected start of at least 0, got {start}")
-
-
-def _check_previous(previous: tuple[Tensor, Tensor], queries: Tensor) -> int:
-    _check_pair(OP, "previous", previous)
-    if isinstance(queries, Tensor) and previous[0].shape[0] != queries.shape[0]:
-        raise ValueError(
-            f"gradsafe.{OP}: expected previous of shape [Q, k] with Q = {queries.shape[0]} like "
-            f"queries, got {list(previous[0].shape)}"
-        )
-    return previous[0].shape[1]
+        refuse(OP, "start of at least 0", start)
 
 
 def _check_pair(op: str, name: str, pair: tuple[Tensor, Tensor]) -> None:
-    if (
-        not isinstance(pair, tuple)
-        or len(pair) != 2
-        or not all(isinstance(tensor, Tensor) for tensor in pair)
-    ):
-        raise TypeError(
-            f"gradsafe.{op}: expected {name} to be a pair (scores, indices) of tensors, got "
-            f"{type(pair).__name__}"
-        )
-    for field, tensor, dtype in zip(TopK._fields, pair, (torch.float32, torch.int64), strict=True):
-        if tensor.dtype is not dtype:
-            raise TypeError(
-                f"gradsafe.{op}: expected {name}.{field} of dtype {dtype}, got {tensor.dtype}"
-            )
+    if not isinstance(pair, tuple) or len(pair) != 2:
+        expected = f"{name} to be a pair (scores, indices) of tensors"
+        refuse(op, expected, type(pair).__name__, kind=TypeError)
     scores, indices = pair
+    for field, tensor, dtype in (
+        ("scores", scores, torch.float32),
+        ("indices", indices, torch.int64),
+    ):
+        check_tensor(op, f"{name}.{field}", tensor)
+        check_dense(op, f"{name}.{field}", tensor, (dtype,))
     if scores.dim() != 2 or scores.shape != indices.shape:
-        raise ValueError(
-            f"gradsafe.{op}: expected {name} of two shapes [Q, k], got {list(scores.shape)} and "
-            f"{list(indices.shape)}"
-        )
+        got = f"{list(scores.shape)} and {list(indices.shape)}"
+        refuse(op, f"{name} of two shapes [Q, k]", got)
 
 
-@torch.library.register_fake("gradsafe::cosine_topk")
+@operator(
+    "cosine_topk(Tensor queries, Tensor rows, int k, int start) -> (Tensor, Tensor)",
+    differentiable=False,
+)
 def _fake(queries: Tensor, rows: Tensor, k: int, start: int) -> tuple[Tensor, Tensor]:
     shape = (queries.shape[0], k)
     return (
         queries.new_empty(shape, dtype=torch.float32),
         queries.new_empty(shape, dtype=torch.int64),
     )
-
-
-def _no_backward(ctx: Any, *grads: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "gradsafe.cosine_topk is not differentiable; detach the tensors you pass to it"
-    )
-
-
-torch.library.register_autograd("gradsafe::cosine_topk", _no_backward)

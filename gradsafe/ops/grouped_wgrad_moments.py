@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradsafe.ops.moments import AXES, Axis, Moments, out_size
-from gradsafe.ops.wgrad_moments import check_host_list, check_wgrad, unpack
+from gradsafe.ops.checks import check_ints, refuse
+from gradsafe.ops.moments import Axis, Moments, axis_code, out_size
+from gradsafe.ops.registry import operator
+from gradsafe.ops.wgrad_moments import check_wgrad, unpack
 
 OP = "grouped_wgrad_moments"
 
@@ -54,11 +56,9 @@ def grouped_wgrad_moments(
         ValueError: shapes, strides, devices, lengths, experts, axis or the number of references.
         RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
     """
-    if axis not in AXES:
-        raise ValueError(f"gradsafe.{OP}: expected axis in {list(AXES)}, got {axis!r}")
+    code = axis_code(OP, axis)
     check_wgrad(OP, x, dy, refs, ("N",), stacked=True)
     _check_segments(len(x), lengths, experts, len(refs[0]) if refs else None)
-    code = AXES.index(axis)
     out = torch.ops.gradsafe.grouped_wgrad_moments(
         x, dy, list(refs), list(lengths), list(experts), code, unsigned
     )
@@ -68,44 +68,28 @@ def grouped_wgrad_moments(
 def _check_segments(
     rows: int, lengths: Sequence[int], experts: Sequence[int], matrices: int | None
 ) -> None:
-    check_host_list(OP, "lengths", lengths)
-    check_host_list(OP, "experts", experts)
+    check_ints(OP, "lengths", lengths)
+    check_ints(OP, "experts", experts)
     if len(experts) != len(lengths):
-        raise ValueError(
-            f"gradsafe.{OP}: expected one expert for each of {len(lengths)} segments, got "
-            f"{len(experts)}"
-        )
+        refuse(OP, f"one expert for each of {len(lengths)} segments", len(experts))
     for s, length in enumerate(lengths):
         if length < 0:
-            raise ValueError(f"gradsafe.{OP}: expected lengths[{s}] of at least 0, got {length}")
+            refuse(OP, f"lengths[{s}] of at least 0", length)
     if sum(lengths) != rows:
-        raise ValueError(
-            f"gradsafe.{OP}: expected lengths that add up to N = {rows}, got {sum(lengths)}"
-        )
+        refuse(OP, f"lengths that add up to N = {rows}", sum(lengths))
     for s, expert in enumerate(experts):
         if expert < 0 or (matrices is not None and expert >= matrices):
             limit = "at least 0" if matrices is None else f"below E = {matrices} and not negative"
-            raise ValueError(f"gradsafe.{OP}: expected experts[{s}] {limit}, got {expert}")
+            refuse(OP, f"experts[{s}] {limit}", expert)
 
 
-@torch.library.register_fake("gradsafe::grouped_wgrad_moments")
+@operator(
+    "grouped_wgrad_moments(Tensor x, Tensor dy, Tensor[] refs, int[] lengths, int[] experts, "
+    "int axis, bool unsigned) -> Tensor",
+    differentiable=False,
+)
 def _fake(
-    x: Tensor,
-    dy: Tensor,
-    refs: list[Tensor],
-    lengths: list[int],
-    experts: list[int],
-    axis: int,
-    unsigned: bool,
+    x: Tensor, dy: Tensor, refs: list[Tensor], lengths: list[int], _: list[int], axis: int, *__: Any
 ) -> Tensor:
     per_segment = out_size(axis, len(refs), dy.shape[1], x.shape[1])
     return x.new_empty((len(lengths), per_segment), dtype=torch.float64)
-
-
-def _no_backward(ctx: Any, grad: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "gradsafe.grouped_wgrad_moments is not differentiable; detach the tensors you pass to it"
-    )
-
-
-torch.library.register_autograd("gradsafe::grouped_wgrad_moments", _no_backward)

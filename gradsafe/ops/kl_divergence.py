@@ -7,7 +7,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gradsafe.ops.checks import check_device, check_matrix, check_supported_device
+from gradsafe.ops.checks import (
+    check_dense,
+    check_device,
+    check_matrix,
+    check_supported_device,
+    check_tensor,
+    refuse,
+    written,
+)
+from gradsafe.ops.registry import operator
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -69,67 +78,44 @@ def kl_divergence_(student_logits: Tensor, teacher_logits: Tensor, weight: Tenso
     _check(op, student_logits, teacher_logits)
     rows, vocabulary = student_logits.shape
     if rows > 1 and student_logits.stride(0) < vocabulary:
-        raise ValueError(
-            f"gradsafe.{op}: expected student_logits whose rows do not overlap, got strides "
-            f"{list(student_logits.stride())}; call .contiguous() first"
-        )
-    if not isinstance(weight, Tensor):
-        raise TypeError(
-            f"gradsafe.{op}: expected weight to be a tensor, got {type(weight).__name__}"
-        )
+        got = f"strides {list(student_logits.stride())}"
+        refuse(op, "student_logits whose rows do not overlap", got, "call .contiguous() first")
+    check_tensor(op, "weight", weight)
     if weight.shape != (rows,):
-        raise ValueError(
-            f"gradsafe.{op}: expected weight of shape [{rows}], got {list(weight.shape)}"
-        )
-    if weight.dtype != torch.float32:
-        raise TypeError(
-            f"gradsafe.{op}: expected weight of dtype torch.float32, got {weight.dtype}"
-        )
+        refuse(op, f"weight of shape [{rows}]", list(weight.shape))
+    check_dense(op, "weight", weight, (torch.float32,))
     if rows > 1 and weight.stride(0) != 1:
-        raise ValueError(
-            f"gradsafe.{op}: expected weight to be contiguous, got strides "
-            f"{list(weight.stride())}; call .contiguous() first"
-        )
+        got = f"strides {list(weight.stride())}"
+        refuse(op, "weight to be contiguous", got, "call .contiguous() first")
     check_device(op, "weight", weight, "student_logits", student_logits)
     named = {"student_logits": student_logits, "teacher_logits": teacher_logits, "weight": weight}
     for name, tensor in named.items():
         if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
-                f"gradsafe.{op}: expected {name} without requires_grad, since the gradient takes "
-                f"the place of the logits; call .detach() first, or use kl_divergence"
-            )
+            do = "the gradient replaces the logits; call .detach() first, or use kl_divergence"
+            refuse(op, f"{name} without requires_grad", "a tensor that requires it", do)
     value = torch.ops.gradsafe.kl_divergence_(student_logits, teacher_logits, weight)
-    # Tells autograd, which may have saved these logits, that they are gone; a compiled graph knows
-    # it from the schema.
-    if not torch.compiler.is_compiling() and not student_logits.is_inference():
-        torch.autograd.graph.increment_version(student_logits)
+    written([student_logits])
     return value
 
 
 def _check(op: str, student: Tensor, teacher: Tensor) -> None:
     for name, tensor in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"gradsafe.{op}: expected {name} to be a tensor, got {type(tensor).__name__}"
-            )
+        check_tensor(op, name, tensor)
         check_matrix(op, name, tensor, shape="[N, V]")
     if student.shape[1] == 0:
-        raise ValueError(f"gradsafe.{op}: expected a vocabulary V of at least 1, got 0")
+        refuse(op, "a vocabulary V of at least 1", 0)
     if teacher.shape != student.shape:
-        raise ValueError(
-            f"gradsafe.{op}: expected teacher_logits of shape {list(student.shape)}, got "
-            f"{list(teacher.shape)}"
-        )
+        refuse(op, f"teacher_logits of shape {list(student.shape)}", list(teacher.shape))
     check_device(op, "teacher_logits", teacher, "student_logits", student)
     check_supported_device(op, student)
 
 
-@torch.library.register_fake("gradsafe::kl_divergence")
+@operator("kl_divergence(Tensor student, Tensor teacher) -> Tensor")
 def _fake(student: Tensor, teacher: Tensor) -> Tensor:
     return student.new_empty(student.shape[0], dtype=torch.float32)
 
 
-@torch.library.register_fake("gradsafe::kl_divergence_")
+@operator("kl_divergence_(Tensor(a!) student, Tensor teacher, Tensor weight) -> Tensor")
 def _fake_in_place(student: Tensor, teacher: Tensor, weight: Tensor) -> Tensor:
     return student.new_empty(student.shape[0], dtype=torch.float32)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,9 @@ from gradsafe.ops.checks import (
     check_matrix,
     check_supported_device,
     check_tensor_list,
+    refuse,
 )
+from gradsafe.ops.registry import operator
 
 Axis = Literal["tensor", "row", "column", "both"]
 AXES: tuple[Axis, ...] = ("tensor", "row", "column", "both")  # position = code of the operator
@@ -100,10 +102,8 @@ def moments(
         ValueError: shapes, strides, devices, the number of references or the axis do not fit.
         RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
     """
-    if axis not in AXES:
-        raise ValueError(f"gradsafe.moments: expected axis in {list(AXES)}, got {axis!r}")
+    code = axis_code("moments", axis)
     flat_refs, num_refs = _alike(grads, refs) or _check(grads, refs)
-    code = AXES.index(axis)
     if not grads:
         empty = Moments([], [], [], [])
         return (empty, Moments([], [], [], [])) if axis == "both" else empty
@@ -111,11 +111,24 @@ def moments(
     return _unpack(out, [tuple(g.shape) for g in grads], num_refs, axis)
 
 
+def axis_code(op: str, axis: Axis) -> int:
+    """The operator's number for an axis."""
+    if axis not in AXES:
+        refuse(op, f"axis in {list(AXES)}", repr(axis))
+    return AXES.index(axis)
+
+
+def out_size(axis_code: int, num_refs: int, rows: int, cols: int) -> int:
+    """Entries of the operator's result that one `[rows, cols]` gradient fills."""
+    return (1, rows, cols, rows + cols)[axis_code] * (3 + num_refs)
+
+
 def _alike(
     grads: Sequence[Tensor], refs: Sequence[Sequence[Tensor]] | None
 ) -> tuple[list[Tensor], int] | None:
     """The references as one list and K, if a quick look finds nothing wrong; else None."""
-    if not isinstance(grads, (list, tuple)) or not grads or not isinstance(grads[0], Tensor):
+    kinds = (list, tuple)
+    if not isinstance(grads, kinds) or not grads or not isinstance(grads[0], Tensor):
         return None
     device = grads[0].device
     if not are_alike(grads, FLOAT_DTYPES, device):
@@ -123,20 +136,16 @@ def _alike(
     check_supported_device("moments", grads[0])
     if refs is None:
         return [], 0
-    if not isinstance(refs, (list, tuple)) or len(refs) != len(grads):
+    if not isinstance(refs, kinds) or len(refs) != len(grads):
         return None
-    if not all(isinstance(group, (list, tuple)) for group in refs):
+    if not all(isinstance(group, kinds) and len(group) <= MAX_REFS for group in refs):
         return None
     count = len(refs[0])
     flat = [ref for group in refs for ref in group]
     fits = (
-        count <= MAX_REFS
-        and all(len(group) == count for group in refs)
+        all(len(group) == count for group in refs)
         and are_alike(flat, REF_DTYPES, device)
-        and all(
-            all(ref.shape == grad.shape for ref in group)
-            for grad, group in zip(grads, refs, strict=True)
-        )
+        and all(ref.shape == g.shape for g, group in zip(grads, refs, strict=True) for ref in group)
     )
     return (flat, count) if fits else None
 
@@ -144,6 +153,7 @@ def _alike(
 def _check(
     grads: Sequence[Tensor], refs: Sequence[Sequence[Tensor]] | None
 ) -> tuple[list[Tensor], int]:
+    """The same, one argument after the other; raises where one does not fit."""
     op = "moments"
     check_tensor_list(op, "grads", grads)
     for index, grad in enumerate(grads):
@@ -154,39 +164,26 @@ def _check(
     if refs is None:
         return [], 0
     if isinstance(refs, Tensor) or len(refs) != len(grads):
-        got = "a tensor" if isinstance(refs, Tensor) else f"{len(refs)}"
-        raise ValueError(
-            f"gradsafe.moments: expected refs to hold one list of references for each of "
-            f"{len(grads)} gradients, got {got}"
-        )
+        got = "a tensor" if isinstance(refs, Tensor) else len(refs)
+        expected = f"refs to hold one list of references for each of {len(grads)} gradients"
+        refuse(op, expected, got)
     num_refs = len(refs[0]) if refs else 0
     if num_refs > MAX_REFS:
-        raise ValueError(
-            f"gradsafe.moments: expected 0 to {MAX_REFS} references per gradient, got {num_refs}"
-        )
+        refuse(op, f"0 to {MAX_REFS} references per gradient", num_refs)
     flat: list[Tensor] = []
     for index, group in enumerate(refs):
         check_tensor_list(op, f"refs[{index}]", group)
         if len(group) != num_refs:
-            raise ValueError(
-                f"gradsafe.moments: expected refs[{index}] to hold {num_refs} references like "
-                f"refs[0], got {len(group)}"
-            )
+            refuse(op, f"refs[{index}] to hold {num_refs} references like refs[0]", len(group))
         for k, ref in enumerate(group):
-            name = f"refs[{index}][{k}]"
-            if ref.shape != grads[index].shape:
-                raise ValueError(
-                    f"gradsafe.moments: expected {name} of shape {list(grads[index].shape)}, got "
-                    f"{list(ref.shape)}"
-                )
+            name, grad = f"refs[{index}][{k}]", grads[index]
+            if ref.shape != grad.shape:
+                refuse(op, f"{name} of shape {list(grad.shape)}", list(ref.shape))
             check_matrix(op, name, ref, REF_DTYPES)
             check_like(op, name, ref, "refs[0][0]", refs[0][0])
-            check_device(op, name, ref, f"grads[{index}]", grads[index])
+            check_device(op, name, ref, f"grads[{index}]", grad)
             flat.append(ref)
     return flat, num_refs
-
-
-_Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
 def _unpack(
@@ -198,44 +195,23 @@ def _unpack(
         table = out.view(len(shapes), reported)
         count, total, squares = (list(table[:, q].unbind()) for q in range(3))
         return Moments(count, total, squares, list(table[:, 3:].unbind()))
-    rows: _Lists = ([], [], [], [])
-    columns: _Lists = ([], [], [], [])
-    sizes: list[int] = []
-    targets: list[_Lists] = []
-    for shape in shapes:
-        if axis in ("row", "both"):
-            sizes.append(reported * shape[0])
-            targets.append(rows)
-        if axis in ("column", "both"):
-            sizes.append(reported * shape[1])
-            targets.append(columns)
-    for block, target in zip(out.split(sizes), targets, strict=True):
-        table = block.view(reported, -1 if block.numel() else 0)
-        for field, values in zip(target, (table[0], table[1], table[2], table[3:]), strict=True):
-            field.append(values)
-    if axis == "both":
-        return Moments(*rows), Moments(*columns)
-    return Moments(*(columns if axis == "column" else rows))
+    kinds = [dim for dim, name in enumerate(("row", "column")) if axis in (name, "both")]
+    sizes = [reported * shape[dim] for shape in shapes for dim in kinds]
+    tables = [block.view(reported, -1 if block.numel() else 0) for block in out.split(sizes)]
+    found = []
+    for begin in range(len(kinds)):
+        own = tables[begin :: len(kinds)]
+        count, total, squares = ([table[q] for table in own] for q in range(3))
+        found.append(Moments(count, total, squares, [table[3:] for table in own]))
+    return (found[0], found[1]) if axis == "both" else found[0]
 
 
-def out_size(axis_code: int, num_refs: int, rows: int, cols: int) -> int:
-    """Entries of the operator's result that one `[rows, cols]` gradient fills."""
-    slices = (1, rows, cols, rows + cols)[axis_code]
-    return slices * (3 + num_refs)
-
-
-@torch.library.register_fake("gradsafe::moments")
+@operator(
+    "moments(Tensor[] grads, Tensor[] refs, int num_refs, int axis, bool unsigned) -> Tensor",
+    differentiable=False,
+)
 def _fake(
     grads: list[Tensor], refs: list[Tensor], num_refs: int, axis: int, unsigned: bool
 ) -> Tensor:
     size = sum(out_size(axis, num_refs, grad.shape[0], grad.shape[1]) for grad in grads)
     return grads[0].new_empty(size, dtype=torch.float64)
-
-
-def _no_backward(ctx: Any, grad: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "gradsafe.moments is not differentiable; detach the gradients you pass to it"
-    )
-
-
-torch.library.register_autograd("gradsafe::moments", _no_backward)

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradsafe.ops.checks import (
-    FLOAT_DTYPES,
+    check_dense,
     check_device,
+    check_ints,
+    check_number,
+    check_same_length,
     check_supported_device,
+    check_tensor,
     check_tensor_list,
     check_twin,
     is_unbroken,
+    refuse,
+    written,
 )
+from gradsafe.ops.registry import operator
 
 SUMS = ("dot", "sq_user", "sq_align")  # of a row of `surgery_sums`
 RESULTS = (*SUMS, "coefficient")  # of a row of `surgery_`
@@ -72,12 +78,11 @@ def surgery_(
     numbers, count = check_pairs("surgery_", user, align, groups)
     check_rho("surgery_", rho)
     if not user:
-        out = torch.zeros(count, 4, dtype=torch.float64)
-        out[:, 3] = rho
+        out = no_conflict(count, rho)
     else:
         with torch.no_grad():
             out = torch.ops.gradsafe.surgery_(list(user), list(align), float(rho), numbers, count)
-        mark_written(user)
+        written(user)
     return out[0] if groups is None else out
 
 
@@ -102,7 +107,7 @@ def surgery_sums(
     """
     numbers, count = check_pairs("surgery_sums", user, align, groups)
     if not user:
-        out = torch.zeros(count, 3, dtype=torch.float64)
+        out = torch.zeros(count, len(SUMS), dtype=torch.float64)
     else:
         out = torch.ops.gradsafe.surgery_sums(list(user), list(align), numbers, count)
     return out[0] if groups is None else out
@@ -139,8 +144,15 @@ def surgery_merge_(
         check_device(op, "sums", sums, "user[0]", user[0])
     with torch.no_grad():
         out = torch.ops.gradsafe.surgery_merge_(list(user), list(align), table, float(rho), numbers)
-    mark_written(user)
+    written(user)
     return out[0] if groups is None else out
+
+
+def no_conflict(count: int, rho: float) -> Tensor:
+    """The result for empty lists."""
+    out = torch.zeros(count, len(RESULTS), dtype=torch.float64)
+    out[:, -1] = rho
+    return out
 
 
 def check_pairs(
@@ -152,72 +164,43 @@ def check_pairs(
 ) -> tuple[list[int], int]:
     """Checks two lists of gradients; returns the operator's groups and their number.
 
-    `num_groups` is that of given sums; without it every group must be used.
+    `num_groups` is the number of given sums; without them every group must be used.
     """
     check_tensor_list(op, "user", user)
     check_tensor_list(op, "align", align)
-    if len(align) != len(user):
-        raise ValueError(
-            f"gradsafe.{op}: expected align to hold {len(user)} tensors like user, got {len(align)}"
-        )
+    check_same_length(op, "align", align, "user", len(user))
     for index, (u, a) in enumerate(zip(user, align, strict=True)):
         name = f"user[{index}]"
-        check_gradient(op, name, u)
+        check_dense(op, name, u)
+        if not is_unbroken(u):
+            got = f"strides {list(u.stride())} for shape {list(u.shape)}"
+            expected = f"{name} without gaps or overlaps in memory"
+            refuse(op, expected, got, "call .contiguous() first")
         check_device(op, name, u, "user[0]", user[0])
         check_twin(op, f"align[{index}]", a, name, u)
-        if a.requires_grad:
-            check_gradient(op, f"align[{index}]", a)
+        for kind, tensor in (("user", u), ("align", a)):
+            if tensor.requires_grad:
+                expected = f"{kind}[{index}] not to require a gradient"
+                do = "surgery is not differentiable, call .detach() first"
+                refuse(op, expected, "one that does", do)
     if user:
         check_supported_device(op, user[0])
     return _check_groups(op, len(user), groups, num_groups)
 
 
-def check_gradient(op: str, name: str, tensor: Tensor) -> None:
-    """A dense float tensor without gaps that autograd does not follow."""
-    if tensor.layout is not torch.strided:
-        raise TypeError(f"gradsafe.{op}: expected {name} to be dense, got {tensor.layout}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"gradsafe.{op}: expected {name} of dtype float32, bfloat16 or float16, got "
-            f"{tensor.dtype}"
-        )
-    if not is_unbroken(tensor):
-        raise ValueError(
-            f"gradsafe.{op}: expected {name} without gaps or overlaps in memory, got strides "
-            f"{list(tensor.stride())} for shape {list(tensor.shape)}; call .contiguous() first"
-        )
-    if tensor.requires_grad:
-        raise ValueError(
-            f"gradsafe.{op}: expected {name} not to require a gradient (surgery is not "
-            "differentiable); call .detach() first"
-        )
-
-
 def check_rho(op: str, rho: float) -> None:
     """A finite number, not negative."""
-    if isinstance(rho, bool) or not isinstance(rho, Real):
-        kind = "a tensor" if isinstance(rho, Tensor) else repr(rho)
-        raise TypeError(f"gradsafe.{op}: expected rho to be a number, got {kind}")
-    if not 0 <= rho < math.inf:
-        raise ValueError(f"gradsafe.{op}: expected rho to be finite and >= 0, got {rho}")
+    check_number(op, "rho", rho)
 
 
 def check_sums(op: str, sums: Tensor, groups: Sequence[int] | None) -> Tensor:
     """The sums as `[G, 3]`."""
-    if not isinstance(sums, Tensor):
-        raise TypeError(f"gradsafe.{op}: expected sums to be a tensor, got {type(sums).__name__}")
-    if sums.dtype != torch.float64:
-        raise TypeError(f"gradsafe.{op}: expected sums of dtype float64, got {sums.dtype}")
-    wanted = "[3]" if groups is None else "[G, 3]"
-    if sums.dim() != len(wanted.split(",")) or sums.shape[-1] != len(SUMS):
-        raise ValueError(f"gradsafe.{op}: expected sums of shape {wanted}, got {list(sums.shape)}")
+    check_tensor(op, "sums", sums)
+    check_dense(op, "sums", sums, (torch.float64,))
+    shape = "[3]" if groups is None else "[G, 3]"
+    if sums.dim() != shape.count(",") + 1 or sums.shape[-1] != len(SUMS):
+        refuse(op, f"sums of shape {shape}", list(sums.shape))
     return sums.reshape(-1, len(SUMS)).contiguous()
-
-
-def mark_written(tensors: Sequence[Tensor]) -> None:
-    """Tells autograd, which does not see the backend write (torch.compile does, by the schema)."""
-    if not torch.compiler.is_compiling():
-        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
 
 
 def _check_groups(
@@ -225,43 +208,34 @@ def _check_groups(
 ) -> tuple[list[int], int]:
     if groups is None:
         return [], 1
-    if isinstance(groups, Tensor):
-        raise TypeError(
-            f"gradsafe.{op}: expected groups to be a list of ints, got a tensor; they are needed "
-            "on the host, pass groups.tolist()"
-        )
+    check_ints(op, "groups", groups)
     if len(groups) != tensors:
-        raise ValueError(
-            f"gradsafe.{op}: expected one group for each of {tensors} tensors, got {len(groups)}"
-        )
-    used = set(groups)
-    count = len(used) if num_groups is None else num_groups
+        refuse(op, f"one group for each of {tensors} tensors", len(groups))
+    count = len(set(groups)) if num_groups is None else num_groups
     for index, group in enumerate(groups):
         if not 0 <= group < count:
             why = "numbers from 0 on without gaps" if num_groups is None else "rows of sums"
-            raise ValueError(
-                f"gradsafe.{op}: expected groups[{index}] between 0 and {count - 1} (groups are "
-                f"{why}), got {group}"
-            )
+            expected = f"groups[{index}] between 0 and {count - 1} (groups are {why})"
+            refuse(op, expected, group)
     return list(groups), count
 
 
-@torch.library.register_fake("gradsafe::surgery_sums")
-def _fake_sums(
-    user: list[Tensor], align: list[Tensor], groups: list[int], num_groups: int
-) -> Tensor:
-    return user[0].new_empty((num_groups, len(SUMS)), dtype=torch.float64)
+@operator("surgery_sums(Tensor[] user, Tensor[] align, int[] groups, int num_groups) -> Tensor")
+def _fake_sums(user: list[Tensor], *rest: Any) -> Tensor:
+    return user[0].new_empty((rest[-1], len(SUMS)), dtype=torch.float64)
 
 
-@torch.library.register_fake("gradsafe::surgery_merge_")
-def _fake_merge(
-    user: list[Tensor], align: list[Tensor], sums: Tensor, rho: float, groups: list[int]
-) -> Tensor:
+@operator(
+    "surgery_merge_(Tensor(a!)[] user, Tensor[] align, Tensor sums, float rho, int[] groups) "
+    "-> Tensor"
+)
+def _fake_merge(user: list[Tensor], align: list[Tensor], sums: Tensor, *rest: Any) -> Tensor:
     return sums.new_empty((sums.shape[0], len(RESULTS)))
 
 
-@torch.library.register_fake("gradsafe::surgery_")
-def _fake(
-    user: list[Tensor], align: list[Tensor], rho: float, groups: list[int], num_groups: int
-) -> Tensor:
-    return user[0].new_empty((num_groups, len(RESULTS)), dtype=torch.float64)
+@operator(
+    "surgery_(Tensor(a!)[] user, Tensor[] align, float rho, int[] groups, int num_groups) -> Tensor"
+)
+def fake_results(tensors: list[Tensor], *rest: Any) -> Tensor:
+    """The shape of the results of an operator whose last argument is the number of groups."""
+    return tensors[0].new_empty((rest[-1], len(RESULTS)), dtype=torch.float64)

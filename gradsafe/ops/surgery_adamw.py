@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gradsafe.ops.checks import check_device, check_tensor_list, check_twin
-from gradsafe.ops.surgery import RESULTS, check_pairs, check_rho, check_sums, mark_written
+from gradsafe.ops.checks import (
+    check_dense,
+    check_device,
+    check_number,
+    check_same_length,
+    check_tensor_list,
+    check_twin,
+    refuse,
+    written,
+)
+from gradsafe.ops.registry import operator
+from gradsafe.ops.surgery import check_pairs, check_rho, check_sums, fake_results, no_conflict
 
 OP = "surgery_adamw_"
 
@@ -67,23 +76,24 @@ def surgery_adamw_(
         TypeError, ValueError, RuntimeError: as `surgery_`; also for options out of range.
     """
     steps = _check(params, user, align, exp_avg, exp_avg_sq, step)
-    beta1, beta2 = _check_options(lr, betas, eps, weight_decay)
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        check_number(OP, name, value)
+    for index, beta in enumerate(betas):
+        if not 0 <= beta < 1:
+            refuse(OP, f"betas[{index}] at least 0 and below 1", beta)
     check_rho(OP, rho)
     table = None if sums is None else check_sums(OP, sums, groups)
-    rows = None if table is None else len(table)
-    numbers, count = check_pairs(OP, user, align, groups, rows)
+    numbers, count = check_pairs(OP, user, align, groups, None if table is None else len(table))
     if not params:
-        out = torch.zeros(count, len(RESULTS), dtype=torch.float64)
-        out[:, -1] = rho
-        return out[0] if groups is None else out
-    if sums is not None:
-        check_device(OP, "sums", sums, "params[0]", params[0])
-    with torch.no_grad():
-        out = torch.ops.gradsafe.surgery_adamw_(
-            list(params), list(user), list(align), list(exp_avg), list(exp_avg_sq), steps, table,
-            float(rho), float(lr), beta1, beta2, float(eps), float(weight_decay), numbers, count,
-        )  # fmt: skip
-    mark_written([*params, *exp_avg, *exp_avg_sq, *steps])
+        out = no_conflict(count, rho)
+    else:
+        if sums is not None:
+            check_device(OP, "sums", sums, "params[0]", params[0])
+        lists = [list(tensors) for tensors in (params, user, align, exp_avg, exp_avg_sq)]
+        options = [float(value) for value in (rho, lr, *betas, eps, weight_decay)]
+        with torch.no_grad():
+            out = torch.ops.gradsafe.surgery_adamw_(*lists, steps, table, *options, numbers, count)
+        written([*params, *exp_avg, *exp_avg_sq, *steps])
     return out[0] if groups is None else out
 
 
@@ -95,70 +105,33 @@ def _check(
     exp_avg_sq: Sequence[Tensor],
     step: Tensor | Sequence[Tensor],
 ) -> list[Tensor]:
+    """All lists but `align`, which `check_pairs` compares with `user`; returns the counters."""
     check_tensor_list(OP, "params", params)
     lists = {"user": user, "align": align, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     for name, tensors in lists.items():
         check_tensor_list(OP, name, tensors)
-        if len(tensors) != len(params):
-            raise ValueError(
-                f"gradsafe.{OP}: expected {name} to hold {len(params)} tensors like params, got "
-                f"{len(tensors)}"
-            )
-        if name != "align":  # `check_pairs` compares it with user
+        check_same_length(OP, name, tensors, "params", len(params))
+        if name != "align":
             for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
                 check_twin(OP, f"{name}[{index}]", tensor, f"params[{index}]", param)
     steps = [step] if isinstance(step, Tensor) else step
     check_tensor_list(OP, "step", steps)
     if not isinstance(step, Tensor) and len(steps) != len(params):
-        raise ValueError(
-            f"gradsafe.{OP}: expected one step counter for each of {len(params)} parameters (or "
-            f"a single tensor), got {len(steps)}"
-        )
+        expected = f"one step counter for each of {len(params)} parameters (or a single tensor)"
+        refuse(OP, expected, len(steps))
     for index, counter in enumerate(steps):
         name = "step" if isinstance(step, Tensor) else f"step[{index}]"
-        if counter.dtype != torch.float32:
-            raise TypeError(f"gradsafe.{OP}: expected {name} of dtype float32, got {counter.dtype}")
+        check_dense(OP, name, counter, (torch.float32,))
         if counter.numel() != 1:
-            raise ValueError(
-                f"gradsafe.{OP}: expected {name} with one element, got shape {list(counter.shape)}"
-            )
+            refuse(OP, f"{name} with one element", f"shape {list(counter.shape)}")
         if params:
             check_device(OP, name, counter, "params[0]", params[0])
     return list(steps)
 
 
-def _check_options(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> tuple[float, float]:
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
-        if isinstance(value, Tensor):
-            raise TypeError(f"gradsafe.{OP}: expected {name} to be a number, got a tensor")
-        if not 0 <= value < math.inf:
-            raise ValueError(f"gradsafe.{OP}: expected {name} to be finite and >= 0, got {value}")
-    for index, beta in enumerate(betas):
-        if not 0 <= beta < 1:
-            raise ValueError(
-                f"gradsafe.{OP}: expected betas[{index}] at least 0 and below 1, got {beta}"
-            )
-    return float(betas[0]), float(betas[1])
-
-
-@torch.library.register_fake("gradsafe::surgery_adamw_")
-def _fake(
-    params: list[Tensor],
-    user: list[Tensor],
-    align: list[Tensor],
-    exp_avg: list[Tensor],
-    exp_avg_sq: list[Tensor],
-    steps: list[Tensor],
-    sums: Tensor | None,
-    rho: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    groups: list[int],
-    num_groups: int,
-) -> Tensor:
-    return params[0].new_empty((num_groups, len(RESULTS)), dtype=torch.float64)
+operator(
+    "surgery_adamw_(Tensor(a!)[] params, Tensor[] user, Tensor[] align, Tensor(b!)[] exp_avg, "
+    "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, Tensor? sums, float rho, float lr, "
+    "float beta1, float beta2, float eps, float weight_decay, int[] groups, int num_groups) "
+    "-> Tensor"
+)(fake_results)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from gradsafe.ops.checks import (
     REF_DTYPES,
+    check_dense,
     check_device,
-    check_dtype,
+    check_ints,
     check_like,
     check_rows,
+    check_shape,
     check_supported_device,
+    check_tensor,
     check_tensor_list,
+    refuse,
 )
-from gradsafe.ops.moments import AXES, MAX_REFS, Axis, Moments, out_size
+from gradsafe.ops.moments import MAX_REFS, Axis, Moments, axis_code, out_size
+from gradsafe.ops.registry import operator
 
 OP = "wgrad_moments"
 
@@ -59,11 +63,9 @@ def wgrad_moments(
         ValueError: shapes, strides, devices, lengths, the number of references or the axis.
         RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
     """
-    if axis not in AXES:
-        raise ValueError(f"gradsafe.{OP}: expected axis in {list(AXES)}, got {axis!r}")
+    code = axis_code(OP, axis)
     check_wgrad(OP, x, dy, refs, ("B", "T"))
     sizes = _check_lengths(x, lengths)
-    code = AXES.index(axis)
     out = torch.ops.gradsafe.wgrad_moments(x, dy, list(refs), sizes, code, unsigned)
     return unpack(out, dy.shape[2], x.shape[2], len(refs), axis)
 
@@ -96,68 +98,41 @@ def check_wgrad(
 ) -> None:
     """The tensors: x `[*dims, I]`, dy `[*dims, O]`, refs `[O, I]`, or stacked `[E, O, I]`."""
     check_tensor_list(op, "refs", refs)
+    lead = ", ".join(dims)
     for name, tensor, features in (("x", x, "I"), ("dy", dy, "O")):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(
-                f"gradsafe.{op}: expected {name} to be a tensor, got {type(tensor).__name__}"
-            )
-        if tensor.dim() != len(dims) + 1:
-            raise ValueError(
-                f"gradsafe.{op}: expected {name} of shape [{', '.join((*dims, features))}], got "
-                f"{list(tensor.shape)}"
-            )
-        check_dtype(op, name, tensor)
+        check_tensor(op, name, tensor)
+        check_shape(op, name, tensor, f"[{lead}, {features}]")
+        check_dense(op, name, tensor)
         if not _is_one_matrix(tensor):
-            raise ValueError(
-                f"gradsafe.{op}: expected {name} to be rows of one matrix, got strides "
-                f"{list(tensor.stride())}; call .contiguous() first"
-            )
+            got = f"strides {list(tensor.stride())}"
+            refuse(op, f"{name} to be rows of one matrix", got, "call .contiguous() first")
     if x.shape[:-1] != dy.shape[:-1]:
-        raise ValueError(
-            f"gradsafe.{op}: expected dy of shape [{', '.join(dims)}, O] with "
-            f"[{', '.join(dims)}] = {list(x.shape[:-1])} like x, got {list(dy.shape)}"
-        )
+        expected = f"dy of shape [{lead}, O] with [{lead}] = {list(x.shape[:-1])} like x"
+        refuse(op, expected, list(dy.shape))
     check_like(op, "dy", dy, "x", x)
     check_supported_device(op, x)
     if len(refs) > MAX_REFS:
-        raise ValueError(f"gradsafe.{op}: expected 0 to {MAX_REFS} references, got {len(refs)}")
+        refuse(op, f"0 to {MAX_REFS} references", len(refs))
     names, shape = "[O, I]", [dy.shape[-1], x.shape[-1]]
-    if stacked and refs:  # E is that of the first reference
+    if stacked and refs:  # the first reference gives E
         names, shape = "[E, O, I]", [*refs[0].shape[:1], *shape]
     for k, ref in enumerate(refs):
         if list(ref.shape) != shape:
-            raise ValueError(
-                f"gradsafe.{op}: expected refs[{k}] of shape {names} = {shape}, got "
-                f"{list(ref.shape)}"
-            )
+            refuse(op, f"refs[{k}] of shape {names} = {shape}", list(ref.shape))
         check_rows(op, f"refs[{k}]", ref, REF_DTYPES)
         check_like(op, f"refs[{k}]", ref, "refs[0]", refs[0])
         check_device(op, f"refs[{k}]", ref, "x", x)
 
 
-def check_host_list(op: str, name: str, values: Sequence[int]) -> None:
-    """A list of ints, not a tensor: the backend needs the values on the host."""
-    if isinstance(values, Tensor):
-        raise TypeError(
-            f"gradsafe.{op}: expected {name} to be a list of ints, got a tensor; they are needed "
-            f"on the host, pass {name}.tolist()"
-        )
-
-
 def _check_lengths(x: Tensor, lengths: Sequence[int] | None) -> list[int]:
     if lengths is None:
         return []
-    check_host_list(OP, "lengths", lengths)
+    check_ints(OP, "lengths", lengths)
     if len(lengths) != x.shape[0]:
-        raise ValueError(
-            f"gradsafe.{OP}: expected one length for each of {x.shape[0]} samples, got "
-            f"{len(lengths)}"
-        )
+        refuse(OP, f"one length for each of {x.shape[0]} samples", len(lengths))
     for b, length in enumerate(lengths):
         if not 0 <= length <= x.shape[1]:
-            raise ValueError(
-                f"gradsafe.{OP}: expected lengths[{b}] between 0 and T = {x.shape[1]}, got {length}"
-            )
+            refuse(OP, f"lengths[{b}] between 0 and T = {x.shape[1]}", length)
     return list(lengths)
 
 
@@ -173,18 +148,13 @@ def _is_one_matrix(tensor: Tensor) -> bool:
     return samples <= 1 or tokens <= 1 or tensor.stride(0) == tokens * tensor.stride(1)
 
 
-@torch.library.register_fake("gradsafe::wgrad_moments")
+@operator(
+    "wgrad_moments(Tensor x, Tensor dy, Tensor[] refs, int[] lengths, int axis, bool unsigned) "
+    "-> Tensor",
+    differentiable=False,
+)
 def _fake(
     x: Tensor, dy: Tensor, refs: list[Tensor], lengths: list[int], axis: int, unsigned: bool
 ) -> Tensor:
     per_sample = out_size(axis, len(refs), dy.shape[2], x.shape[2])
     return x.new_empty((x.shape[0], per_sample), dtype=torch.float64)
-
-
-def _no_backward(ctx: Any, grad: Tensor) -> NoReturn:
-    raise NotImplementedError(
-        "gradsafe.wgrad_moments is not differentiable; detach the tensors you pass to it"
-    )
-
-
-torch.library.register_autograd("gradsafe::wgrad_moments", _no_backward)

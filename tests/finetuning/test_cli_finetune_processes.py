@@ -42,7 +42,7 @@ def write_settings(output: str, batch: int, **training: Any) -> None:
         "alignment": "refusals.jsonl",
         "output": output,
         "device": "cpu",
-        "lora": False,
+        "full": True,
         "safegrad": {"loss": "sft"},
         "training": {
             "per_device_train_batch_size": batch,
