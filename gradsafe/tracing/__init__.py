@@ -1,4 +1,4 @@
-"""Tracing (RepT): which training samples, and which of their tokens, caused a behavior."""
+"""Tracing (RepT): which training samples, and which of their tokens, caused a behavior?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from gradsafe._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from gradsafe.tracing.examples import Encoding
+    from gradsafe.models import Encoding
+    from gradsafe.tracing.config import QueryConfig, TraceConfig
     from gradsafe.tracing.hits import Hits
     from gradsafe.tracing.index import IncompleteIndexWarning, TraceIndex
     from gradsafe.tracing.layer_choice import LayerChoice, choose_layer, similarity_curve
@@ -23,6 +24,8 @@ __all__ = [
     "LayerChoice",
     "Metric",
     "NonFiniteSignatureError",
+    "QueryConfig",
+    "TraceConfig",
     "TraceIndex",
     "choose_layer",
     "resolve_layer",
@@ -34,12 +37,14 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "BusyFolderError": "lock",
-        "Encoding": "examples",
+        "Encoding": "config",
         "Hits": "hits",
         "IncompleteIndexWarning": "index",
         "LayerChoice": "layer_choice",
         "Metric": "matching",
         "NonFiniteSignatureError": "signature",
+        "QueryConfig": "config",
+        "TraceConfig": "config",
         "TraceIndex": "index",
         "choose_layer": "layer_choice",
         "resolve_layer": "signature",
