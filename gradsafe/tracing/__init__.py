@@ -36,19 +36,12 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        **dict.fromkeys(("Encoding", "QueryConfig", "TraceConfig"), "config"),
+        **dict.fromkeys(("IncompleteIndexWarning", "TraceIndex"), "index"),
+        **dict.fromkeys(("LayerChoice", "choose_layer", "similarity_curve"), "layer_choice"),
+        **dict.fromkeys(("NonFiniteSignatureError", "resolve_layer", "signatures"), "signature"),
         "BusyFolderError": "lock",
-        "Encoding": "config",
         "Hits": "hits",
-        "IncompleteIndexWarning": "index",
-        "LayerChoice": "layer_choice",
         "Metric": "matching",
-        "NonFiniteSignatureError": "signature",
-        "QueryConfig": "config",
-        "TraceConfig": "config",
-        "TraceIndex": "index",
-        "choose_layer": "layer_choice",
-        "resolve_layer": "signature",
-        "signatures": "signature",
-        "similarity_curve": "layer_choice",
     },
 )
