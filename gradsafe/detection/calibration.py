@@ -91,7 +91,7 @@ class Band:
 
     def __str__(self) -> str:
         return (
-            f"an NLL below {self.low:.4g} clears a prompt, one above {self.high:.4g} marks it as "
+            f"NLL below {self.low:.4g} clears a prompt, NLL above {self.high:.4g} marks it as "
             "unsafe, gradients decide between them"
         )
 

@@ -52,7 +52,7 @@ class Detector:
         self.model = model
         self.tokenizer = tokenizer
         self.layers = layers or find_layers(model, state.config.layers, state.config.modules)
-        self.method = METHODS[state.config.method](state, self.layers)
+        self.state = state
 
     @classmethod
     def fit(
@@ -114,6 +114,10 @@ class Detector:
     def state(self) -> DetectorState:
         """The fitted state, frozen; `calibrate` replaces it."""
         return self.method.state
+
+    @state.setter
+    def state(self, state: DetectorState) -> None:
+        self.method: Method = METHODS[state.config.method](state, self.layers)
 
     @property
     def config(self) -> DetectorConfig:
@@ -263,7 +267,7 @@ class Detector:
             state = replace(state, band=choose_band(benign_nll, unsafe_nll, max_fpr / 2, max_fnr))
         method = type(self.method)(state, self.layers)
         calibration = calibrate(self._score(method, gradients, benign_prompts).values, max_fpr)
-        self.method = type(method)(replace(state, calibration=calibration), self.layers)
+        self.state = replace(state, calibration=calibration)
         return calibration
 
     def flag(

@@ -123,7 +123,7 @@ class TestDetect:
 
 def fixed_threshold(detector: Detector, *_: object, **__: object) -> None:
     calibration = Calibration(0.5, 0.01, 0.0, (0.0, 0.1), 10)
-    detector.method.state = replace(detector.state, calibration=calibration)
+    detector.state = replace(detector.state, calibration=calibration)
 
 
 class TestSavedDetector:

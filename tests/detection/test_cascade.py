@@ -72,8 +72,8 @@ def test_a_saved_cascade_keeps_its_band(model, tokenizer, tmp_path):
     assert torch.equal(
         loaded.score(PROMPTS, progress=False).values, detector.score(PROMPTS, progress=False).values
     )
-    state = dataclasses.replace(detector.state, band=Band(-math.inf, 3.0))
-    Detector(model, tokenizer, state).save(tmp_path / "detector")
+    detector.state = dataclasses.replace(detector.state, band=Band(-math.inf, 3.0))
+    detector.save(tmp_path / "detector")
     assert Detector.load(tmp_path / "detector", model, tokenizer).band == Band(-math.inf, 3.0)
 
 
