@@ -197,9 +197,9 @@ class Candidates:
 
 
 def saved_metrics(folder: IndexFolder) -> list[Metric]:
-    """The metrics whose FAISS index is saved in a folder."""
-    names = [path.stem.removeprefix(FAISS) for path in folder.faiss() if path.suffix == ".index"]
-    parts = [name.partition("-") for name in names]
+    """The metrics whose index of FAISS is saved in a folder."""
+    names = [Path(name) for name in folder.faiss()]
+    parts = [n.stem.removeprefix(FAISS).partition("-") for n in names if n.suffix == ".index"]
     return [Metric(norm, float(weight) if weight else None) for norm, _, weight in parts]  # type: ignore[arg-type]
 
 

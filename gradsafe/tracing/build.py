@@ -6,16 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import nn
 
 from gradsafe._io.artifacts import StorageError
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe._io.records import read_jsonl
-from gradsafe.models import pad_token_id
+from gradsafe.models import Encoding, pad_token_id
 from gradsafe.models.inspection import input_device
-from gradsafe.tracing.config import Encoding, LayerRule, TraceConfig
+from gradsafe.tracing.config import RULES, TraceConfig
 from gradsafe.tracing.examples import (
     Example,
     ExampleEncoder,
@@ -41,13 +41,13 @@ def build_folder(
     layer = config.layer
     settings = {
         **model_settings(job.model, job.tokenizer),
-        "layer": layer if layer in get_args(LayerRule) else resolve_layer(job.model, layer),  # type: ignore[arg-type]
+        "layer": layer if layer in RULES else resolve_layer(job.model, layer),  # type: ignore[arg-type]
         "encoding": asdict(config.encoding),
     }
     _check_agreement(job, samples, {**settings, "part_norm": config.part_norm})
     encode = ExampleEncoder(job.model, job.tokenizer, config.encoding)
     if not place.exists() or is_blank(place):
-        encode.check(samples[job.processes.rank :: job.processes.count])
+        encode.keep(samples[job.processes.rank :: job.processes.count])
     if job.processes.first:
         check_place(place, resume)  # before a lock is put into it
     with building_alone(place, job.processes):
@@ -74,8 +74,7 @@ def build_folder(
 def extend_folder(job: Job, known: IndexFolder, source: Samples) -> IndexFolder:
     """Add samples, or resume a call that was killed, see `TraceIndex.extend`.
 
-    Returns:
-        The index as it is then; other processes may have extended it since `known` was read.
+    Others may have extended the index since `known` was read; the one returned is read anew.
     """
     source = read_jsonl(source) if isinstance(source, (str, os.PathLike)) else list(source)
     with building_alone(known.path, job.processes):
@@ -89,7 +88,7 @@ def extend_folder(job: Job, known: IndexFolder, source: Samples) -> IndexFolder:
         encoding = Encoding(**folder.metadata["settings"]["encoding"])
         encode = ExampleEncoder(job.model, job.tokenizer, encoding)
         if part == len(folder.metadata["parts"]):
-            encode.check(samples[job.processes.rank :: job.processes.count])
+            encode.keep(samples[job.processes.rank :: job.processes.count])
             job.processes.wait("the samples are encoded")
             folder.metadata["parts"].append(_new_part(samples))
             if job.processes.first:
@@ -104,16 +103,11 @@ def model_settings(model: nn.Module, tokenizer: Any) -> dict[str, Any]:
 
 
 def check_settings(folder: IndexFolder, given: Mapping[str, Any], op: str) -> None:
-    """Refuse to mix signatures of different settings.
-
-    Raises:
-        ValueError: Names the setting, the value of the index and the given one.
-    """
-    metadata = folder.metadata
+    """Raises ValueError, with both values, if an index was built with other settings."""
     known = {
-        **metadata["settings"],
-        "examples": metadata["parts"][0],
-        "shard_samples": metadata["shard_samples"],
+        **folder.metadata["settings"],
+        "examples": folder.metadata["parts"][0],
+        "shard_samples": folder.metadata["shard_samples"],
     }
     for name, value in given.items():
         if known.get(name) != value:
@@ -160,7 +154,7 @@ def _new_metadata(
 ) -> dict[str, Any]:
     """The manifest of an index without shards; chooses the layer if asked to."""
     layer, curve = settings["layer"], None
-    if layer in get_args(LayerRule):
+    if layer in RULES:
         probes = [encode(samples[i])[-1] for i in pick_probes(len(samples))]
         pad_id = pad_token_id(job.tokenizer)
         choice = choose_layer(job.model, probes, pad_id, layer, job.batch_tokens)
@@ -200,11 +194,7 @@ def _next_part(folder: IndexFolder, source: Samples) -> tuple[list[Example], int
 
 
 def _in_all(job: Job, folder: IndexFolder | None, place: Path) -> IndexFolder:
-    """The first process's folder, in all processes.
-
-    Raises:
-        StorageError: This process does not see the folder.
-    """
+    """The first process's folder, in all processes."""
     mine = None if folder is None else [folder.metadata, folder.files]
     metadata, files = job.processes.share("folder", mine)
     if folder is not None:

@@ -5,34 +5,15 @@ This module does not import torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from gradsafe.models import Encoding
 
 PartNorm = Literal["none", "unit", "zscore"]
 LayerRule = Literal["auto", "auto-lower", "auto-single"]
-Overflow = Literal["error", "window"]
 LAST = "last"
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """The options that decide the token ids of a sample, see `TraceConfig`.
-
-    They are saved with an index, so that queries are encoded like its samples.
-    """
-
-    template: str | None = None
-    system: str | None = None
-    append_eos: bool = False
-    overflow: Overflow = "error"
-    max_length: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_choice("overflow", self.overflow, Overflow)
-        _check_type("template", self.template, str)
-        _check_type("system", self.system, str)
-        _check_type("append_eos", self.append_eos, bool)
-        check_count("max_length", self.max_length, least=2)
+RULES: tuple[str, ...] = get_args(LayerRule)
 
 
 @dataclass(frozen=True)
@@ -70,7 +51,7 @@ class TraceConfig:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        rules = (LAST, *get_args(LayerRule))
+        rules = (LAST, *RULES)
         if isinstance(self.layer, (str, bool, float)) and self.layer not in rules:
             raise TypeError(
                 f"gradsafe.TraceIndex: expected layer to be one of {', '.join(rules)} or an int, "
@@ -78,12 +59,14 @@ class TraceConfig:
             )
         check_weighing(self.part_norm)
         check_count("shard_samples", self.shard_samples)
-        self.encoding  # noqa: B018  # its checks
+        check_count("max_length", self.max_length)
+        _check_type("append_eos", self.append_eos, bool)
+        self.encoding  # noqa: B018  # checks its own fields
 
     @property
     def encoding(self) -> Encoding:
         """The options that decide the token ids of a sample."""
-        return Encoding(**{field.name: getattr(self, field.name) for field in fields(Encoding)})
+        return Encoding(self.template, self.system, self.append_eos, self.overflow, self.max_length)
 
 
 @dataclass(frozen=True)
@@ -118,39 +101,36 @@ class QueryConfig:
 
 def check_weighing(part_norm: str | None, gradient_weight: float | None = None) -> None:
     """Raises TypeError or ValueError if a `part_norm` or a `gradient_weight` cannot be used."""
-    if part_norm is not None:
-        _check_choice("part_norm", part_norm, PartNorm)
+    if part_norm not in (None, *get_args(PartNorm)):
+        raise ValueError(
+            f'gradsafe.TraceIndex: expected part_norm "none", "unit" or "zscore", got {part_norm!r}'
+        )
+    if gradient_weight is None:
+        return
     _check_type("gradient_weight", gradient_weight, (int, float))
-    if gradient_weight is not None and part_norm == "none":
+    if part_norm == "none":
         raise ValueError(
             'gradsafe.TraceIndex: gradient_weight needs part_norm "unit" or "zscore"; "none" does '
             "not scale the parts"
         )
-    if gradient_weight is not None and not 0 <= gradient_weight <= 1:
+    if not 0 <= gradient_weight <= 1:
         raise ValueError(
             f"gradsafe.TraceIndex: expected gradient_weight between 0 and 1, got {gradient_weight}"
         )
 
 
-def check_count(name: str, value: int | None, least: int = 1) -> None:
-    """Raises TypeError or ValueError unless a value is None or an int of at least `least`."""
+def check_count(name: str, value: int | None) -> None:
+    """Raises TypeError or ValueError unless a value is None or an int of at least 1."""
+    if value is None:
+        return
     _check_type(name, value, int)
-    if value is not None and value < least:
-        raise ValueError(f"gradsafe.TraceIndex: expected {name} of at least {least}, got {value}")
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    if value not in get_args(choices):
-        allowed = ", ".join(f'"{choice}"' for choice in get_args(choices))
-        raise ValueError(
-            f"gradsafe.TraceIndex: expected {name} to be one of {allowed}, got {value!r}"
-        )
+    if value < 1:
+        raise ValueError(f"gradsafe.TraceIndex: expected {name} of at least 1, got {value}")
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
-    if value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool))):
-        return
-    expected = {str: "text", bool: "a bool", int: "an int"}.get(kind, "a number")
-    raise TypeError(
-        f"gradsafe.TraceIndex: expected {name} to be {expected}, got {type(value).__name__}"
-    )
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        expected = {bool: "a bool", int: "an int"}.get(kind, "a number")
+        raise TypeError(
+            f"gradsafe.TraceIndex: expected {name} to be {expected}, got {type(value).__name__}"
+        )

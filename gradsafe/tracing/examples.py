@@ -7,20 +7,14 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from gradsafe._io.records import Prompt, Row, pair, read_jsonl
-from gradsafe.models import (
-    ContextOverflowError,
-    Encoded,
-    context_length,
-    encode,
-    encode_windows,
-)
-from gradsafe.tracing.config import Encoding
+from gradsafe._io.records import Row, pair, read_jsonl
+from gradsafe.models import Encoded, Encoding, Prompt, context_length, encode, encode_windows
+from gradsafe.models.encode import located
 
 Id = str | int
 Samples = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
@@ -28,14 +22,7 @@ Samples = str | os.PathLike[str] | Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Example:
-    """One sample.
-
-    Attributes:
-        id: Its id; its number among the samples if it has none.
-        prompt: User text or conversation.
-        response: The response that was trained on or observed.
-        where: Its place in the source, for messages.
-    """
+    """One sample: its id (or else its number), prompt, response, and place for messages."""
 
     id: Id
     prompt: Prompt
@@ -44,58 +31,32 @@ class Example:
 
 
 class ExampleEncoder:
-    """Encodes samples for one model; errors name the sample.
-
-    Args:
-        model: Its context length limits samples where the options do not.
-        tokenizer: A transformers tokenizer.
-        encoding: The options.
-    """
+    """Encodes samples for one model, whose context limits them; errors name the sample."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, encoding: Encoding) -> None:
         self.tokenizer = tokenizer
         known = [encoding.max_length, context_length(model, tokenizer)]
-        self._options: dict[str, Any] = {
-            "template": encoding.template,
-            "system": encoding.system,
-            "append_eos": encoding.append_eos,
-            "max_length": min((n for n in known if n is not None), default=None),
-        }
-        windows = encoding.overflow == "window" and self._options["max_length"] is not None
-        self._encode = encode_windows if windows else encode
-        self._known: dict[str, list[tuple[array[int], int]]] = {}
+        longest = min((length for length in known if length is not None), default=None)
+        self.encoding = replace(encoding, max_length=longest)
+        self._kept: dict[str, list[tuple[array[int], int]]] = {}
 
     def __call__(self, example: Example) -> list[Encoded]:
-        """Token ids of a sample: one item, or its windows.
+        """Token ids of a sample: one item, or its windows."""
+        if example.where in self._kept:
+            return [Encoded(ids.tolist(), prompt) for ids, prompt in self._kept[example.where]]
+        with located(example.where):
+            if self.encoding.overflow == "window":
+                return encode_windows(
+                    self.tokenizer, example.prompt, example.response, self.encoding
+                )
+            return [encode(self.tokenizer, example.prompt, example.response, self.encoding)]
 
-        Raises:
-            ValueError: No template, no token, or (as ContextOverflowError) too many.
-        """
-        if example.where in self._known:
-            return [Encoded(ids.tolist(), prompt) for ids, prompt in self._known[example.where]]
-        try:
-            found = self._encode(
-                self.tokenizer,
-                example.prompt,  # type: ignore[arg-type]
-                example.response,
-                **self._options,
-            )
-        except ContextOverflowError as error:
-            raise ContextOverflowError(f"{example.where}: {error}") from error
-        except ValueError as error:
-            raise ValueError(f"{example.where}: {error}") from error
-        return [found] if isinstance(found, Encoded) else found
-
-    def check(self, examples: Iterable[Example]) -> None:
-        """Encode samples now; their token ids are kept for the first use, 4 bytes each.
-
-        Raises:
-            ValueError: As `__call__`.
-        """
+    def keep(self, examples: Iterable[Example]) -> None:
+        """Encode samples before hours of work; the ids take 4 bytes each until they are used."""
         for example in examples:
             items = self(example)
             kept = [(array("i", item.input_ids), item.prompt_length) for item in items]
-            self._known[example.where] = kept
+            self._kept[example.where] = kept
 
     def all(self, examples: Iterable[Example]) -> tuple[list[Encoded], list[int]]:
         """Items of many samples, and for each the number of the sample it belongs to."""
@@ -103,25 +64,22 @@ class ExampleEncoder:
         owners: list[int] = []
         for index, example in enumerate(examples):
             found = self(example)
-            self._known.pop(example.where, None)
+            self._kept.pop(example.where, None)
             items.extend(found)
             owners.extend([index] * len(found))
         return items, owners
 
 
 def read_examples(
-    source: Samples,
-    name: str = "examples",
-    first: int = 0,
-    taken: Sequence[Id] = (),
+    source: Samples, name: str = "examples", first: int = 0, taken: Sequence[Id] = ()
 ) -> list[Example]:
     """Read samples.
 
     Args:
-        source: A JSON Lines file, or rows (a list of dicts, a `datasets.Dataset`) in one of the
-            formats of `gradsafe._io.records.pair`, optionally with an id.
+        source: A JSON Lines file, or rows (a list of dicts, a `datasets.Dataset`) with prompt and
+            response, or in another format of TRL, and optionally with an id.
         name: What messages call the source.
-        first: Number of the first sample, used as its id if it has none.
+        first: Number of the first sample, which is its id if it has none.
         taken: Ids that are in use already.
 
     Returns:
@@ -130,19 +88,18 @@ def read_examples(
     Raises:
         FileNotFoundError: No such file.
         TypeError: The source or a sample is of the wrong type.
-        ValueError: No sample, a prompt or response that is missing or empty, a line of a file with
-            a value of the wrong type, or an id that occurs twice; the message names the sample.
+        ValueError: No sample, a prompt or response that is missing or empty, a value of the wrong
+            type in a file, or an id that occurs twice; the message names the sample.
     """
-    if isinstance(source, (str, os.PathLike)):
-        name, source = str(source), read_jsonl(source)
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+    rows = read_jsonl(source) if isinstance(source, (str, os.PathLike)) else source
+    if isinstance(rows, Mapping) or not isinstance(rows, Iterable):
         raise TypeError(
             f"gradsafe.TraceIndex: expected {name} to be a path, a list of dicts or a Dataset, "
-            f"got {type(source).__name__}"
+            f"got {type(rows).__name__}"
         )
     examples: list[Example] = []
     seen: dict[Id, str] = dict.fromkeys(taken, "the index")
-    for index, row in enumerate(source):
+    for index, row in enumerate(rows):
         where = row.where if isinstance(row, Row) else f"{name}[{index}]"
         try:
             example = _example(row, where, first + index)
@@ -161,6 +118,15 @@ def read_examples(
     return examples
 
 
+def _example(row: Any, where: str, number: int) -> Example:
+    if not isinstance(row, Mapping):
+        raise TypeError(f"{where}: expected a dict, got {type(row).__name__}")
+    name = number if row.get("id") is None else row["id"]
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise TypeError(f"{where}: the field 'id' must be text or an integer, got {name!r}")
+    return Example(name, *pair(row, where), where)
+
+
 def examples_fingerprint(examples: Sequence[Example]) -> str:
     """SHA-256 of ids, prompts and responses, in order."""
     digest = hashlib.sha256()
@@ -168,12 +134,3 @@ def examples_fingerprint(examples: Sequence[Example]) -> str:
         values = [example.id, example.prompt, example.response]
         digest.update(json.dumps(values, default=dict).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _example(row: Any, where: str, number: int) -> Example:
-    if not isinstance(row, Mapping):
-        raise TypeError(f"{where}: expected a dict, got {type(row).__name__}")
-    given = number if row.get("id") is None else row["id"]
-    if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise TypeError(f"{where}: the field 'id' must be text or an integer, got {given!r}")
-    return Example(given, *pair(row, where), where)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from gradsafe._io.processes import Processes, SharedProgress
 from gradsafe.models import Encoded, pad_token_id
 from gradsafe.tracing.config import check_count
 from gradsafe.tracing.examples import Example, ExampleEncoder
-from gradsafe.tracing.folder import IndexFolder, Shard, ShardPlan, batch_key
+from gradsafe.tracing.folder import IndexFolder, Shard, ShardPlan
 from gradsafe.tracing.signature import SignaturePass, check_finite
 
 
@@ -25,26 +25,13 @@ class Job:
 
     model: nn.Module
     tokenizer: Any
-    processes: Processes
     batch_tokens: int
     progress: bool
+    processes: Processes
 
-    @classmethod
-    @contextmanager
-    def started(
-        cls,
-        model: nn.Module,
-        tokenizer: Any,
-        processes: Processes | None,
-        batch_tokens: int,
-        progress: bool,
-    ) -> Iterator[Job]:
-        """Yields the job of these processes; a failure in one of them ends the others."""
-        check_count("batch_tokens", batch_tokens)
-        processes = Processes.of_group() if processes is None else processes
-        processes.next_job()
-        with processes.ending_together():
-            yield cls(model, tokenizer, processes, batch_tokens, progress)
+    def __post_init__(self) -> None:
+        check_count("batch_tokens", self.batch_tokens)
+        self.processes.next_job()
 
 
 def fill(
@@ -56,13 +43,6 @@ def fill(
     depend on the number of processes. The first process alone writes the manifest; the others send
     it the checksums of their shards. With another `batch_tokens` than before, unfinished shards are
     computed from their start, and their rows agree with the others to rounding only.
-
-    Args:
-        job: All processes call this.
-        folder: The index, the same in all processes.
-        examples: The samples of the part.
-        part: Number of the part.
-        encode: Encodes them.
     """
     processes = job.processes
     if processes.first:
@@ -82,12 +62,12 @@ def fill(
     ) as bar:
         shared = SharedProgress(bar, processes, "samples")
 
-        def show(samples: int = 0) -> None:
+        def show(samples: int) -> None:
             processes.check()
             shared(samples)
 
         def list_finished() -> None:
-            show()
+            show(0)
             if processes.first and (told := processes.heard()):
                 folder.list_shards(dict(told))
 
@@ -95,10 +75,17 @@ def fill(
             own = examples[plan.first - before :][: plan.count]
             items, owners = encode.all(own)
             names = [own[owner].where for owner in owners]
-            values = _signatures(folder, plan, runner, items, names, job.batch_tokens, show)
-            shard = Shard(
-                values, torch.tensor(owners) + plan.first, [example.id for example in own], items
-            )
+            rows: list[Tensor] = [torch.empty(0)] * len(items)
+            done = shown = 0
+            for indices, values in _signatures(job, folder, plan, runner, items, names):
+                for index, row in zip(indices, values, strict=True):
+                    rows[index] = row
+                done += len(indices)
+                # A sample may have several items; the bar counts samples.
+                show(plan.count * done // len(items) - shown)
+                shown = plan.count * done // len(items)
+            ids = [example.id for example in own]
+            shard = Shard(torch.stack(rows), torch.tensor(owners) + plan.first, ids, items)
             processes.tell([plan.name, folder.write_shard(plan, shard)])
             list_finished()
         processes.wait("all shards are written", list_finished)
@@ -107,30 +94,21 @@ def fill(
 
 
 def _signatures(
+    job: Job,
     folder: IndexFolder,
     plan: ShardPlan,
     runner: SignaturePass,
     items: list[Encoded],
     names: list[str],
-    batch_tokens: int,
-    show: Callable[[int], None],
-) -> Tensor:
-    samples = f"{plan} {folder.metadata['parts']}"
-    rows: list[Tensor] = [torch.empty(0)] * len(items)
-    done = shown = 0
-    for number, indices in enumerate(runner.plan(items, batch_tokens)):
-        key = batch_key(indices, samples)
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Numbers and signatures of the items of each batch, computed or from an earlier run."""
+    for number, indices in enumerate(runner.plan(items, job.batch_tokens)):
+        rows = f"{plan} {folder.metadata['parts']} {indices}"
+        key = hashlib.sha256(rows.encode()).hexdigest()
         values = folder.read_batch(plan, number, key)
         if values is None:
             (values,) = runner.batch([items[i] for i in indices]).values()
             values = values.float().contiguous()
             check_finite(values, [names[i] for i in indices])
             folder.write_batch(plan, number, key, values)
-        for index, row in zip(indices, values, strict=True):
-            rows[index] = row
-        done += len(indices)
-        # A sample that was cut into windows has several items; the bar counts samples.
-        reached = plan.count * done // len(items)
-        show(reached - shown)
-        shown = reached
-    return torch.stack(rows)
+        yield indices, values

@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gradsafe._io.artifacts import (
@@ -37,6 +36,7 @@ from gradsafe.tracing.lock import LOCK, building_alone
 KIND = "trace-index"
 WORK = ".work-"  # begins the name of a folder with the batches of an unfinished shard
 FAISS = "faiss-"  # begins the names of the files of `approximate`
+_MISSING = object()
 _METADATA: dict[str, Any] = {
     "settings": {"model": str, "tokenizer": str, "layer": (int, str), "encoding": dict},
     "layer": int,
@@ -56,8 +56,7 @@ class ShardPlan:
     count: int
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """Contents of one shard of R rows; a sample that was cut into windows has several rows.
 
     Attributes:
@@ -71,18 +70,6 @@ class Shard:
     owners: Tensor
     ids: list[Id]
     items: list[Encoded]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors of the file."""
-        flat = [token for item in self.items for token in item.input_ids]
-        return {
-            "signatures": self.signatures.float().contiguous(),
-            "owners": self.owners,
-            "ids": torch.frombuffer(bytearray(json.dumps(self.ids).encode()), dtype=torch.uint8),
-            "tokens": torch.tensor(flat, dtype=torch.int32),
-            "lengths": torch.tensor([len(item) for item in self.items]),
-            "prompt_lengths": torch.tensor([item.prompt_length for item in self.items]),
-        }
 
 
 class IndexFolder:
@@ -103,7 +90,7 @@ class IndexFolder:
 
     @classmethod
     def create(cls, path: Path, metadata: dict[str, Any]) -> IndexFolder:
-        """Write the manifest of a new index; the parent of its folder must exist."""
+        """Write the manifest of a new index."""
         path.mkdir(exist_ok=True)
         folder = cls(path, metadata, {})
         folder.write_manifest()
@@ -111,11 +98,7 @@ class IndexFolder:
 
     @classmethod
     def open(cls, path: Path) -> IndexFolder:
-        """Read the manifest, and no shard.
-
-        Raises:
-            StorageError: No index, a malformed one, or one of a newer version.
-        """
+        """Read the manifest, and no shard; raises StorageError if that is impossible."""
         manifest = read_manifest(path, KIND)
         metadata = manifest["metadata"]
         place = f"{path / MANIFEST} is malformed"
@@ -125,6 +108,10 @@ class IndexFolder:
         if metadata["shard_samples"] < 1:
             raise StorageError(f"{place}: 'shard_samples' must be at least 1")
         return cls(path, metadata, dict(manifest["files"]))
+
+    def write_manifest(self) -> None:
+        """Replace the manifest."""
+        write_manifest(self.path, KIND, self.metadata, dict(sorted(self.files.items())))
 
     @property
     def plan(self) -> list[ShardPlan]:
@@ -150,53 +137,27 @@ class IndexFolder:
         """The shards that are still to be computed."""
         return [shard for shard in self.plan if shard.name not in self.files]
 
-    def write_manifest(self) -> None:
-        """Replace the manifest."""
-        write_manifest(self.path, KIND, self.metadata, dict(sorted(self.files.items())))
-
     def write_shard(self, plan: ShardPlan, shard: Shard) -> dict[str, Any]:
         """Write a shard and return its record for `list_shards`."""
-        write_tensors(self.path / plan.name, shard.tensors())
+        flat = [token for item in shard.items for token in item.input_ids]
+        ids = json.dumps(shard.ids).encode()
+        tensors = {
+            "signatures": shard.signatures.float(),
+            "owners": shard.owners,
+            "ids": torch.frombuffer(bytearray(ids), dtype=torch.uint8),
+            "tokens": torch.tensor(flat, dtype=torch.int32),
+            "lengths": torch.tensor([len(item) for item in shard.items]),
+            "prompt_lengths": torch.tensor([item.prompt_length for item in shard.items]),
+        }
+        write_tensors(self.path / plan.name, tensors)
         return file_record(self.path / plan.name)
 
     def list_shards(self, records: Mapping[str, dict[str, Any]]) -> None:
-        """Add shards to the manifest, then remove their batches.
-
-        Args:
-            records: Name of the file to its record.
-        """
+        """Add shards to the manifest, then remove their batches."""
         self.files.update(records)
         self.write_manifest()
         for name in records:
             shutil.rmtree(self._work(name), ignore_errors=True)
-
-    def sweep(self) -> None:
-        """Remove the files of a killed run that no build needs."""
-        kept = {self._work(shard.name).name for shard in self.missing}
-        for entry in self.path.iterdir():
-            if entry.name.startswith(WORK) and entry.name not in kept:
-                shutil.rmtree(entry)
-            elif entry.name.endswith(PARTIAL):
-                entry.unlink(missing_ok=True)  # a query may have finished it
-
-    def copy_to(self, path: Path) -> None:
-        """Copy the complete shards to another folder, atomically; an index there is replaced.
-
-        Raises:
-            FileNotFoundError: The parent folder does not exist.
-            FileExistsError: `path` exists and is not an index.
-            BusyFolderError: A build uses the index that is there.
-            StorageError: A shard is damaged.
-        """
-        check_destination(path, KIND, _is_unlisted)
-        target = path.resolve()
-        alone = building_alone(target, Processes()) if target.exists() else nullcontext()
-        with alone, replacing_folder(target) as scratch:
-            self.verify()
-            for name in [shard.name for shard in self.present] + [p.name for p in self.faiss()]:
-                shutil.copyfile(self.path / name, scratch / name)
-                flush_to_disk(scratch / name)
-            IndexFolder(scratch, self.metadata, self.files).write_manifest()
 
     def write_batch(self, plan: ShardPlan, number: int, key: str, values: Tensor) -> None:
         """Keep the signatures of one batch of an unfinished shard."""
@@ -204,9 +165,8 @@ class IndexFolder:
         work.mkdir(exist_ok=True)
         # Not flushed to disk: the checksum detects a torn file.
         note = {"key": key, "sha256": digest(values)}
-        write_tensors(
-            work / f"{number:06d}.safetensors", {"signatures": values}, note, durable=False
-        )
+        path = work / f"{number:06d}.safetensors"
+        write_tensors(path, {"signatures": values}, note, durable=False)
 
     def read_batch(self, plan: ShardPlan, number: int, key: str) -> Tensor | None:
         """The signatures of a batch from an earlier run; None if there are none to use."""
@@ -218,57 +178,68 @@ class IndexFolder:
                 note, values = file.metadata() or {}, file.get_tensor("signatures")
         except SafetensorError:
             return None  # torn by a crash of the machine
-        usable = note.get("key") == key and note.get("sha256") == digest(values)
-        return values if usable else None
+        return values if note == {"key": key, "sha256": digest(values)} else None
+
+    def sweep(self) -> None:
+        """Remove the files of a killed run that no build needs."""
+        kept = {self._work(shard.name) for shard in self.missing}
+        for entry in self.path.iterdir():
+            if entry.name.startswith(WORK) and entry not in kept:
+                shutil.rmtree(entry)
+            elif entry.name.endswith(PARTIAL):
+                entry.unlink(missing_ok=True)  # a query may have finished it
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the complete shards to another folder, atomically, see `TraceIndex.save`."""
+        check_destination(path, KIND, _is_unlisted)
+        target = path.resolve()
+        alone = building_alone(target, Processes()) if target.exists() else nullcontext()
+        with alone, replacing_folder(target) as scratch:
+            self.verify()
+            for name in [*(shard.name for shard in self.present), *self.faiss()]:
+                shutil.copyfile(self.path / name, scratch / name)
+                flush_to_disk(scratch / name)
+            IndexFolder(scratch, self.metadata, self.files).write_manifest()
 
     def verify(self) -> None:
-        """Check every shard against the manifest.
-
-        Raises:
-            StorageError: Names the first damaged shard, its samples and the remedy.
-        """
-        for shard in self.present:
-            self._verify(shard)
+        """Raise StorageError for the first damaged shard."""
+        for error in filter(None, map(self._damage, self.present)):
+            raise error
 
     def repair(self) -> list[str]:
-        """Remove damaged shards, and the last extensions if none of their shards is complete.
-
-        Returns:
-            Names of the shards that are no longer there, or no longer planned.
-        """
+        """Remove what cannot be used, see `TraceIndex.repair`; returns the names of its shards."""
         before = self.plan
         parts = self.metadata["parts"]
         while len(parts) > 1 and not any(
             shard.first >= sum(part["count"] for part in parts[:-1]) for shard in self.present
         ):
             del parts[-1]
-        damaged = [shard.name for shard in self.present if self._is_damaged(shard)]
-        for name in damaged:  # after the extensions: one with a damaged shard stays
-            del self.files[name]
         unstarted = [shard.name for shard in before[len(self.plan) :]]
+        damaged = [shard.name for shard in self.present if self._damage(shard)]
+        for name in damaged:  # after the extensions: one with a damaged shard is kept
+            del self.files[name]
         self.write_manifest()
-        for path in [self.path / name for name in damaged] + (self.faiss() if damaged else []):
-            path.unlink(missing_ok=True)
+        for name in [*damaged, *(self.faiss() if damaged else ())]:
+            (self.path / name).unlink(missing_ok=True)
         self.sweep()
         return damaged + unstarted
 
-    def faiss(self) -> list[Path]:
-        """The files of `approximate`."""
-        return [path for path in self.path.glob(f"{FAISS}*") if not path.name.endswith(PARTIAL)]
-
-    def item(self, plan: ShardPlan, row: int) -> Encoded:
-        """Token ids of one row of a shard."""
-        with _reading(self.path / plan.name) as path:
-            tensors = load_file(path)
-        end = int(tensors["lengths"][: row + 1].sum())
-        begin = end - int(tensors["lengths"][row])
-        return Encoded(tensors["tokens"][begin:end].tolist(), int(tensors["prompt_lengths"][row]))
+    def faiss(self) -> list[str]:
+        """Names of the files of `Candidates`."""
+        return sorted(path.name for path in self.path.glob(f"{FAISS}*"))
 
     def ids(self, plan: ShardPlan) -> tuple[list[Id], Tensor]:
         """Ids of the samples of one shard, and the number of the sample of each row."""
-        with _reading(self.path / plan.name) as path, safe_open(path, "pt") as file:
+        with _reading(self.path / plan.name) as file:
             ids, owners = file.get_tensor("ids"), file.get_tensor("owners")
         return json.loads(bytes(ids.numpy()).decode()), owners
+
+    def item(self, plan: ShardPlan, row: int) -> Encoded:
+        """Token ids of one row of a shard."""
+        with _reading(self.path / plan.name) as file:
+            ends = file.get_tensor("lengths").cumsum(0).tolist()
+            tokens = file.get_tensor("tokens")[ends[row - 1] if row else 0 : ends[row]]
+            return Encoded(tokens.tolist(), int(file.get_tensor("prompt_lengths")[row]))
 
     def signatures(self, shards: Sequence[ShardPlan] | None = None) -> Iterator[Tensor]:
         """The signatures of some or all complete shards, one shard in memory at a time."""
@@ -277,26 +248,20 @@ class IndexFolder:
 
     def signature_rows(self, plan: ShardPlan, rows: Tensor | slice = slice(None)) -> Tensor:
         """Some rows of a shard's signatures; the file is mapped, and only these are read."""
-        with _reading(self.path / plan.name) as path, safe_open(path, "pt") as file:
+        with _reading(self.path / plan.name) as file:
             signatures: Tensor = file.get_tensor("signatures")
             return signatures[rows]
 
-    def _verify(self, plan: ShardPlan) -> None:
+    def _damage(self, plan: ShardPlan) -> StorageError | None:
         try:
             verify_file(self.path / plan.name, self.files[plan.name])
         except StorageError as error:
-            raise StorageError(
+            return StorageError(
                 f"{error} (samples {plan.first} to {plan.first + plan.count - 1}); "
                 f"gradsafe trace repair {self.path} (gradsafe.TraceIndex.repair) removes damaged "
                 "shards and keeps the rest, and the same build or extend computes them again"
-            ) from error
-
-    def _is_damaged(self, plan: ShardPlan) -> bool:
-        try:
-            self._verify(plan)
-        except StorageError:
-            return True
-        return False
+            )
+        return None
 
     def _work(self, name: str) -> Path:
         return self.path / (WORK + Path(name).stem)
@@ -309,9 +274,9 @@ def is_blank(path: Path) -> bool:
     )
 
 
-def batch_key(indices: Sequence[int], samples: str) -> str:
-    """Identifies a batch file: which rows it holds, of which shard."""
-    return hashlib.sha256(f"{samples} {list(indices)}".encode()).hexdigest()
+def digest(values: Tensor) -> str:
+    """SHA-256 of the values of a tensor."""
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _is_unlisted(name: str) -> bool:
@@ -320,28 +285,21 @@ def _is_unlisted(name: str) -> bool:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Path]:
+def _reading(path: Path) -> Iterator[Any]:
     try:
-        yield path
+        with safe_open(path, "pt") as file:
+            yield file
     except (SafetensorError, FileNotFoundError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
 
 
 def _check(place: str, name: str, found: Any, expected: Any) -> None:
     """Raises StorageError where a JSON value lacks an entry or has one of another type."""
-    if isinstance(expected, dict):
-        for key, kind in expected.items():
-            if not isinstance(found, dict) or key not in found:
-                raise StorageError(f"{place}: {key!r} is missing in {name!r}")
-            _check(place, key, found[key], kind)
-    elif isinstance(expected, list):
-        _check(place, name, found, list)
-        for entry in found:
+    if isinstance(expected, list):
+        for entry in found if isinstance(found, list) else (None,):
             _check(place, name, entry, expected[0])
-    elif not isinstance(found, expected):
-        raise StorageError(f"{place}: {name!r} is of the wrong type, {type(found).__name__}")
-
-
-def digest(values: Tensor) -> str:
-    """SHA-256 of the values of a tensor."""
-    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+    elif not isinstance(found, dict if isinstance(expected, dict) else expected):
+        raise StorageError(f"{place}: {name!r} is missing or of the wrong type")
+    elif isinstance(expected, dict):
+        for key, kind in expected.items():
+            _check(place, key, found.get(key, _MISSING), kind)

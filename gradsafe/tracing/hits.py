@@ -96,7 +96,7 @@ class Hits:
 
     def _item(self, query: int, rank: int) -> Encoded:
         self._check(query, rank)
-        return self._index.item(int(self.rows[query, rank]))
+        return self._index._search.item(int(self.rows[query, rank]))
 
     def _unit_gradients(self, item: Encoded) -> Tensor:
         return unit_gradients(self._index.model, self._index.tokenizer, item, self._index.layer)

@@ -13,10 +13,10 @@ from typing import Any
 from torch import nn
 
 from gradsafe._io.processes import Processes
-from gradsafe.models import Encoded, pad_token_id
+from gradsafe.models import Encoding, pad_token_id
 from gradsafe.tracing import build as building
 from gradsafe.tracing.approximate import load_faiss, saved_metrics
-from gradsafe.tracing.config import Encoding, PartNorm, QueryConfig, TraceConfig, check_count
+from gradsafe.tracing.config import RULES, PartNorm, QueryConfig, TraceConfig, check_count
 from gradsafe.tracing.examples import ExampleEncoder, Id, Samples, read_examples
 from gradsafe.tracing.fill import Job
 from gradsafe.tracing.folder import IndexFolder
@@ -49,7 +49,6 @@ class TraceIndex:
     def __init__(self, folder: IndexFolder, model: nn.Module, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        folder.path = folder.path.absolute()  # the working directory may change
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._open(folder)
 
@@ -104,7 +103,8 @@ class TraceIndex:
         """
         config = TraceConfig(**options)
         temporary = None
-        with Job.started(model, tokenizer, processes, batch_tokens, progress) as job:
+        job = Job(model, tokenizer, batch_tokens, progress, processes or Processes.of_group())
+        with job.processes.ending_together():
             if path is None:
                 if job.processes.count > 1:
                     raise ValueError("gradsafe.TraceIndex.build: several processes need a path")
@@ -176,7 +176,10 @@ class TraceIndex:
             OSError: As in `build`.
             Stopped: As in `build`.
         """
-        with Job.started(self.model, self.tokenizer, processes, batch_tokens, progress) as job:
+        job = Job(
+            self.model, self.tokenizer, batch_tokens, progress, processes or Processes.of_group()
+        )
+        with job.processes.ending_together():
             self._open(building.extend_folder(job, self._folder, examples))
             if job.processes.first and importlib.util.find_spec("faiss"):
                 for metric in saved_metrics(self._folder):
@@ -270,50 +273,21 @@ class TraceIndex:
         last_windows = list(dict(zip(owners, items, strict=True)).values())
         return Hits(ids, scores, positions, rows, self, last_windows)
 
-    def item(self, row: int) -> Encoded:
-        """Token ids of a row of the index, see `Hits.rows`."""
-        return self._search.item(row)
-
-    @property
-    def path(self) -> Path:
-        """Its folder."""
-        return self._folder.path
-
-    @property
-    def layer(self) -> int:
-        """Index into `hidden_states`."""
-        return int(self._folder.metadata["layer"])
-
-    @property
-    def layer_rule(self) -> str | None:
-        """The rule that chose the layer; None if it was given."""
-        asked = self._folder.metadata["settings"]["layer"]
-        return asked if isinstance(asked, str) else None
-
-    @property
-    def layer_curve(self) -> list[float] | None:
-        """Similarities of consecutive layers; None if the layer was given."""
-        curve: list[float] | None = self._folder.metadata["layer_curve"]
-        return curve
-
-    @property
-    def part_norm(self) -> PartNorm:
-        """How queries compare signatures by default."""
-        norm: PartNorm = self._folder.metadata["part_norm"]
-        return norm
-
-    @property
-    def ids(self) -> list[Id]:
-        """Ids of its samples, in order."""
-        return list(self._search.ids.values())
-
     def __len__(self) -> int:
         """Number of its samples."""
-        return len(self._search.ids)
+        return len(self.ids)
 
     def _open(self, folder: IndexFolder) -> None:
+        folder.path = folder.path.absolute()  # the working directory may change
         self._folder = folder
         self._search = Search(folder)
+        self.path: Path = folder.path
+        metadata, asked = folder.metadata, folder.metadata["settings"]["layer"]
+        self.layer: int = metadata["layer"]
+        self.layer_rule: str | None = asked if asked in RULES else None
+        self.layer_curve: list[float] | None = metadata["layer_curve"]
+        self.part_norm: PartNorm = metadata["part_norm"]
+        self.ids: list[Id] = list(self._search.ids.values())
 
     def _warn_if_incomplete(self) -> None:
         missing = sum(shard.count for shard in self._folder.missing)

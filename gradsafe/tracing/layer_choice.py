@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,9 @@ from torch.nn import functional
 from gradsafe.models import Encoded, collate, plan_batches
 from gradsafe.models.inspection import forward_parameters, input_device
 from gradsafe.models.modes import evaluating
-from gradsafe.tracing.config import LayerRule
+from gradsafe.tracing.config import RULES, LayerRule
 from gradsafe.tracing.response_pass import model_inputs
 
-RULES: tuple[str, ...] = get_args(LayerRule)
 PROBES = 32
 TIE = 1e-6  # a minimum is unique if no other similarity is closer to it than this
 

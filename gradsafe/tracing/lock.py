@@ -22,17 +22,8 @@ class BusyFolderError(OSError):
 def building_alone(folder: Path, processes: Processes) -> Iterator[None]:
     """Reserves a folder for one job of one or several processes; creates it if needed.
 
-    Each process holds a lock of its own. A new job is refused while any process of an earlier one
-    is alive, even if its first process has died.
-
-    Args:
-        folder: Its parent must exist.
-        processes: The processes, all of which call this.
-
-    Raises:
-        FileNotFoundError: The parent folder does not exist.
-        BusyFolderError: Another build holds it.
-        OSError: The file system has no locks.
+    Each process holds a lock of its own. A new job is refused (BusyFolderError) while any process
+    of an earlier one is alive, even if its first process has died.
     """
     if not folder.resolve().parent.is_dir():
         raise FileNotFoundError(f"cannot build {folder}: no such folder {folder.parent}")

@@ -168,7 +168,7 @@ def test_an_open_index_stays_as_it_is_while_another_process_adds_rows(folder, ad
 def test_a_file_that_cannot_be_used_is_announced_and_built_again(folder, damage, added):
     metric = Metric("zscore")
     check_hits(folder, Search(folder), metric)
-    index, record = sorted(folder.faiss())
+    index, record = (folder.path / name for name in folder.faiss())
     assert (index.suffix, record.suffix) == (".index", ".safetensors")
     data = bytearray((record if damage in ("record", "moments") else index).read_bytes())
     if damage == "flip":
