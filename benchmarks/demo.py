@@ -67,8 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
     measures = []
     for method in tqdm(METHODS, leave=False, disable=True if args.no_progress else None):
         detector = Detector.fit(model, tokenizer, unsafe, safe, method=method, progress=False)
-        others = {"unsafe_prompts": harmful} if method == "cascade" else {}
-        detector.calibrate(benign, max_fpr=MAX_FPR, progress=False, **others)
+        others = harmful if method == "cascade" else None
+        detector.calibrate(benign, max_fpr=MAX_FPR, progress=False, unsafe_prompts=others)
         threshold = detector.threshold
         assert threshold is not None
         start = time.perf_counter()  # calibration was the warm-up

@@ -128,9 +128,8 @@ def main() -> int:
     for problem in problems:
         print(f"wheel: {wheel.name} {problem}", file=sys.stderr)
     if not problems:
-        kernels = (
-            f"CUDA kernels for {facts['cuda_archs']}" if facts["cuda"] else facts["cuda_reason"]
-        )
+        reason = f"no CUDA kernels: {facts['cuda_reason']}"
+        kernels = f"CUDA kernels for {facts['cuda_archs']}" if facts["cuda"] else reason
         print(f"wheel: {wheel.name} ({size:.1f} MB) is complete and imports; {kernels}")
     return 1 if problems else 0
 

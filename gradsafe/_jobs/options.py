@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -93,9 +92,10 @@ def changed(config: Any) -> dict[str, Any]:
 
 
 def with_line_ends(values: Mapping[str, Any]) -> dict[str, Any]:
-    r"""The options of a method; `\n` in a template becomes a line end, as in other shells."""
-    template = values.get("template")
-    return {**values, "template": template and re.sub(r"\\n", "\n", template)}
+    r"""The options of a method; `\n` in a template becomes a line end, so that it can be typed."""
+    if values.get("template"):
+        return {**values, "template": values["template"].replace("\\n", "\n")}
+    return dict(values)
 
 
 def as_options(config: Any) -> dict[str, Any]:

@@ -190,7 +190,7 @@ def test_pages_are_not_replaced_unasked(built: Run) -> None:
         ("build", "none.jsonl", (), "no such file: none.jsonl"),
         ("build", "prompts.jsonl", (), "prompts.jsonl:1: the field 'response' is missing"),
         ("build", "samples.jsonl", ("--layer", "7"), "out of range; the model has 2 blocks"),
-        ("build", "samples.jsonl", ("--layer", "1"), "another layer (it has 2, given 1)"),
+        ("build", "samples.jsonl", ("--layer", "1"), "layer that index was built with (2), got 1"),
         ("query", "queries.jsonl", ("-k", "8"), "expected k at most 7"),
         ("query", "queries.jsonl", ("--overwrite",), "--overwrite needs --html"),
         ("query", "queries.jsonl", ("--html", "no/pages"), "no such folder"),
@@ -235,7 +235,7 @@ def test_a_damaged_index_is_named(built: Run) -> None:
 def test_bad_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["trace", "build", "--layer", "x", "f"], "layer must be a whole number or one of last"),
-        (["trace", "query", "f", "--nope"], "unknown option --nope, expected one of"),
+        (["trace", "query", "f", "--nope"], "unknown option --nope, did you mean --model?"),
         (["trace", "query", "f", "--model", "m"], "--index is missing"),
     ):
         assert main(arguments) == 2

@@ -88,7 +88,7 @@ def test_an_index_keeps_its_part_norm_and_its_files(built: Run) -> None:
     assert IndexFolder.open(Path("index")).metadata["part_norm"] == "unit"
     status, _, err = built("build", "--shard-samples", "4")
     assert status == 2
-    assert "has 3 samples per file, given 4" in err
+    assert "expected the shard_samples that index was built with (3), got 4" in err
     assert built("build", "--shard-samples", "3")[0] == 0
 
 

@@ -27,7 +27,7 @@ from gradsafe._cli import main
 
 def destroy(*args):
     alive = [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
-    print("models in DDP at the end:", len(alive), file=sys.stderr)
+    sys.stderr.write(f"models in DDP at the end: {len(alive)}\\n")
     whole(*args)
 
 whole, distributed.destroy_process_group = distributed.destroy_process_group, destroy
