@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group sequences of similar length under a budget of padded tokens.
 
-    Longest first (equal lengths keep their order), greedily: the first batch is the largest, so an
-    out-of-memory error shows at once. Every batch satisfies `B * T_max <= batch_tokens`, except
+    Longest first (equal lengths keep their order), greedily: the first batch is the largest, so
+    that out-of-memory errors occur early. Every batch satisfies `B * T_max <= batch_tokens`, except
     that a sequence above the budget is a batch of its own.
 
     Args:
@@ -70,12 +70,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
-        )
+        names = ("input_ids", "attention_mask", "position_ids")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def collate(
@@ -83,7 +79,7 @@ def collate(
     pad_id: int,
     padding_side: Literal["right", "left"] = "right",
 ) -> Batch:
-    """Pad encoded prompts to one batch on the CPU.
+    """Pad encoded prompts to one batch on the CPU, in their order.
 
     Left padding puts all response tokens into the same last columns; `response_nll` then computes
     the fewest logits.
@@ -91,10 +87,7 @@ def collate(
     Args:
         items: Encoded prompts, at least one.
         pad_id: Token id of the padding; masked, so any valid id will do.
-        padding_side: Where the padding goes.
-
-    Returns:
-        The batch, in the order of `items`.
+        padding_side: Side of the padding.
 
     Raises:
         ValueError: No items, or an unknown `padding_side`.
@@ -116,19 +109,11 @@ def collate(
         input_ids[row, real] = torch.tensor(item.input_ids, dtype=torch.int64)
         attention_mask[row, real] = 1
         position_ids[row, real] = torch.arange(length)
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        lengths=lengths,
-        prompt_lengths=[item.prompt_length for item in items],
-        starts=starts,
-    )
+    prompt_lengths = [item.prompt_length for item in items]
+    return Batch(input_ids, attention_mask, position_ids, lengths, prompt_lengths, starts)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return an id to pad with: the pad token, else EOS, else 0 (harmless, since it is masked)."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in known if token is not None))
