@@ -87,10 +87,9 @@ def measure(a: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
     """All alternatives."""
     rows, queries = signatures(a)
     folder = write_index(path, rows)
-    starts = [plan.first for plan in folder.plan]
 
     def ours(metric: Metric, approximate: bool = False) -> Callable[[], Tensor]:
-        search = Search(folder, starts, len(rows))
+        search = Search(folder)
         return lambda: search.best_rows(queries, a.k, metric, approximate).indices
 
     norms = {"none": Metric("none"), "unit": Metric("unit"), "zscore": Metric("zscore")}
