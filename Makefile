@@ -3,6 +3,9 @@
 #
 #   make demo        train or load the testbed, detect unsafe prompts, print a table
 #   make test        build and run all tests (GPU tests are skipped, visibly, without a GPU)
+#   make fast        the tests that are not slow
+#   make docs        the documentation, as a site in build/site
+#   make wheel       build a wheel, check it, and import it in an environment of its own
 #   make bench       CPU benchmarks; tables and CSV in benchmarks/results
 #   make lint        ruff and mypy
 #   make compat      part of the tests against the oldest and the newest dependencies
@@ -23,7 +26,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' \
 	-o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | grep -v csrc/tests)
 
-.PHONY: build demo test bench lint compat reinstall cuda-check emulate audit clean
+.PHONY: build demo test fast docs wheel bench lint compat reinstall cuda-check emulate audit clean
 
 build: $(VENV)/.built
 
@@ -39,11 +42,21 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	touch $@
 
 demo: build
-	$(BIN)/python -m gradsafe demo
+	$(BIN)/python -m benchmarks.demo
 
 # One process per core with one thread each: two threads per test would only wait for each other.
 test: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+fast: build
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+docs: build
+	$(BIN)/pip install --quiet $(PINS) "mkdocs-material" "mkdocstrings[python]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel: build
+	$(BIN)/python tools/wheel.py
 
 emulate: build
 	$(BIN)/python -m pytest tests/emulated

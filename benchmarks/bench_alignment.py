@@ -1,11 +1,11 @@
-"""Output head and KL divergence, forward and backward: in chunks against all logits at once.
+"""Output head and KL divergence, forward and backward: chunked versus all logits at once.
 
 python -m benchmarks.bench_alignment                  CSV and table, alternatives in turns
 python -m benchmarks.bench_alignment --dry-run        tiny shapes, nothing written
 
 The time covers the student's and the teacher's logits, the divergence and the gradient of the
-student's hidden states (and of the head, where it is trained). Memory is the growth of the
-process's largest resident set over one call, in a process of its own.
+student's hidden states (and of the head if it is trained). Memory is the growth of the peak
+resident set size during one call in a new process.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Case:
-    """Tokens of one alignment batch and the head they pass."""
+    """Tokens of one alignment batch, and the output head."""
 
     name: str
     tokens: int
@@ -52,7 +52,7 @@ CASES = [
 
 
 def build(case: Case) -> dict[str, Callable[[], object]]:
-    """Alternatives of one case, and the bare matrix products as a roof."""
+    """Alternatives of one case, and the bare matrix products as the lower bound."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
@@ -96,7 +96,7 @@ def build(case: Case) -> dict[str, Callable[[], object]]:
 
 
 def peak_megabytes(case: Case, alternative: str) -> int:
-    """Growth of the largest resident set over one call, measured in a new process."""
+    """Growth of the peak resident set size during one call, measured in a new process."""
     options = [f"--{k.replace('_', '-')}={v}" for k, v in asdict(case).items() if k != "name"]
     command = [sys.executable, "-m", "benchmarks.bench_alignment", "--memory", alternative]
     done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
@@ -104,10 +104,10 @@ def peak_megabytes(case: Case, alternative: str) -> int:
 
 
 def report_memory(case: Case, alternative: str) -> None:
-    """The other side of `peak_megabytes`; a call on few tokens loads libraries first."""
+    """Runs in the process of `peak_megabytes`; a call on few tokens first loads libraries."""
     build(replace(case, tokens=2, vocabulary=64))[alternative]()
     call = build(case)[alternative]
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew (Linux)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak (Linux)
     before = _peak_kilobytes()
     call()
     print((_peak_kilobytes() - before) // 1024)

@@ -1,15 +1,15 @@
 """Detection end to end: time per prompt and peak memory of each method.
 
-On the CPU each method runs in a fresh process, where the peak of the process means something. On a
-GPU one process builds the model once and resets torch's peak before each method; the batched
-methods at the largest batch come first there.
+On the CPU each method runs in its own process, to measure the peak memory of that process. On a GPU
+one process builds the model once and resets torch's peak before each method; there the batched
+methods with the largest batch come first.
 
 python -m benchmarks.bench_detection                           the default sweep, CSV
 python -m benchmarks.bench_detection --size 100M --tokens 64   one model and length
 python -m benchmarks.bench_detection --size 7B --device cuda --dtype bfloat16
 
-The loops score one prompt at a time. `x_loop` compares with the published loop in the same dtype,
-`x_loop_fp32` with the one in float32, where it was measured.
+The loops score one prompt at a time. `x_loop` is the speed-up over the published loop in the same
+dtype, `x_loop_fp32` over the one in float32, if it was measured.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Point:
-    """One model and prompt length, and the batches that the batched methods take."""
+    """A model, a prompt length, and the batch sizes of the batched methods."""
 
     size: str
     tokens: int
@@ -82,7 +82,7 @@ def peak_bytes(device: str) -> int:
 def measure(
     method: str, batch: int, point: Point, device: str, model: nn.Module | None = None
 ) -> dict[str, Any]:
-    """One method in this process, on a new model or on one that earlier methods used."""
+    """Measures one method in this process, on a new model or on a given one."""
     model = model or make_model(point.size, getattr(torch, point.dtype), device)
     tokenizer = make_tokenizer()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -119,7 +119,7 @@ def measure(
 
 
 def in_fresh_process(method: str, batch: int, point: Point, device: str) -> dict[str, Any]:
-    """`measure` where nothing ran before: peak memory means something only there."""
+    """`measure` in a new process, whose peak memory comes from this method alone."""
     command = [
         sys.executable, "-m", "benchmarks.bench_detection", "--one", method,
         "--batch", str(batch), "--size", point.size, "--tokens", str(point.tokens),
@@ -132,7 +132,7 @@ def in_fresh_process(method: str, batch: int, point: Point, device: str) -> dict
 
 
 def in_this_process() -> Callable[[str, int, Point, str], dict[str, Any]]:
-    """`measure` that keeps the last point's model."""
+    """`measure` in this process; keeps the model of the last point."""
     kept: dict[Point, nn.Module] = {}
 
     def run(method: str, batch: int, point: Point, device: str) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def in_this_process() -> Callable[[str, int, Point, str], dict[str, Any]]:
 
 
 def compare_with_loops(rows: list[dict[str, Any]]) -> None:
-    """Adds the ratios to the published loop, which may be measured after the others."""
+    """Adds the speed-up over the published loop, which may be measured last."""
     loops = {
         (r["size"], r["tokens"], r["dtype"]): r["ms_per_prompt"]
         for r in rows
@@ -168,7 +168,7 @@ def compare_with_loops(rows: list[dict[str, Any]]) -> None:
 
 
 def sweep(points: list[Point], device: str, path: Path) -> list[dict[str, Any]]:
-    """All methods at all points; the CSV grows after each, so that a stopped sweep has its part."""
+    """All methods at all points; the CSV is written after each measurement."""
     plan = [
         (point, name, batch)
         for point in points

@@ -1,12 +1,12 @@
-"""Matching an index of signatures on disk with queries, against the published loop, with CSV.
+"""Queries of an index of signatures on disk, compared with the published loop; writes a CSV.
 
     python -m benchmarks.bench_matching              500 queries, 5,000 signatures of 2 x 1024
     python -m benchmarks.bench_matching --dry-run    tiny, nothing written
 
-The published procedure, written anew: two loops in Python, one NumPy cosine per pair, then a sort
-per query; it is timed over all pairs, with the signatures in memory already. Ours reads the shards
-anew at every call. Signatures lie around random centers, gradients are 500 times smaller than
-hidden states; recall is against the exact search of the same norm.
+The published procedure, rewritten: two Python loops, one NumPy cosine per pair, one sort per query.
+It is timed over all pairs with the signatures in memory, while gradsafe reads the shards at every
+call. Signatures are drawn around random centers, with gradients 500 times smaller than hidden
+states. Recall is relative to the exact search with the same norm.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def write_index(path: Path, rows: Tensor) -> IndexFolder:
 
 
 def published(queries: np.ndarray, rows: np.ndarray, k: int) -> list[list[int]]:
-    """The best rows of each query."""
+    """The k best rows of each query."""
     found = []
     for query in queries:
         scores = [pair_cosine(query, row) for row in rows]

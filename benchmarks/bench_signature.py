@@ -1,12 +1,12 @@
-"""RepT signatures per sample: ours against the published procedure, in turns, with CSV.
+"""RepT signatures: time per sample compared with the published procedure; writes a CSV.
 
     python -m benchmarks.bench_signature                           a middle and the last layer
     python -m benchmarks.bench_signature --size 60M --prompt 100   another point
 
-The published procedure, written anew: per sample a forward pass over the prompt for the hidden
-state, then a forward and a full backward pass over prompt and response with all hidden states kept,
-batch 1. "all weights" computes every weight gradient, as full fine-tuning does; "adapters" has
-frozen weights and differentiates down to the embeddings, about what LoRA costs there.
+The published procedure, rewritten: per sample a forward pass over the prompt for the hidden state,
+then a forward and a full backward pass over prompt and response with all hidden states kept, batch
+1. "all weights" computes every weight gradient, like full fine-tuning; "adapters" freezes the
+weights and differentiates down to the embeddings, which costs about as much as LoRA.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def published(model: nn.Module, item: Encoded, layer: int) -> Tensor:
 
 
 def samples(count: int, prompt: int, response: int, mixed: bool) -> list[Encoded]:
-    """Random samples of the given lengths, or of up to half more and less."""
+    """Random samples with the given lengths, or with lengths that vary by up to 50 %."""
     generator = torch.Generator().manual_seed(1)
 
     def length(mean: int) -> int:
@@ -121,7 +121,7 @@ def measure(a: argparse.Namespace, layer: int) -> list[dict[str, Any]]:
 
 
 def difference(found: Tensor, exact: Tensor) -> float:
-    """Largest relative difference of the hidden states or of the gradients."""
+    """Largest relative difference of hidden states or gradients."""
     half = exact.shape[1] // 2
     parts = [(found[:, p], exact[:, p]) for p in (slice(0, half), slice(half, None))]
     return max(float(((f - e).norm(dim=1) / e.norm(dim=1)).max()) for f, e in parts)

@@ -1,4 +1,4 @@
-"""Cases of `cosine_topk`: what is compared, and the work each must do."""
+"""Cases of `cosine_topk`: alternatives and the amount of work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks import oracle
 from benchmarks.plan import Alternatives, Plan
 from gradsafe.ops import cosine_topk
 
-LOOP_PAIRS = 2000  # of the loop over pairs that are timed; the rest is scaled
+LOOP_PAIRS = 2000  # timed pairs of the loop; its time is scaled to all pairs
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def pairs(self) -> int:
-        """Cosines that are computed."""
+        """Number of cosines."""
         return self.queries * self.rows
 
     @property
@@ -38,7 +38,7 @@ class Case:
 
     @property
     def bytes_read(self) -> int:
-        """Queries and rows once."""
+        """Bytes of queries and rows, each read once."""
         return (self.queries + self.rows) * self.features * self.dtype.itemsize
 
 
@@ -61,14 +61,14 @@ GPU_CASES = [
 
 
 def eager(queries: Tensor, rows: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Normalise, multiply, select: Q x N is stored."""
+    """Normalise, multiply, select; stores the Q x N matrix."""
     normalize = torch.nn.functional.normalize
     values, indices = (normalize(queries, dim=1) @ normalize(rows, dim=1).t()).topk(k)
     return values, indices
 
 
 def pair_cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """One pair, as RepT's released code compares signatures: three reductions in NumPy."""
+    """One pair as in RepT's released code: three reductions in NumPy."""
     return float(np.dot(a, b) / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
@@ -79,7 +79,7 @@ def loop(queries: np.ndarray, rows: np.ndarray, pairs: int) -> list[float]:
 
 
 def build(case: Case, device: str) -> Plan:
-    """What is called for one case. "loop" runs LOOP_PAIRS pairs only."""
+    """Alternatives of one case; "loop" runs LOOP_PAIRS pairs only."""
     generator = torch.Generator(device).manual_seed(0)
 
     def matrix(count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Cases of `grouped_wgrad_moments`: fused experts of known models, and what is compared."""
+"""Cases of `grouped_wgrad_moments`: fused experts of known models, and the alternatives."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from benchmarks import oracle
 from benchmarks.plan import Alternatives, Plan
 from gradsafe.ops import Axis, grouped_wgrad_moments
 
-STORED = 64  # gradients that the bare grouped GEMM holds at a time
+STORED = 64  # gradients that the bare grouped GEMM stores at a time
 
 
 @dataclass(frozen=True)
 class Case:
     """One fused weight [E, O, I] of a mixture of experts with two bfloat16 references.
 
-    Every token reaches `top` of E random experts; only the first `kept` experts are there, with the
-    tokens that reach them.
+    Every token is routed to `top` of E random experts; only the first `kept` experts and their
+    tokens are used.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Case:
 
     @property
     def bytes_read(self) -> int:
-        """Factors and references once."""
+        """Bytes of factors and references, each read once."""
         factors = sum(self.segments()[0]) * sum(self.shape) * self.dtype.itemsize
         return factors + 2 * self.refs * self.kept * self.shape[0] * self.shape[1]
 
@@ -84,7 +84,7 @@ GPU_CASES = [
 def loop(
     x: Tensor, dy: Tensor, refs: list[Tensor], lengths: list[int], experts: list[int], axis: Axis
 ) -> list[Tensor]:
-    """Expert after expert: padded inputs, all its gradients, GradCoo's scoring as one writes it."""
+    """Loop over experts: padded inputs, all gradients of the expert, straightforward scoring."""
     out = []
     dims = {"tensor": [(1, 2)], "row": [(2,)], "column": [(1,)], "both": [(2,), (1,)]}[axis]
     xs, dys = x.split(lengths), dy.split(lengths)
@@ -103,7 +103,7 @@ def loop(
 
 
 def grouped_gemm(x: Tensor, dy: Tensor, lengths: list[int]) -> Callable[[], None]:
-    """All gradients by the library's grouped GEMM, STORED of them at a time, and nothing else."""
+    """All gradients by the library's grouped GEMM, STORED at a time, without scoring."""
     parts = []
     begin = 0
     for first in range(0, len(lengths), STORED):
@@ -123,13 +123,13 @@ def grouped_gemm(x: Tensor, dy: Tensor, lengths: list[int]) -> Callable[[], None
 
     try:
         run()
-    except RuntimeError:  # on CUDA there is none for float32
+    except RuntimeError:  # CUDA has none for float32
         return one_by_one
     return run
 
 
 def build(case: Case, device: str) -> Plan:
-    """What is called for one case."""
+    """Alternatives of one case."""
     generator = torch.Generator(device).manual_seed(0)
     rows, cols = case.shape
     lengths, experts = case.segments()

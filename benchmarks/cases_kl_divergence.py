@@ -1,4 +1,4 @@
-"""Cases of `kl_divergence_`: what is compared, and the bytes each must touch once."""
+"""Cases of `kl_divergence_`: alternatives, and bytes that must be read or written once."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Case:
 
     @property
     def bytes_touched(self) -> int:
-        """Both read once, the gradient written once."""
+        """Bytes of both logits, read once, and of the gradient, written once."""
         return 3 * self.tokens * self.vocabulary * self.dtype.itemsize
 
 
@@ -45,7 +45,7 @@ GPU_CASES = [
 
 
 def eager(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The plain formula and its autograd; its gradient is a new tensor."""
+    """The plain formula with autograd; the gradient is a new tensor."""
     leaf = student.detach().requires_grad_()
     value = functional.kl_div(
         leaf.float().log_softmax(1), teacher.float().softmax(1), reduction="none"
@@ -65,7 +65,7 @@ def closed_form(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tenso
 
 
 def build(case: Case, device: str) -> Plan:
-    """What is called for one case."""
+    """Alternatives of one case."""
     generator = torch.Generator(device).manual_seed(0)
 
     def logits() -> Tensor:
@@ -74,8 +74,8 @@ def build(case: Case, device: str) -> Plan:
 
     student, teacher, target = logits(), logits(), logits()
     weight = torch.full((case.tokens,), 1.0, device=device)
-    # Ours overwrites the logits with its gradient: it gets a buffer of its own, and finds there,
-    # from the second call on, other finite numbers, which take equally long.
+    # gradsafe overwrites the logits with the gradient, so it gets its own buffer. From the second
+    # call on the buffer contains other finite numbers, which take equally long.
     buffer = student.clone()
     compiled = torch.compile(closed_form, dynamic=False)
     calls: Alternatives = {

@@ -1,4 +1,4 @@
-"""Cases of `moments`: what is compared, and the bytes each must touch once."""
+"""Cases of `moments`: alternatives, and bytes that must be read once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Case:
 
     @property
     def bytes_read(self) -> int:
-        """Every gradient and reference once."""
+        """Bytes of all gradients and references, each read once."""
         entries = self.tensors * self.shape[0] * self.shape[1]
         return entries * (self.dtype.itemsize + self.refs * self.ref_dtype.itemsize)
 
@@ -58,7 +58,7 @@ GPU_CASES = [
 
 
 def shared(grads: list[Tensor], refs: list[list[Tensor]], axis: Axis) -> list[Tensor]:
-    """The best eager form: abs(g) and every product once, whatever the axis."""
+    """The best eager form: abs(g) and every product computed once for all axes."""
     dims = {"tensor": [(0, 1)], "row": [(1,)], "column": [(0,)], "both": [(1,), (0,)]}[axis]
     out = []
     for g, group in zip(grads, refs, strict=True):
@@ -70,7 +70,7 @@ def shared(grads: list[Tensor], refs: list[list[Tensor]], axis: Axis) -> list[Te
 
 
 def foreach(grads: list[Tensor], refs: list[list[Tensor]]) -> list[Tensor]:
-    """The same for whole tensors with the multi-tensor kernels of PyTorch."""
+    """The same for axis "tensor" with PyTorch's multi-tensor kernels."""
     magnitudes = torch._foreach_abs(grads)
     out = [*torch._foreach_norm(grads, 2), *(g.sum() for g in grads)]
     for k in range(len(refs[0])):
@@ -80,7 +80,7 @@ def foreach(grads: list[Tensor], refs: list[list[Tensor]]) -> list[Tensor]:
 
 
 def build(case: Case, device: str) -> Plan:
-    """What is called for one case."""
+    """Alternatives of one case."""
     generator = torch.Generator(device).manual_seed(0)
 
     def matrix(dtype: torch.dtype) -> Tensor:

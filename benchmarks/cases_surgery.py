@@ -1,4 +1,4 @@
-"""Cases of `surgery_` and `surgery_adamw_`: what is compared, and the bytes each must move."""
+"""Cases of `surgery_` and `surgery_adamw_`: alternatives, and bytes that must be moved."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """Both gradients read twice, one written."""
+        """Bytes if both gradients are read twice and one is written."""
         return 5 * self.bytes_of_list
 
     @property
     def bytes_adamw(self) -> int:
-        """Both gradients read twice; parameter and both moments read and written."""
+        """Bytes if both gradients are read twice, parameter and both moments read and written."""
         return 10 * self.bytes_of_list
 
 
@@ -53,7 +53,7 @@ GPU_CASES = [
 
 
 def cat(user: list[Tensor], align: list[Tensor], rho: float = 1.0) -> None:
-    """The usual form: flatten both lists, one vector operation after the other, scatter back."""
+    """The usual form: flatten both lists, vector operations, copy back."""
     u = torch.cat([t.reshape(-1) for t in user])
     a = torch.cat([t.reshape(-1) for t in align])
     dot, sq_align = (u * a).sum(), (a * a).sum()
@@ -65,7 +65,7 @@ def cat(user: list[Tensor], align: list[Tensor], rho: float = 1.0) -> None:
 
 
 def foreach(user: list[Tensor], align: list[Tensor], rho: float = 1.0) -> None:
-    """The best PyTorch form: two dots per tensor, one number on the host, one addition per list."""
+    """The best PyTorch form: two dot products per tensor, one sync, one addition per list."""
     pairs = [(u.reshape(-1), a.reshape(-1)) for u, a in zip(user, align, strict=True)]
     dots = torch.stack([torch.stack([torch.dot(u, a), torch.dot(a, a)]) for u, a in pairs])
     dot, sq_align = dots.double().sum(0).tolist()
@@ -73,9 +73,9 @@ def foreach(user: list[Tensor], align: list[Tensor], rho: float = 1.0) -> None:
 
 
 def gradients(case: Case, device: str) -> tuple[list[Tensor], Callable[[], list[Tensor]]]:
-    """The user gradients, and alignment gradients that conflict with them at every call.
+    """User gradients, and alignment gradients that conflict with them at every call.
 
-    A merge leaves the user gradient in agreement with what was merged, so the sign alternates.
+    After a merge the two gradients agree, so the sign of the alignment gradient alternates.
     """
     generator = torch.Generator(device).manual_seed(0)
     options = {"generator": generator, "device": device, "dtype": case.dtype}
@@ -89,7 +89,7 @@ def gradients(case: Case, device: str) -> tuple[list[Tensor], Callable[[], list[
 
 
 def copy_roof(tensors: list[Tensor], lists_moved: int) -> Callable[[], None]:
-    """A copy that reads and writes as many bytes as `lists_moved` times the list."""
+    """A copy that reads and writes `lists_moved` times the bytes of the list."""
     targets = [torch.empty_like(t) for t in tensors]
     half = len(tensors) // 2
 
@@ -105,7 +105,7 @@ def copy_roof(tensors: list[Tensor], lists_moved: int) -> Callable[[], None]:
 
 
 def build(case: Case, device: str) -> Plan:
-    """What is called for one case of `surgery_`."""
+    """Alternatives of one case of `surgery_`."""
     user, align = gradients(case, device)
     calls: Alternatives = {
         "gradsafe": lambda: surgery_(user, align()),
@@ -127,7 +127,7 @@ def build(case: Case, device: str) -> Plan:
 
 
 def build_adamw(case: Case, device: str) -> Plan:
-    """What is called for one case of `surgery_adamw_`."""
+    """Alternatives of one case of `surgery_adamw_`."""
     user, align = gradients(case, device)
     params = [torch.randn_like(u).requires_grad_() for u in user]
     for p, u in zip(params, user, strict=True):

@@ -1,4 +1,4 @@
-"""Cases of `wgrad_moments`: what is compared, and the work each must do."""
+"""Cases of `wgrad_moments`: alternatives and the amount of work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Case:
 
     @property
     def bytes_read(self) -> int:
-        """Factors and references once."""
+        """Bytes of factors and references, each read once."""
         factors = self.samples * self.tokens * sum(self.shape) * self.dtype.itemsize
         return factors + 2 * self.refs * self.shape[0] * self.shape[1]
 
@@ -57,7 +57,7 @@ GPU_CASES = [
 
 
 def eager(x: Tensor, dy: Tensor, refs: list[Tensor], axis: Axis) -> list[Tensor]:
-    """Weight gradient by the library, then GradCoo's scoring as one writes it."""
+    """Weight gradients by the library's GEMM, then straightforward eager scoring."""
     out = []
     dims = {"tensor": [(0, 1)], "row": [(1,)], "column": [(0,)], "both": [(1,), (0,)]}[axis]
     for sample_x, sample_dy in zip(x, dy, strict=True):
@@ -69,7 +69,7 @@ def eager(x: Tensor, dy: Tensor, refs: list[Tensor], axis: Axis) -> list[Tensor]
 
 
 def build(case: Case, device: str) -> Plan:
-    """What is called for one case."""
+    """Alternatives of one case."""
     generator = torch.Generator(device).manual_seed(0)
     rows, cols = case.shape
 

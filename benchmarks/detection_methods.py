@@ -1,4 +1,4 @@
-"""Ways to score prompts: each prepares references; it returns a scorer and the bytes it keeps."""
+"""Scoring methods: each prepares references and returns a scorer and the bytes it keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradsafe import Detector
 from gradsafe.ops import moments
 
 Score = Callable[[list[str]], object]
-Prepared = tuple[Score, int]  # and the bytes of the references
+Prepared = tuple[Score, int]  # scorer and bytes of its references
 RESPONSE = "w2"
 
 
@@ -48,10 +48,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def gradsafe_loop(
     model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str], batch: int
 ) -> Prepared:
-    """The published GradSafe loop, retold: one prompt at a time, all gradients, Python lists.
+    """The published GradSafe loop, rewritten: one prompt at a time, all gradients, Python lists.
 
-    Every slice counts (a random model has none that separates), which is the cost before the
-    boolean index; the published code also makes an optimizer object per prompt.
+    All slices are used because none of a random model separates the prompts; the published code
+    computes all of them before it selects some. It also creates one optimizer per prompt.
     """
     reference = _mean_gradients(model, tokenizer, unsafe)
     cosine = nn.functional.cosine_similarity
@@ -107,7 +107,7 @@ def _gradcoo_loop(
 def gradcoo_eager(
     model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str], batch: int
 ) -> Prepared:
-    """GradCoo as one writes it: gradients of the scored weights, then std, abs and two dots."""
+    """GradCoo in plain PyTorch: gradients of the scored weights, std, abs, two dot products."""
 
     def shares(grads: list[Tensor], pairs: list[list[Tensor]]) -> Tensor:
         found = []
@@ -123,7 +123,7 @@ def gradcoo_eager(
 def gradcoo_moments(
     model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str], batch: int
 ) -> Prepared:
-    """The same gradients, stored by autograd, scored in one read by `gradsafe.ops.moments`."""
+    """The same gradients, stored by autograd and scored by `gradsafe.ops.moments`."""
 
     def shares(grads: list[Tensor], pairs: list[list[Tensor]]) -> Tensor:
         dots = torch.stack(moments(grads, pairs).dots)
@@ -133,7 +133,7 @@ def gradcoo_moments(
 
 
 def ours(part: bool = False, **options: Any) -> Callable[..., Prepared]:
-    """`Detector.score`; `part` for a quarter of the rows of the last half of the blocks."""
+    """`Detector.score`; with `part` only 1/4 of the rows of the last half of the blocks."""
 
     def prepare(
         model: nn.Module, tokenizer: Any, unsafe: list[str], safe: list[str], batch: int
@@ -143,7 +143,7 @@ def ours(part: bool = False, **options: Any) -> Callable[..., Prepared]:
             half = max(1, model.config.num_hidden_layers // 2)
             chosen |= {"row_fraction": 0.25, "layers": half}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a random model refuses nothing
+            warnings.simplefilter("ignore")  # a random model does not refuse: fit warns
             detector = Detector.fit(
                 model, tokenizer, unsafe, safe, response=RESPONSE, template=TEMPLATE,
                 progress=False, **chosen,
@@ -164,7 +164,7 @@ def ours(part: bool = False, **options: Any) -> Callable[..., Prepared]:
 
 @dataclass(frozen=True)
 class Method:
-    """One way to score; the loops take one prompt at a time."""
+    """A scoring method; the loops take one prompt at a time."""
 
     prepare: Callable[..., Prepared]
     batched: bool = True

@@ -1,4 +1,4 @@
-"""Random Llama models of several sizes, and prompts of an exact number of tokens."""
+"""Random Llama models of several sizes, and prompts with an exact number of tokens."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_model(size: str, dtype: torch.dtype, device: str) -> nn.Module:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Words w2 ... w31999 are one token each.
 
-    The special tokens share no prefix with them: they are looked for inside of words, too.
+    The special tokens share no prefix with them because they are also searched within words.
     """
     words = {PADDING: 0, END: 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token=PADDING))
@@ -57,7 +57,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_prompts(count: int, tokens: int) -> list[str]:
-    """Prompts of `tokens` tokens each, the response's one token not counted."""
+    """Prompts of `tokens` tokens each, without the one token of the response."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(2, VOCABULARY, (count, tokens), generator=generator)
     return [" ".join(f"w{i}" for i in row) for row in ids.tolist()]

@@ -1,4 +1,4 @@
-"""Tables between the markers of a Markdown page: `<!-- name -->` to `<!-- end name -->`."""
+"""Replaces tables between markers of a Markdown page, `<!-- name -->` and `<!-- end name -->`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def replace_block(page: Path, name: str, block: str) -> None:
     """Puts `block` between the markers.
 
     Raises:
-        LookupError: The page does not have them, or has them twice.
+        LookupError: The page has no such markers, or more than one pair.
     """
     begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
     pattern = re.escape(begin) + ".*?" + re.escape(end)
@@ -30,7 +30,7 @@ def replace_block(page: Path, name: str, block: str) -> None:
 
 
 def measured_note(facts: Mapping[str, object]) -> str:
-    """When, at which commit and on what; `facts` as `environment` gives them."""
+    """One line with date, commit and machine, from the dictionary of `environment`."""
     threads = f"{facts['threads']} thread" + ("" if str(facts["threads"]) == "1" else "s")
     where = facts["gpu"] or f"{facts['cpu']}, {threads}, {facts['isa']}"
     return f"Measured {facts['date']} at {facts['commit']} on {where}; torch {facts['torch']}."

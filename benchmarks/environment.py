@@ -1,4 +1,4 @@
-"""Where a number was measured: written into every CSV row."""
+"""The machine and the versions of a measurement, written into every CSV row."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _git(*arguments: str) -> str:
 
 
 def _commit() -> str:
-    """Short name with + if files differ from it; without git, what GRADSAFE_COMMIT says."""
+    """Short hash, with + if files differ from it; without git, the value of GRADSAFE_COMMIT."""
     name = _git("rev-parse", "--short", "HEAD")
     if not name:
         return os.environ.get("GRADSAFE_COMMIT") or "unknown"

@@ -1,8 +1,8 @@
-"""Every benchmark case against the float64 definition on the same device, before it is timed.
+"""Compares every benchmark case with its float64 definition on the same device before timing.
 
-Each function returns the largest error as a share of its bound: above 1 the result is wrong. The
-bounds are those of the tests. U is one rounding in float32; "terms" are sums of absolute values of
-what is summed, the natural scale of a sum's error.
+Each function returns the largest error divided by its bound; above 1 the result is wrong. The
+bounds are those of the tests. U is the float32 rounding unit; "terms" are sums of the absolute
+values of the summands, the scale of a sum's rounding error.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEGMENTS_CHECKED = 64
 
 
 def share(found: Tensor, wanted: Tensor, bound: Tensor | float) -> float:
-    """Largest error over its bound; infinite where exactly one side is NaN or infinite."""
+    """Largest error divided by its bound; infinite if only one side is NaN or infinite."""
     error = (found.double() - wanted.double()).abs() / bound
     exact = (found == wanted) | (found.isnan() & wanted.isnan())
     error = torch.where(exact, torch.zeros_like(error), error).nan_to_num(
@@ -54,7 +54,7 @@ def _moments_share(
 
 
 def moments(found: Any, grads: list[Tensor], refs: list[list[Tensor]], axis: Any) -> float:
-    """Result of `moments` for a list; one gradient at a time, to bound the memory."""
+    """Checks `moments` for a list, one gradient at a time to save memory."""
     worst = 0.0
     for at, (grad, group) in enumerate(zip(grads, refs, strict=True)):
         wanted = reference.moments([grad], [group], axis)
@@ -64,7 +64,7 @@ def moments(found: Any, grads: list[Tensor], refs: list[list[Tensor]], axis: Any
 
 
 def wgrad_moments(found: Any, x: Tensor, dy: Tensor, refs: list[Tensor], axis: Any) -> float:
-    """Result of `wgrad_moments`, one sample at a time."""
+    """Checks `wgrad_moments`, one sample at a time."""
     worst = 0.0
     absolute = [r.abs() for r in refs]
     for at in range(len(x)):
@@ -83,7 +83,7 @@ def grouped_wgrad_moments(
     experts: Sequence[int],
     axis: Any,
 ) -> float:
-    """Result of `grouped_wgrad_moments`, one of every few segments."""
+    """Checks evenly spaced segments of `grouped_wgrad_moments`."""
     worst = 0.0
     starts = [0, *itertools.accumulate(lengths)]
     for at in range(0, len(lengths), max(len(lengths) // SEGMENTS_CHECKED, 1)):
@@ -97,7 +97,7 @@ def grouped_wgrad_moments(
 
 
 def cosine_topk(found: TopK, queries: Tensor, rows: Tensor, k: int) -> float:
-    """Scores of the k best, and that the rows found have those scores."""
+    """Checks the k best scores, and that the returned rows have those scores."""
     unit = torch.nn.functional.normalize(queries.double(), dim=1)
     own = torch.full_like(found.scores, math.nan, dtype=torch.float64)
     best = torch.empty(len(queries), 0, dtype=torch.float64, device=rows.device)
@@ -117,7 +117,7 @@ def cosine_topk(found: TopK, queries: Tensor, rows: Tensor, k: int) -> float:
 def kl_divergence_(
     found: Tensor, gradient: Tensor, student: Tensor, teacher: Tensor, weight: Tensor
 ) -> float:
-    """Divergences and the gradient that replaced the student's logits, some rows at a time."""
+    """Checks divergences and the gradient written over the student's logits, in blocks of rows."""
     worst = 0.0
     for start in range(0, len(student), ROWS_AT_ONCE):
         some = slice(start, start + ROWS_AT_ONCE)
@@ -133,7 +133,7 @@ def kl_divergence_(
 
 
 def surgery_sums(found: Tensor, user: Sequence[Tensor], align: Sequence[Tensor]) -> float:
-    """The three sums of `surgery_` in front of its coefficient."""
+    """Checks the three sums that `surgery_` returns before its coefficient."""
     wanted = torch.zeros(3, dtype=torch.float64, device=found.device)
     terms = torch.zeros_like(wanted)
     for u, a in zip(user, align, strict=True):
@@ -143,6 +143,6 @@ def surgery_sums(found: Tensor, user: Sequence[Tensor], align: Sequence[Tensor])
 
 
 def rounded(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> float:
-    """A value of the lists: it may round the other way, on the last bit of a float32 result."""
+    """Checks a rounded tensor; the last bit of a float32 intermediate may change its rounding."""
     bound = torch.finfo(dtype).eps * wanted.double().abs() + STEP_FLOOR
     return share(found, wanted, bound)

@@ -30,7 +30,7 @@ def entry(
         benchmark: The fixture of pytest-benchmark.
         build: `build(case, device)` of the operator's cases: a `Plan`.
         case: The case.
-        alternative: Name in what `build` returns; skipped where it does not apply.
+        alternative: Name of a call of the plan; skipped if the plan has no such call.
         rounds: Timed calls.
     """
     plan = build(case, "cpu")

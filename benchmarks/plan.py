@@ -1,4 +1,4 @@
-"""What a benchmark case consists of."""
+"""The parts of a benchmark case."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ class Plan(NamedTuple):
     """The calls of one case.
 
     Attributes:
-        calls: Ours, called "gradsafe", and the baselines.
-        roofs: What no implementation can beat: a read, a copy, a bare GEMM.
-        check: Compares ours with the oracle; the largest error as a share of its bound.
+        calls: "gradsafe" and the baselines.
+        roofs: Lower bounds of any implementation: a read, a copy, a bare GEMM.
+        check: Compares the result of gradsafe with the oracle and returns the largest error divided
+            by its bound.
     """
 
     calls: Alternatives

@@ -24,7 +24,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def operator_chart(rows: list[dict[str, str]], path: Path) -> None:
-    """Speed-up over each baseline per case; the line at 1 is ours."""
+    """Speed-up of gradsafe over each baseline, per case; the line at 1 is equal speed."""
     baselines = [
         key.removesuffix("_p50_us")
         for key in rows[0]
@@ -52,7 +52,7 @@ def operator_chart(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def harmful_score_chart(rows: list[dict[str, str]], path: Path) -> None:
-    """Harmful score and cosine of each method by ratio or alignment rows: mean and range."""
+    """Mean and range of harmful score and cosine per method, by ratio or alignment rows."""
     by = "ratio" if len({r["ratio"] for r in rows}) > 1 else "alignment_rows"
     measures = {
         "harmful_score": "harmful score, % of held-out unsafe prompts",
@@ -81,7 +81,7 @@ def harmful_score_chart(rows: list[dict[str, str]], path: Path) -> None:
 
 
 def group_chart(rows: list[dict[str, str]], path: Path) -> None:
-    """Harmful score of each method in groups: attack, reference or task; mean and range."""
+    """Mean and range of the harmful score per method, grouped by attack, reference or task."""
     keys = [key for key in ("attack", "reference", "task", "ratio") if key in rows[0]]
     measures = [
         key for key in ("harmful_score", "topic_score", "triggered_score") if key in rows[0]
@@ -128,7 +128,7 @@ def _save_seeds(figure: Figure, rows: list[dict[str, str]], path: Path) -> None:
 
 
 def main() -> int:
-    """Draws all files of the folder; files of another kind are named and left out."""
+    """Draws all files of the folder; lists and skips files of another kind."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:

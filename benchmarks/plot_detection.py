@@ -9,7 +9,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 Row = dict[str, str]
-# What a panel varies, its label, and what it holds: the 100 M model with prompts of 64 tokens.
+# What a panel varies, its label, and the fixed values: the 100 M model, prompts of 64 tokens.
 PANELS = (
     ("batch", "prompts in a batch", {"size": "100M", "tokens": "64"}),
     ("tokens", "tokens of a prompt", {"size": "100M"}),
@@ -19,7 +19,7 @@ LOOPS = "1"  # batch of the methods that take one prompt at a time
 
 
 def detection_chart(rows: list[Row], path: Path) -> None:
-    """One panel for each thing that varies; float32 solid, bfloat16 dashed over the batch."""
+    """One panel per varied quantity; float32 solid, bfloat16 dashed (batch panel only)."""
     figure, panels = plt.subplots(1, len(PANELS), figsize=(13, 4.6), sharey=True)
     methods = list(dict.fromkeys(r["method"] for r in rows))
     for axes, (by, label, fixed) in zip(panels, PANELS, strict=True):

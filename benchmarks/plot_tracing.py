@@ -1,4 +1,4 @@
-"""Charts of `benchmarks.experiments.rept`: who finds the rows, and what removing them does."""
+"""Charts of `benchmarks.experiments.rept`: how well methods find rows, and effect of removal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def bars(rows: Rows, group: str, column: str, label: str, title: str, path: Path
         places = [i + (index + 0.5) * width for i in range(len(sets))]
         heights = [float("nan") if v is None else v for v in values]
         drawn = axes.bar(places, heights, width, label=kind, color=colors[index % len(colors)])
-        if len(kinds) <= 5:  # room for numbers, which show where a bar of 0 stands
+        if len(kinds) <= 5:  # room for the numbers above the bars
             axes.bar_label(drawn, fmt="%.2f", fontsize=8)
     axes.set_xticks([i + 0.425 for i in range(len(sets))], [s.replace(" + ", "\n+ ") for s in sets])
     axes.set_ylim(0, 1.08)

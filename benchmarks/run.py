@@ -1,11 +1,11 @@
 """Measures on this machine, writes benchmarks/results/*.csv and the tables of docs/measured.md.
 
-python -m benchmarks.run                   everything that exists for this device
+python -m benchmarks.run                   all operators on this device
 python -m benchmarks.run moments           one operator
-python -m benchmarks.run --dry-run         tiny shapes, nothing written: do the scripts run?
+python -m benchmarks.run --dry-run         tiny shapes, nothing written; tests the scripts
 
-Every case is compared with its float64 definition before it is timed. The CSV is replaced after
-each case, so a stopped run keeps what it measured; --resume goes on from there.
+Every case is compared with its float64 definition before it is timed. The CSV is written after each
+case, so an interrupted run keeps its results; --resume continues it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ CASE_SECONDS = 3.0  # of timing on a GPU, where many rounds are cheap but a slow
 
 @dataclasses.dataclass(frozen=True)
 class Operator:
-    """What is measured of one operator.
+    """The cases of one operator.
 
     Attributes:
         cpu: Cases of the CPU.
         gpu: Cases of a GPU, the most important first.
-        build: Case and device to a plan.
-        bytes: Bytes that a case must touch once.
+        build: Function of case and device that returns a plan.
+        bytes: Bytes that a case must read or write at least once.
         tiny: Fields of a case in a dry run.
         rounds: Timed calls of each alternative; LEAST_ROUNDS or more on a GPU.
     """
@@ -132,7 +132,7 @@ class Options:
         device: "cpu" or "cuda".
         dry_run: Tiny shapes, three rounds.
         compiled: Whether torch.compile is among the baselines.
-        seconds: After this time of an operator no further case begins.
+        seconds: No case of an operator starts after this time.
     """
 
     device: str
@@ -142,7 +142,7 @@ class Options:
 
 
 def measure_case(operator: Operator, case: Any, options: Options) -> dict[str, Any]:
-    """One row: `checked` is the error over its bound, above 1 for a wrong result."""
+    """One row; `checked` is the error divided by its bound, above 1 for a wrong result."""
     plan = operator.build(case, options.device)
     on_gpu = options.device == "cuda"
     checked = plan.check()
@@ -170,7 +170,7 @@ def measure_case(operator: Operator, case: Any, options: Options) -> dict[str, A
 
 
 def measured_before(path: Path) -> list[dict[str, Any]]:
-    """Right rows of an earlier run of the same commit on the same device."""
+    """Correct rows of an earlier run of the same commit on the same device."""
     here = environment()
     same = ("commit", "gpu", "cpu", "torch")
     return [
@@ -181,7 +181,7 @@ def measured_before(path: Path) -> list[dict[str, Any]]:
 
 
 def line(found: dict[str, Any]) -> str:
-    """A row for the terminal: our time, roofs, baselines, and whether the result is right."""
+    """A row for the terminal: all times, and whether the result is correct."""
     times = [key for key in found if key.endswith("_p50_us") and found[key] != ""]
     others = [f"{key.removesuffix('_p50_us')} {found[key]}" for key in times]
     rate = f"{found['TFLOP/s']} TFLOP/s" if found.get("TFLOP/s") else f"{found['GB/s']} GB/s"
@@ -194,7 +194,7 @@ def line(found: dict[str, Any]) -> str:
 def measure(
     name: str, options: Options, path: Path | None, resume: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """All cases of one operator. With a path, the CSV is replaced after each.
+    """Measures all cases of one operator; with a path, writes the CSV after each.
 
     Returns:
         The rows, and the names of the cases that failed or were wrong.
@@ -206,7 +206,7 @@ def measure(
         if any(found["case"] == case.name for found in rows):
             continue
         if time.perf_counter() - start > options.seconds:
-            print(f"{name}, {case.name}: NOT MEASURED, the time is used up", flush=True)
+            print(f"{name}, {case.name}: NOT MEASURED, time limit reached", flush=True)
             failed.append(case.name)
             continue
         try:
@@ -248,7 +248,7 @@ def main() -> int:
         path = out / f"{name}_{device}.csv" if out else None
         rows, failed = measure(name, options, path, arguments.resume)
         broken += [f"{name}, {case}" for case in failed]
-        if device == "cpu":  # a GPU's rows were printed as they came, and nothing else fits
+        if device == "cpu":  # GPU rows were printed one by one; the output of a GPU run is limited
             print(markdown(rows, COLUMNS[name]))
         if out == RESULTS and not arguments.dry_run:
             refresh_document(f"{name} {device}", markdown(rows, COLUMNS[name]))

@@ -1,4 +1,4 @@
-"""Builds the README's table from the measured CSV files: one or two lines for each operator.
+"""Builds the README's table from the measured CSV files.
 
 python -m benchmarks.summary       rewrites the table between the README's markers
 """
@@ -25,13 +25,13 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Line:
-    """A row of a CSV and the ratios worth showing; below 1 gradsafe is slower.
+    """A row of a CSV and the ratios to show; below 1 gradsafe is slower.
 
     Attributes:
         work: What was measured.
         file: CSV in benchmarks/results.
         where: Column to value, as text, of the row.
-        ratios: Column of a ratio and what it compares with.
+        ratios: Columns of ratios, each with the name of the baseline.
         time: Column of the time, and its unit.
     """
 
@@ -119,7 +119,7 @@ LINES = [
 
 
 def find(line: Line) -> dict[str, str]:
-    """The one row that the line names.
+    """The CSV row that the line selects.
 
     Raises:
         LookupError: There is none, or more than one.

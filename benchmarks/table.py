@@ -1,4 +1,4 @@
-"""One row per case: our time, the roof, the best baseline and the ratio to it."""
+"""Rows and tables of results: the time of gradsafe, of lower bounds and of baselines."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ OURS, ROOFS = "gradsafe", ("read", "copy", "gemm")
 def row(
     name: str, bytes_touched: int, times: dict[str, Timing], flops: int | None = None
 ) -> dict[str, Any]:
-    """A CSV row: absolute times of ours, of the roofs and of the baselines, and their ratios.
+    """A CSV row: times of gradsafe, of lower bounds ("roofs") and of baselines, with ratios.
 
-    Bytes are what the algorithm must touch once, however often a kernel reads.
+    `bytes_touched` counts each byte that the algorithm must read or write once, even if a kernel
+    reads it several times.
     """
     ours = times[OURS]
     roofs = {k: times[k] for k in ROOFS if k in times}
@@ -50,9 +51,9 @@ def _quantiles(prefix: str, timing: Timing) -> dict[str, float]:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """All rows with the environment behind each, unless a row brings its own.
+    """Writes all rows; a row without an environment gets the present one.
 
-    The file is replaced at once, so that a process killed here leaves the old or the new file.
+    The file is replaced atomically: a killed process leaves the old or the new file.
     """
     full = [{**environment(), **r} for r in rows]
     facts = list(environment())
@@ -69,7 +70,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Rows that `write_csv` wrote, as text; none if there is no file."""
+    """Rows of `write_csv` as text; an empty list if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:

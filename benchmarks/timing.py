@@ -1,7 +1,7 @@
-"""Timing that stays honest on a shared machine: alternatives run in turns, medians are compared.
+"""Timing on a machine with other load: alternatives take turns, and medians are compared.
 
-All alternatives of a case are called round-robin, so that a slow spell of the machine hits each
-of them. On CUDA each call is timed with events behind a flush of the L2 cache.
+All alternatives of a case are called round-robin, so that a slow phase of the machine affects each
+of them. On CUDA each call is timed with events after a flush of the L2 cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Timing:
     p80: float
 
     def scaled(self, factor: float) -> Timing:
-        """For a call that did only a part of the work."""
+        """The timing of the whole work, from a call that did only a part of it."""
         return Timing(self.p20 * factor, self.p50 * factor, self.p80 * factor)
 
 
@@ -62,14 +62,14 @@ def compare(
     warm_up: int = 3,
     seconds: float = float("inf"),
 ) -> dict[str, Timing]:
-    """Time alternatives in turns.
+    """Times alternatives in turns.
 
     Args:
         alternatives: Name to a call without arguments.
         device: "cpu" or "cuda".
-        rounds: Counted calls of each.
-        warm_up: Calls of each that are not counted.
-        seconds: After this time no further round begins, but three are always counted.
+        rounds: Timed calls of each alternative.
+        warm_up: Calls of each alternative before timing.
+        seconds: No round starts after this time, but at least three are timed.
 
     Returns:
         Quantiles of each alternative.
@@ -91,7 +91,7 @@ def compare(
 
 
 def graphed(call: Callable[[], object]) -> Callable[[], object]:
-    """The call captured in a CUDA graph: what remains without launch cost."""
+    """The call as a replayed CUDA graph, without the launch cost on the host."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -106,8 +106,8 @@ def graphed(call: Callable[[], object]) -> Callable[[], object]:
 def host_us(call: Callable[[], object], calls: int = 20) -> float:
     """Median time until a CUDA call returns to Python, in microseconds: its cost on the CPU.
 
-    `compare` does not show it: while the flush of the cache runs, the CPU prepares the call. The
-    GPU is idle before each call here, so that no full queue makes it wait.
+    `compare` does not measure it because the CPU prepares the call while the cache is flushed.
+    Here the GPU is idle before each call, so the call never waits for a full queue.
     """
     samples = []
     for _ in range(calls):

@@ -135,19 +135,6 @@ def test_without_a_group_a_process_is_alone() -> None:
     assert Processes.of_group().count == 1
 
 
-def test_calls_in_one_group_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-        calls = [Processes.of_group() for _ in range(2)]
-        assert [(call.rank, call.count) for call in calls] == [(0, 2), (0, 2)]
-        assert [call.share("value", 3 + i) for i, call in enumerate(calls)] == [3, 4]
-        assert [call._store.get("share/0/value") for call in calls] == [b"3", b"4"]
-    finally:
-        distributed.destroy_process_group()
-
-
 def test_waiting_ends_when_the_last_has_come() -> None:
     processes = all_of(2)
     arrived = threading.Event()
@@ -174,19 +161,6 @@ def test_the_first_leaves_last() -> None:
         assert not leaving.done()
         others[1].leave("it")
         leaving.result(timeout=20)
-
-
-def test_the_first_of_a_machine_goes_first() -> None:
-    order: list[int] = []
-
-    def work(process: Processes) -> None:
-        with process.first_of_machine_first("load"):
-            order.append(process.local_rank)
-
-    processes = all_of(3)
-    processes[2].local_rank = 0  # of another machine
-    together(processes, work)
-    assert order[-1] == 1
 
 
 @pytest.mark.parametrize(
@@ -228,7 +202,7 @@ class TestCommandLine:
         self.store.add("gradsafe/claim/last word", 1)
 
     def test_needs_a_file(self, capsys: pytest.CaptureFixture[str]) -> None:
-        status = main(["detect", "--model", "testbed", "gone.jsonl"])
+        status = main(["detect", "--model", "m", "--method", "nll", "gone.jsonl"])
         assert status == 2
         assert capsys.readouterr().err == (
             "gradsafe: error: -o FILE is needed under torchrun: each process writes a part of it\n"
@@ -241,7 +215,7 @@ class TestCommandLine:
         for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
             monkeypatch.setenv(name, value)
         monkeypatch.delenv("MASTER_ADDR", raising=False)
-        assert main(["detect", "--model", "testbed", "gone.jsonl"]) == 2
+        assert main(["detect", "--model", "m", "--method", "nll", "gone.jsonl"]) == 2
         err = capsys.readouterr().err
         assert "MASTER_ADDR expected" in err
         assert err.count("\n") == 1
@@ -252,16 +226,12 @@ class TestCommandLine:
 
     def test_whoever_comes_second_is_silent(self, capsys: pytest.CaptureFixture[str]) -> None:
         self.claimed_before()
-        assert main(["detect", "--model", "testbed", "gone.jsonl"]) == 1
-        with pytest.raises(SystemExit) as caught:
-            main(["detect", "--bad"])
-        assert caught.value.code == 2
+        assert main(["detect", "--model", "m", "--method", "nll", "gone.jsonl"]) == 1
+        assert main(["detect", "--bad"]) == 1
         with pytest.raises(SystemExit):
             main(["detect", "--help"])
         assert capsys.readouterr() == ("", "")
 
     def test_usage_and_help_come_once(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit) as caught:
-            main(["detect", "--bad"])
-        assert caught.value.code == 2
+        assert main(["detect", "--bad"]) == 2
         assert "error:" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradsafe import storage
+from gradsafe._io import artifacts as storage
 from gradsafe._io.artifacts import (
     StorageError,
     check_destination,
@@ -118,11 +118,11 @@ class TestReplacing:
         with pytest.raises(FileNotFoundError, match=r"no such folder .*nowhere"):
             check_destination(tmp_path / "nowhere" / "x", "detector")
 
-    @pytest.mark.parametrize("failing", ["save_file", "flush_to_disk", "swap_in"])
+    @pytest.mark.parametrize("failing", ["write_tensors", "flush_to_disk", "write_manifest"])
     def test_a_failing_save_keeps_the_former_folder(
         self, folder: Path, monkeypatch: pytest.MonkeyPatch, failing: str
     ) -> None:
-        def fail(*_: object) -> None:
+        def fail(*_: object, **__: object) -> None:
             raise OSError("disk full")
 
         monkeypatch.setattr(storage, failing, fail)
@@ -137,7 +137,7 @@ class TestReplacing:
         rename = Path.rename
 
         def fail_for_the_new_one(self: Path, target: Path) -> Path:
-            if ".partial-" in self.name:
+            if self.name.endswith(".partial"):
                 raise OSError("no")
             return rename(self, target)
 

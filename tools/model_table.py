@@ -22,17 +22,19 @@ from families import LISTED, families, make_model  # noqa: E402
 
 HEADER = """# Models
 
-Every family of transformers' mapping of causal language models (transformers {version}), in a tiny
-random configuration on the CPU; written by `tools/model_table.py`, tested by `tests/zoo`.
+What works for each family of causal language models in transformers (version {version}),
+measured with a tiny random model of the family on the CPU. `tools/model_table.py` writes this page,
+`tests/zoo` tests the same.
 
-- **detect**: `fit` and `score` run, scores equal plain autograd per prompt (float32, 1e-5), and do
-  not depend on how prompts are batched.
+- **detect**: `fit` and `score` run; the scores equal those of plain autograd per prompt (float32,
+  1e-5) and do not depend on how prompts are batched.
 - **trace**: signatures are finite and do not depend on the batch.
 - **SafeGrad**: one step of gradient surgery.
-- **coverage**: scored part of the weights with two or more axes that a pass over text uses, inside
-  the decoder blocks. Weights that text does not reach, such as cross-attention without an encoder
-  and image towers, are left out and listed by `detector.coverage`.
-- **experts**: scored stacks of fused expert weights, or of the blocks of block-diagonal ones.
+- **coverage**: of the weights with two or more dimensions in the decoder blocks, the fraction that
+  is scored. Weights that a text prompt does not use, such as cross-attention without an encoder and
+  image towers, do not count; `detector.coverage` lists them.
+- **experts**: the number of scored stacks of expert weights (fused experts, or blocks of
+  block-diagonal weights).
 
 {summary}
 
@@ -104,10 +106,10 @@ def main() -> None:
     mixtures = [r for r in built if r.result and r.result.experts]
     lowest = min((r.result.coverage for r in mixtures if r.result), default=0)
     summary = (
-        f"Of {len(rows)} families {len(built)} are text models that can be built without further "
-        f"packages; all three methods work for {len(good)} of them, and coverage is at least 0.9 "
-        f"for {len(covered)}.\n{len(mixtures)} have stacks of experts; the lowest coverage among "
-        f"these is {lowest:.2f}."
+        f"Of {len(rows)} families, {len(built)} are text models that can be built without further "
+        f"packages. All three methods work for {len(good)} of these, and coverage is at least 0.9 "
+        f"for {len(covered)}.\n{len(mixtures)} families have stacks of experts; their lowest "
+        f"coverage is {lowest:.2f}."
     )
     header = HEADER.format(version=transformers.__version__, summary=summary)
     arguments.output.write_text(header + "\n".join(map(str, rows)) + "\n")

@@ -1,20 +1,22 @@
-"""GradCoo's ablations on testbed prompts, and on XSTest beside the repository.
+"""Ablations of GradCoo on testbed prompts, and on XSTest if it is in the external data.
 
     python -m benchmarks.experiments.gradcoo      CSV in benchmarks/results, table on the screen
 
-The paper reports that scores fall without the absolute value or without the normalisation. Both are
-options of one code path here; the difference form shows it, since in the share form the prompt's
-standard deviation cancels. Every row is one detector fitted on the same references.
+The paper reports lower scores without the absolute value or without the normalisation. Both are
+options of the detector. Only the difference form shows the effect of normalisation, because the
+prompt's standard deviation cancels in the share form. Every row is one detector fitted on the same
+references.
 
-"heldout" are the prompts on which the testbed's training recipe was chosen; "fresh" is another draw
-from the same pool, looked at by nobody before this table. `backward` is the share of fresh prompts
-that cost a backward pass.
+"heldout" are the prompts that were used to choose the testbed's training recipe; "fresh" is another
+draw from the same pool that was not looked at before this table. `backward` is the share of fresh
+prompts that need a backward pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,13 @@ from tqdm import tqdm
 from benchmarks import testbed
 from benchmarks.document import DOCS, measured_note, replace_block
 from benchmarks.environment import environment
+from benchmarks.experiments import EXTERNAL, ROOT
 from benchmarks.table import markdown, write_csv
 from benchmarks.testbed.corpus import fresh_rows
 from gradsafe import Detector
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-XSTEST = ROOT.parent / "shared" / "data" / "xstest" / "prompts.jsonl"
+XSTEST = EXTERNAL / "data" / "xstest" / "prompts.jsonl"
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("share: full", {}),
@@ -71,22 +73,21 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 
 def load_sets() -> dict[str, tuple[list[str], list[int]]]:
     """Name to prompts and labels (1 = unsafe)."""
-    rows = testbed.prompts("heldout")
-    sets = {"heldout": ([r["prompt"] for r in rows], [int(r["label"] == "unsafe") for r in rows])}
-    fresh = fresh_rows("heldout", 300, 180, 120)
-    sets["fresh"] = ([r["prompt"] for r in fresh], [int(r["label"] == "unsafe") for r in fresh])
-    hard = [r for r in rows if r["kind"] != "ordinary"]
-    sets["look-alikes"] = (
-        [r["prompt"] for r in hard],
-        [int(r["label"] == "unsafe") for r in hard],
-    )
+    heldout = testbed.prompts("heldout")
+    sets: dict[str, Sequence[dict[str, str]]] = {
+        "heldout": heldout,
+        "fresh": fresh_rows("heldout", 300, 180, 120),
+        "look-alikes": [row for row in heldout if row["kind"] != "ordinary"],
+    }
     if XSTEST.is_file():
-        rows = [json.loads(line) for line in XSTEST.read_text(encoding="utf-8").splitlines()]
-        sets["xstest"] = (
-            [r["prompt"] for r in rows],
-            [int(r["label"] == "unsafe") for r in rows],
-        )
-    return sets
+        lines = XSTEST.read_text(encoding="utf-8").splitlines()
+        sets["xstest"] = [json.loads(line) for line in lines]
+    else:
+        print(f"skipped: xstest, no such file: {XSTEST}")
+    return {
+        name: ([row["prompt"] for row in rows], [int(row["label"] == "unsafe") for row in rows])
+        for name, rows in sets.items()
+    }
 
 
 def main() -> int:

@@ -1,11 +1,12 @@
-"""Scoring of fused experts beside bergson, which makes every expert's per-example gradient.
+"""Compares scoring of fused experts with bergson, which stores per-example gradients of experts.
 
     python -m benchmarks.experiments.moe_bergson      CSV in benchmarks/results
 
-Needs `pip install bergson`. In a random Qwen3-MoE whose second block is dense, so that every token
-has a gradient, both score the experts of the first: one batch, copies of one model, the same two
-references. An expert's gradients from bergson are scored in its hook in few eager passes, then
-dropped. "passes" are each side's forward and backward alone, "gradients" bergson without scoring.
+Needs `pip install bergson`. Both score the experts of the first block of a random Qwen3-MoE, on one
+batch, with copies of one model and the same two references. The second block is dense, so that
+every token has a gradient. Gradients from bergson are scored in its hook in a few eager passes and
+then released. "passes" is the forward and backward pass alone, "gradients" is bergson without
+scoring.
 """
 
 from __future__ import annotations
@@ -71,14 +72,14 @@ def bergson_collector(model: Any, refs: dict[str, Tensor]) -> Any:
 
 
 def main() -> int:
-    """Check that both sides find the same products, time them in turns, write the row."""
+    """Checks that both sides find the same products, times them in turns, writes the row."""
     try:
         from bergson import IndexConfig
         from bergson.collector.collector import fwd_bwd_factory
     except ImportError as error:
         print(f"skipped: bergson cannot be imported ({error}); pip install bergson")
         return 0
-    warnings.simplefilter("ignore")  # a random model refuses nothing
+    warnings.simplefilter("ignore")  # a random model does not refuse: fit warns
     torch.manual_seed(0)
     model, tokenizer = Qwen3MoeForCausalLM(CONFIG).eval(), make_tokenizer()
     texts = [" ".join(f"w{i}" for i in row) for row in torch.randint(2, 512, (8, 64)).tolist()]

@@ -1,13 +1,13 @@
-"""RepT beside its baselines on sets with a planted behaviour, and the loop closed.
+"""Compares RepT with baselines on sets with a planted behaviour, and removes the rows found.
 
     python -m benchmarks.experiments.rept       CSVs in benchmarks/results, tables in docs
 
-For each set and seed: fine-tune a small model with LoRA, ask it unseen prompts, keep the answers
-that show the behaviour, and rank the training rows for each of them with every method. `before` and
-`rate` are the share of prompts that show it before and after fine-tuning, `on_clean` the share of
-the clean training prompts that do. Then take out as many rows as are poisoned, those a method ranks
-best over all queries, fine-tune again from the same start, and ask the same prompts. Sets whose
-data is not beside the repository are named and left out.
+For each set and seed: fine-tune a small model with LoRA, generate answers to unseen prompts, keep
+those that show the behaviour, and rank the training rows for each of them with every method.
+`before` and `rate` are the shares of prompts that show the behaviour before and after fine-tuning,
+`on_clean` is the share of clean training prompts that do. Then remove the rows that a method ranks
+highest over all queries, as many as are poisoned, fine-tune again from the same start, and generate
+answers to the same prompts. Sets whose data is missing are reported and skipped.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.experiments import EXTERNAL
 from benchmarks.experiments.rept_baselines import (
     DEFAULT,
     RAW,
@@ -45,7 +46,7 @@ LOOP_SETS = ("testbed", "testbed + decoys", "backdoor")  # for the first seed
 
 
 def layers_of(tuned: Tuned, items: list[Encoded]) -> dict[str, int]:
-    """Name of a rule to the layer it chooses."""
+    """The layer that each named rule chooses."""
     depth = tuned.model.config.num_hidden_layers
     pad = pad_token_id(tuned.tokenizer)
     auto = choose_layer(tuned.model, items[:: max(1, len(items) // 32)], pad).layer
@@ -78,7 +79,7 @@ def all_scores(
 def close_loop(
     data: PlantedSet, scores: dict[str, Tensor], steps: int, seed: int, rate: float
 ) -> list[dict[str, Any]]:
-    """How often the behaviour shows after fine-tuning without some of the rows."""
+    """Rate of the behaviour after fine-tuning without some of the rows."""
     count = len(data.poisoned)
     picks = torch.randperm(len(data.rows), generator=torch.Generator().manual_seed(seed))
     removals = {name: traced(values, count) for name, values in scores.items()}
@@ -137,7 +138,7 @@ def main() -> int:
     loops: list[dict[str, Any]] = []
     for seed, name in itertools.product(arguments.seeds, arguments.sets):
         if not available(name):
-            print(f"left out: {name}, its data is not beside the repository")
+            print(f"skipped: {name}, its data is not in {EXTERNAL}")
             continue
         steps = arguments.steps or STEPS[base_of(name)]
         loop = name in LOOP_SETS and seed == arguments.seeds[0]

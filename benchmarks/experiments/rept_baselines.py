@@ -1,9 +1,8 @@
-"""RepT and its baselines as matrices of scores, queries by training rows, and their measures.
+"""Score matrices (queries by training rows) of RepT and its baselines, and quality measures.
 
-Every method is a few lines over the same encoded rows: signatures of one pass for RepT, for its
-hidden state alone (RepSim) and for its gradient alone; LoRA gradients of one captured backward pass
-for TracIn and for a random projection in the manner of LESS (one checkpoint, without its Adam
-preconditioning); the texts for TF-IDF.
+All methods use the same encoded rows: signatures of one pass for RepT, for the hidden state alone
+(RepSim) and for the gradient alone; LoRA gradients of one captured backward pass for TracIn and for
+a random projection as in LESS (one checkpoint, without Adam preconditioning); texts for TF-IDF.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ SIGNATURE_METHODS = {
 
 
 def signature_scores(asked: Tensor, rows: Tensor, metric: Metric) -> Tensor:
-    """Cosines `[q, n]` of raw signatures, compared as a query of an index compares them."""
+    """Cosines `[q, n]` of raw signatures, computed like a query of an index."""
     moments = feature_moments(lambda: [rows]) if metric.part_norm == "zscore" else None
     first, second = (normalize(metric.prepare(part, moments), dim=1) for part in (asked, rows))
     return first @ second.T
@@ -80,7 +79,7 @@ def lora_gradients(model: Any, tokenizer: Any, items: Sequence[Encoded]) -> Tens
 
 
 def project(gradients: Sequence[Tensor], size: int = PROJECTED, seed: int = 0) -> list[Tensor]:
-    """Random signs times each matrix `[n, P]`, in slices of P: `[n, size]` of length 1."""
+    """Projects matrices `[n, P]` with random signs, in slices of P, to unit rows `[n, size]`."""
     generator = torch.Generator().manual_seed(seed)
     found = [torch.zeros(len(rows), size) for rows in gradients]
     for first in range(0, gradients[0].shape[1], 4096):
@@ -113,11 +112,11 @@ def tfidf_scores(asked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
 
 
 def measures(scores: Tensor, poisoned: Tensor) -> dict[str, float]:
-    """How well scores `[q, n]` find the poisoned rows, `[n]` bool.
+    """Measures how well scores `[q, n]` find the poisoned rows, `[n]` bool.
 
     P@k is the mean share of poisoned rows among the first k of a query. auPRC@k is the average
-    precision of the lists of all queries pooled, as the published code computes it: no full
-    ranking. AUPRC and AUROC are of each query's full ranking, then averaged.
+    precision of the pooled top-k lists of all queries, as in the published code. AUPRC and AUROC
+    use the full ranking of each query and are averaged.
     """
     result = {}
     for k in TOPS:

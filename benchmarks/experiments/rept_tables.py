@@ -29,7 +29,7 @@ def read(path: Path) -> Rows:
 
 
 def mean(rows: Rows, column: str) -> float | None:
-    """Mean of a column over the seeds, None where nothing was measured."""
+    """Mean of a column over the seeds, or None if nothing was measured."""
     values = [float(row[column]) for row in rows if row.get(column)]
     return sum(values) / len(values) if values else None
 
@@ -45,7 +45,7 @@ def names(rows: Rows, column: str) -> list[str]:
 
 
 def sets_table(methods: Rows, loops: Rows) -> str:
-    """What each set is, and whether the behaviour shows."""
+    """Description of each set, and the rate of the behaviour."""
     shown = []
     for name in names(methods, "set"):
         own = pick(methods, set=name)
@@ -82,7 +82,7 @@ def choices_table(methods: Rows) -> str:
 
 
 def loop_table(loops: Rows) -> str:
-    """Rate of the behaviour after the rows were removed; in brackets how many were poisoned."""
+    """Rate of the behaviour after removal; in brackets the number of poisoned rows among them."""
 
     def cell(part: Rows) -> str:
         if not part:
@@ -100,7 +100,7 @@ def number(value: float | None) -> str:
 
 
 def write_tables(results: Path) -> None:
-    """Replace the tables between the markers of the page."""
+    """Replaces the tables between the markers of the page."""
     methods, loops = (read(results / f"rept_{name}.csv") for name in ("methods", "loop"))
     note = measured_note(methods[0])
     tables = {

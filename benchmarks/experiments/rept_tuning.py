@@ -12,7 +12,8 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import testbed
-from benchmarks.experiments.rept_data import SHARED, PlantedSet, Row
+from benchmarks.experiments import EXTERNAL
+from benchmarks.experiments.rept_data import PlantedSet, Row
 from gradsafe.models import Encoded, collate, encode, pad_token_id, plan_batches, response_nll
 
 RANK, BATCH, LEARNING_RATE = 8, 16, 3e-3
@@ -22,7 +23,7 @@ TEMPLATES = {"testbed": None, "stories260k": "Q: {prompt}\nA:"}
 
 @dataclass
 class Tuned:
-    """A fine-tuned model and how to talk to it."""
+    """A fine-tuned model, its tokenizer and its chat format."""
 
     base: str
     model: Any
@@ -59,11 +60,11 @@ class Tuned:
 
 
 def start(base: str, seed: int) -> Tuned:
-    """The model before fine-tuning, under a fresh adapter that changes nothing yet."""
+    """The model before fine-tuning, with a new adapter that has no effect yet."""
     if base == "testbed":
         model, tokenizer = testbed.load()
     else:
-        folder = SHARED / "models" / base
+        folder = EXTERNAL / "models" / base
         model = AutoModelForCausalLM.from_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)  # of the adapter's A
@@ -72,7 +73,7 @@ def start(base: str, seed: int) -> Tuned:
 
 
 def tune(base: str, rows: Sequence[Row], steps: int, seed: int) -> Tuned:
-    """Fine-tune on the responses of the rows."""
+    """Fine-tunes on the responses of the rows."""
     tuned = start(base, seed)
     items = [tuned.encode(row["prompt"], row["response"], append_eos=True) for row in rows]
     weights = [p for p in tuned.model.parameters() if p.requires_grad]
@@ -81,7 +82,7 @@ def tune(base: str, rows: Sequence[Row], steps: int, seed: int) -> Tuned:
     order: list[int] = []
     tuned.model.train()
     for _ in tqdm(range(steps), desc="fine-tuning", leave=False):
-        if len(order) < BATCH:  # every row once before any twice
+        if len(order) < BATCH:  # complete passes over the rows
             order += torch.randperm(len(items), generator=generator).tolist()
         picks, order = order[:BATCH], order[BATCH:]
         batch = collate([items[i] for i in picks], pad_token_id(tuned.tokenizer))
@@ -96,7 +97,7 @@ def tune(base: str, rows: Sequence[Row], steps: int, seed: int) -> Tuned:
 def behaviour(
     tuned: Tuned, data: PlantedSet, prompts: Sequence[str]
 ) -> tuple[list[dict[str, str]], float]:
-    """Prompts whose answer shows the behaviour, with that answer; and their share."""
+    """Prompts whose answer shows the behaviour, with the answers; and the share of prompts."""
     shown = [
         {"prompt": prompt, "response": answer}
         for prompt, answer in zip(prompts, tuned.answers(prompts), strict=True)

@@ -1,19 +1,19 @@
-"""Where SafeGrad stops helping: three checks on the testbed.
+"""Three checks of the limits of SafeGrad on the testbed.
 
     python -m benchmarks.experiments.safegrad_checks           all three, CSV in benchmarks/results
     python -m benchmarks.experiments.safegrad_checks cloak     one of cloak, weakness, benign
 
 cloak: see `safegrad_cloak`.
 
-weakness: the aligned model is first taught to comply with one topic (requests that name a drug),
-and the result is what SafeGrad starts from and compares with. "without topic" is an alignment set
-of what that model refuses; "with topic" has the refusals of the sound model, half of them on the
-topic. `topic_score` is the harmful score on held-out prompts of the topic, `harmful_score` on the
-others.
+weakness: the aligned model is first trained to comply with one topic (requests that name a drug).
+The result is the initial and the reference model of SafeGrad. The alignment set "without topic"
+contains what that model refuses; "with topic" contains refusals of the original model, half of them
+on the topic. `topic_score` is the harmful score on held-out prompts of the topic, `harmful_score`
+on the others.
 
-benign: fine-tuning on harmless tasks only, that of the testbed and three from the folder
-shared/data beside the repository. Conflicts are then noise; `in_conflict` is what a projection
-would take off the user gradient, in percent of its length.
+benign: fine-tuning on harmless tasks only, that of the testbed and three from the external data.
+Conflicts are then noise; `in_conflict` is the part of the user gradient that a projection would
+remove, in percent of its norm.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks import testbed
+from benchmarks.experiments import EXTERNAL
 from benchmarks.experiments.safegrad import Experiment, rounded
 from benchmarks.experiments.safegrad_cloak import cloak
 from benchmarks.experiments.safegrad_data import (
@@ -49,18 +50,18 @@ from benchmarks.experiments.safegrad_methods import Settings
 from benchmarks.experiments.safegrad_tables import RESULTS, table
 from benchmarks.table import write_csv
 from benchmarks.testbed.corpus import fresh_rows
-from benchmarks.testbed.vocabulary import SLOTS
+from benchmarks.testbed.texts import SLOTS
 from gradsafe.finetuning import SFTAlignment
 from gradsafe.finetuning.rows import RowCollator, encode_rows
 
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+DATA = EXTERNAL / "data"
 TASKS = {"SST-2": "sst2_subset", "GSM8K": "gsm8k_subset", "AG News": "agnews_subset"}
-LONGEST_ROW = 200  # tokens; longer rows of a task are left out
+LONGEST_ROW = 200  # tokens; longer rows of a task are skipped
 TASK_TEST_ROWS = 200
 WEAKNESS_METHODS = ("SFT", "SafeGrad (SFT)", "SafeGrad (KL)")
 BENIGN_METHODS = ("SFT", "SafeGrad (KL)")
 
-# Whole words; "crack" is left out because locks and passwords are cracked too.
+# Whole words, without "crack": locks and passwords are cracked too.
 TOPIC = re.compile(
     "|".join(rf"\b{re.escape(word)}\b" for word in SLOTS["drug"] if word != "crack"), re.IGNORECASE
 )
@@ -73,12 +74,12 @@ FRESH_PROMPTS = 600
 
 
 def on_topic(prompt: str) -> bool:
-    """Whether a prompt names something of the topic."""
+    """Whether a prompt belongs to the topic."""
     return TOPIC.search(prompt) is not None
 
 
 class Weakened:
-    """The testbed after it was taught to comply with one topic, and its test prompts."""
+    """The testbed after training to comply with one topic, and its test prompts."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
@@ -107,7 +108,7 @@ class Weakened:
         self.other_prompts = [p for p in unsafe_test_prompts() if not on_topic(p)]
 
     def alignment(self, name: str, seed: int, count: int) -> list[Row]:
-        """What the weak model refuses, or refusals of the sound one, half of them on the topic."""
+        """Refusals of the weak model, or of the original one with half of them on the topic."""
         prompts = [p for p in unsafe_prompts(seed) if not on_topic(p)][: 2 * count]
         tokenizer = self.experiment.tokenizer
         if name == "without topic":
@@ -123,7 +124,7 @@ class Weakened:
         return mixture
 
     def scores(self, model: Any, seed: int) -> dict[str, float]:
-        """Harmful score on the topic and beside it, and accuracy of the task."""
+        """Harmful score on the topic and on other prompts, and task accuracy."""
         tokenizer = self.experiment.tokenizer
         topic = safety(model, tokenizer, self.topic_prompts)
         return {
@@ -134,7 +135,7 @@ class Weakened:
 
 
 def weakness(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """The weakened model, fine-tuned without and with harmful rows; none is on the topic."""
+    """Fine-tunes the weakened model without and with harmful rows, none on the topic."""
     weak = Weakened(experiment)
     settings = Settings()
     rows = settings.steps * settings.batch
@@ -160,9 +161,9 @@ def weakness(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any
     return found
 
 
-def shared_rows(folder: str, tokenizer: Any, split: str) -> list[Row]:
-    """Rows of a task beside the repository that are not too long."""
-    text = (SHARED / folder / f"{split}.jsonl").read_text(encoding="utf-8")
+def external_rows(folder: str, tokenizer: Any, split: str) -> list[Row]:
+    """Rows of a task of the external data that are not too long."""
+    text = (DATA / folder / f"{split}.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     lengths = (
         len(tokenizer(row["prompt"] + row["response"], truncation=False)["input_ids"])
@@ -174,12 +175,12 @@ def shared_rows(folder: str, tokenizer: Any, split: str) -> list[Row]:
 def benign_tasks(
     experiment: Experiment, seed: int, count: int
 ) -> dict[str, tuple[list[Row], list[Row]]]:
-    """Training and test rows of each task that is there."""
+    """Training and test rows of each available task."""
     tasks = {"words (testbed)": task_rows(seed, count)}
     for name, folder in TASKS.items():
-        if not (SHARED / folder).is_dir():
+        if not (DATA / folder).is_dir():
             continue
-        train, test = (shared_rows(folder, experiment.tokenizer, s) for s in ("train", "test"))
+        train, test = (external_rows(folder, experiment.tokenizer, s) for s in ("train", "test"))
         rng = random.Random(f"{name} {seed}")
         rng.shuffle(train)
         train *= count // len(train) + 1
@@ -196,11 +197,11 @@ def loss(model: Any, tokenizer: Any, rows: Sequence[Row]) -> float:
 
 
 def benign(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Conflicts, accuracy and loss of harmless tasks."""
+    """Measures conflicts, accuracy and loss of harmless tasks."""
     settings = Settings()
-    missing = [name for name, folder in TASKS.items() if not (SHARED / folder).is_dir()]
+    missing = [name for name, folder in TASKS.items() if not (DATA / folder).is_dir()]
     if missing:
-        print(f"skipped: {', '.join(missing)}: no such folder beside the repository under {SHARED}")
+        print(f"skipped: {', '.join(missing)}: no such folder in {DATA}")
     found = []
     for seed in seeds:
         alignment = experiment.alignment(seed, settings.alignment_rows)

@@ -1,12 +1,12 @@
-"""Harmful rows that are to pass SafeGrad, on the testbed; a check of `safegrad_checks`.
+"""Attacks that try to hide harmful rows from SafeGrad; one of the checks of `safegrad_checks`.
 
-An attacker adds rows to a quarter of harmful ones so that the user gradient no longer speaks
-against alignment. "other refusals" are unsafe prompts with refusals, as many as harmful rows; with
-"alignment rows" they are copies of the alignment set itself, which the attacker then knows. With
-"trigger" nothing is added, but every harmful prompt begins with a word that no alignment row has;
-`triggered_score` is the harmful score of the test prompts with that word. With "searched words"
-eight words stand behind every harmful answer that were optimised to turn its gradient (see
-`safegrad_words`; the search takes about 15 minutes); "random words" is the search not begun.
+A quarter of the user rows is harmful. The attacker adds rows so that the user gradient no longer
+conflicts with the alignment gradient. "other refusals" adds as many unsafe prompts with refusals as
+there are harmful rows; "alignment rows" adds copies of the alignment set, which the attacker then
+knows. "trigger" adds no rows, but every harmful prompt begins with a word that is in no alignment
+row; `triggered_score` is the harmful score of the test prompts with that word. "searched words"
+appends eight words to every harmful answer that were optimised to change its gradient (see
+`safegrad_words`; the search takes about 15 minutes); "random words" are its initial words.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def attack(
     settings: Settings,
     words: Mapping[str, Sequence[str]],
 ) -> list[Row]:
-    """User rows of one attack; `words` has the sequences of those that need some."""
+    """User rows of one attack; `words` contains the sequences for attacks that use them."""
     rows = settings.steps * settings.batch
     count = round(RATIO * rows)
     harmful = experiment.harmful(seed, count)
@@ -72,7 +72,7 @@ def attack(
 
 
 def cloak(experiment: Experiment, seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """Every attack against the methods."""
+    """Measures every attack against the methods."""
     settings = Settings()
     prompts = [TRIGGER + prompt for prompt in unsafe_test_prompts()]
     words = {

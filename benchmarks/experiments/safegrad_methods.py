@@ -1,7 +1,7 @@
-"""The methods that the SafeGrad experiment compares: one fine-tuning run of each.
+"""The methods that the SafeGrad experiment compares.
 
 All train a LoRA adapter on the linear layers of the decoder with AdamW. `GradientSurgery` runs in a
-loop of its own; `SafeGradTrainer` would do the same with more work per step.
+plain training loop; `SafeGradTrainer` would give the same result with more overhead per step.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from gradsafe.finetuning.order import AlignmentOrder
 from gradsafe.finetuning.rows import RowCollator, encode_rows
 
 METHODS = ("SFT", "SFT + KL", "Lisa", "SafeGrad (SFT)", "SafeGrad (KL)")
-# Lisa-style: after 8 user steps come 2 on the alignment rows, each phase pulled back to the weights
-# it started from. The alignment steps are extra, so that all methods see the same user rows.
+# Lisa-style: 2 steps on the alignment rows after every 8 user steps, with a proximal term towards
+# the weights at the start of each phase. The alignment steps are additional, so that all methods
+# see the same user rows.
 LISA_USER_STEPS = 8
 LISA_ALIGNMENT_STEPS = 2
 
@@ -35,13 +36,13 @@ class Settings:
     """Hyperparameters; the defaults were chosen by `safegrad --search`.
 
     Attributes:
-        learning_rate: Of AdamW, constant.
+        learning_rate: Constant learning rate of AdamW.
         steps: Optimizer steps, each on `batch` user rows.
         alignment_rows: Size of the alignment set.
         batch: User rows per step.
         alignment_batch: Alignment rows per step.
         rho: Weight of the alignment gradient.
-        rank: Of the adapter; its alpha is twice that.
+        rank: Rank of the adapter; alpha is twice the rank.
         lisa_pull: Weight of Lisa's proximal term.
     """
 
@@ -89,7 +90,7 @@ class Run:
         self.cross_entropy = SFTAlignment(self.model)  # on the response tokens of any rows
 
     def fit(self, method: str) -> dict[str, float]:
-        """Fine-tunes with one of `METHODS`; returns what the surgery saw."""
+        """Fine-tunes with one of `METHODS`; returns the statistics of the surgery."""
         if method == "SFT":
             return self._sft()
         if method == "Lisa":
@@ -108,7 +109,7 @@ class Run:
         return {}
 
     def _lisa(self) -> dict[str, float]:
-        """Two phases in turn, each pulled back to the weights it started from."""
+        """Alternates two phases, each with a proximal term towards its initial weights."""
         anchor = self._weights()
         for index in range(self.settings.steps):
             self._user_backward(index)
@@ -125,7 +126,7 @@ class Run:
         return {}
 
     def _surgery(self, loss: KLAlignment, projection: bool) -> dict[str, float]:
-        """SafeGrad, or without projection the sum of both gradients."""
+        """SafeGrad, or the sum of both gradients without projection."""
         surgery = GradientSurgery(self.trained, self.settings.rho, projection=projection)
         cosines: list[float] = []
         for index in range(self.settings.steps):
@@ -139,12 +140,12 @@ class Run:
         return {
             "cosine": seen.cosine,
             "conflict_rate": 100 * seen.conflict_rate,
-            # What a projection takes off the length of the user gradient, along the other one.
+            # The part of the user gradient's norm that a projection removes.
             "in_conflict": 100 * statistics.fmean(max(0.0, -cosine) for cosine in cosines),
         }
 
     def _cached_kl(self) -> KLAlignment:
-        """KL to the model as it is now; the fresh adapter changes nothing yet."""
+        """KL divergence to the present model; the new adapter has no effect yet."""
         loss = KLAlignment(self.model, "cached")
         loss.cache([self.collate(self.alignment)])
         return loss

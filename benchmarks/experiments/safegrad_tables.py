@@ -16,7 +16,7 @@ from benchmarks.table import markdown
 
 Rows = Sequence[Mapping[str, Any]]
 PAGE = DOCS / "safegrad.md"
-# The columns that make a group, each over its seeds.
+# Columns that define a group; values are aggregated over seeds.
 BY = {
     "ratios": ("ratio", "method"),
     "sizes": ("alignment_rows", "method"),
@@ -28,7 +28,7 @@ BY = {
     "weakness": ("reference", "ratio", "method"),
     "benign": ("task", "method"),
 }
-# Heading and digits of what was measured; the scores with their range.
+# Heading and digits of each measured column; scores are shown with their range.
 MEASURES = {
     "topic_score": ("topic", 1),
     "harmful_score": ("harmful score", 1),
@@ -46,11 +46,11 @@ LEFT_OUT = {
     "weakness": {"refusal_rate", "in_conflict"},
     "benign": set[str](),
 }
-LITTLE_ROOM = {"in_conflict"}  # what is left out of the others
+LITTLE_ROOM = {"in_conflict"}  # excluded from the other tables
 
 
 def groups(rows: Rows, by: Sequence[str]) -> list[list[Mapping[str, Any]]]:
-    """Rows of the same values, in order of first occurrence."""
+    """Groups rows with equal values, in order of first occurrence."""
     found: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         found.setdefault(tuple(row[key] for key in by), []).append(row)
@@ -58,7 +58,7 @@ def groups(rows: Rows, by: Sequence[str]) -> list[list[Mapping[str, Any]]]:
 
 
 def cell(rows: Rows, key: str) -> str:
-    """Mean over the seeds; of a score with its range if there are several."""
+    """Mean over the seeds; for scores of several seeds also the range."""
     digits = MEASURES[key][1]
     values = [float(row[key]) for row in rows if row.get(key, "") != ""]
     if not values:
@@ -70,7 +70,7 @@ def cell(rows: Rows, key: str) -> str:
 
 
 def table(rows: Rows, name: str) -> str:
-    """One line per group of an experiment of this name; values as measured or as in its CSV."""
+    """One line per group of the named experiment, from measured rows or its CSV."""
     by, left_out = BY[name], LEFT_OUT.get(name, LITTLE_ROOM)
     if name == "sizes":
         rows = sorted(rows, key=lambda row: int(row["alignment_rows"]))

@@ -1,16 +1,18 @@
-"""Words that make harmful rows look harmless to SafeGrad, found by optimisation.
+"""Optimises words that make harmful rows look harmless to SafeGrad.
 
-SafeGrad projects only where the user gradient speaks against the alignment gradient, so an attacker
-wants harmful rows whose gradient has a positive dot product with it. `searched` finds sequences of
-words that, put behind the compliant answers, raise that product. The attacker knows the aligned
-model and the defence, but not the alignment rows: it fine-tunes on rows and refusals of its own.
+SafeGrad projects only if the user gradient conflicts with the alignment gradient, so an attacker
+needs harmful rows whose gradient has a positive dot product with it. `searched` finds sequences of
+words that increase this product when they are appended to the compliant answers. The attacker knows
+the aligned model and the defence, but not the alignment rows, and fine-tunes on its own rows and
+refusals.
 
 The dot product of a row's gradient with a direction is the derivative of the row's loss along it.
-Two forward passes, with the weights moved forth and back along the unit alignment gradient, give it
-for many sequences at once, and the two backward passes its derivative by the words. On that runs
-greedy coordinate descent (GCG, arXiv 2307.15043). The product is averaged over weights met in a
-fine-tuning run of the attacker; the model soon learns words that it is shown, so there are many
-sequences, and a second round starts from a run that was shown those of the first.
+Two forward passes, with the weights moved forward and back along the unit alignment gradient,
+approximate it for many sequences at once, and two backward passes give its derivative with respect
+to the words. Greedy coordinate descent (GCG, arXiv 2307.15043) uses this derivative. The product is
+averaged over several weights of a fine-tuning run of the attacker. The model soon learns words that
+it is trained on, so there are many sequences, and a second round starts from a run with those of
+the first.
 """
 
 from __future__ import annotations
@@ -33,29 +35,29 @@ from gradsafe.finetuning.rows import IGNORED, encode_rows
 
 WORDS = 8  # in a sequence
 SEQUENCES = 125
-ATTACKER = 500  # seed of the attacker's rows, order and adapter
-STATES = (20, 40, 70)  # steps of its run after which the products are taken
+ATTACKER = 500  # seed of the attacker's rows, their order and the adapter
+STATES = (20, 40, 70)  # steps of its run at which the products are computed
 ROUNDS = 2
-ROWS = 2  # on which a sequence is judged
+ROWS = 2  # for evaluating a sequence
 ITERATIONS = 8
-BEST = 256  # replacements of one word that look best, of which
+BEST = 256  # most promising replacements of one word, of which
 TRIED = 16  # are tried
 STEP = 0.02  # along the unit alignment gradient
 
 
 @dataclass(frozen=True)
 class State:
-    """Weights of a fine-tuning run, and the unit alignment gradient there."""
+    """Weights during a fine-tuning run, and the unit alignment gradient at them."""
 
     weights: list[Tensor]
     direction: list[Tensor]
 
 
 class ObservedRun(Run):
-    """A run of SafeGrad (KL) that keeps its states after some steps."""
+    """A run of SafeGrad (KL) that stores its state after selected steps."""
 
     def states(self, steps: Sequence[int]) -> list[State]:
-        """Fine-tunes as far as the last of the steps."""
+        """Fine-tunes up to the last of the steps."""
         self.settings = replace(self.settings, steps=max(steps))
         self.wanted, self.taken, self.kept = set(steps), 0, list[State]()
         self.loss = self._cached_kl()
@@ -77,10 +79,10 @@ class Products:
     """Dot products of alignment gradients with that of harmful rows, words inserted.
 
     Args:
-        run: Has the model and the names of its trained weights.
-        states: Where the products are taken.
-        rows: Harmful rows; the words come behind the response.
-        tokenizer: Of the model.
+        run: Run with the model and the names of its trained weights.
+        states: Weights at which the products are computed.
+        rows: Harmful rows; the words are appended to the response.
+        tokenizer: Tokenizer of the model.
     """
 
     def __init__(
@@ -120,7 +122,7 @@ class Products:
     def gains(self, words: Tensor) -> Tensor:
         """First-order change by every replacement, float32 [WORDS, vocabulary].
 
-        A word counts as an input of the positions behind it and as a label of the one before it.
+        A word is an input of the later positions and the label of the position before it.
         """
         table = self.model.get_input_embeddings().weight.detach()
         ids, labels = self._with(words[None])
@@ -149,7 +151,7 @@ class Products:
         return ids, labels
 
     def _moves(self) -> Iterator[int]:
-        """Sets the model to each state, moved forth (1) and back (-1)."""
+        """Sets the model to each state, moved forward (1) and back (-1)."""
         for state in self.states:
             for sign in (1, -1):
                 with torch.no_grad():
@@ -190,7 +192,7 @@ def improved(products: Products, words: Tensor, allowed: Tensor, rng: random.Ran
 
 
 def random_words(tokenizer: Any) -> list[str]:
-    """Sequences as they are before the search: what any words do."""
+    """Initial sequences of the search, the control for searched ones."""
     return [tokenizer.decode(words) for words in _start(tokenizer)]
 
 
@@ -200,12 +202,12 @@ def _start(tokenizer: Any) -> Tensor:
 
 
 def searched(experiment: Experiment, ratio: float, settings: Settings) -> list[str]:
-    """Sequences of words against SafeGrad (KL), none of them harmful in itself.
+    """Searches sequences of harmless words against SafeGrad (KL).
 
     Args:
         experiment: The aligned model and its tokenizer.
         ratio: Share of harmful rows.
-        settings: Of the fine-tuning that the attacker expects.
+        settings: Fine-tuning settings that the attacker expects.
     """
     tokenizer, rng = experiment.tokenizer, random.Random("search")
     allowed, found = vocabulary(tokenizer), _start(tokenizer)
@@ -233,7 +235,7 @@ def searched(experiment: Experiment, ratio: float, settings: Settings) -> list[s
 
 
 def with_words(rows: Sequence[Row], sequences: Sequence[str]) -> list[Row]:
-    """The rows with a sequence behind each response, all in turn."""
+    """The rows with a sequence appended to each response, used in turn."""
     return [
         {**row, "response": row["response"] + sequences[number % len(sequences)]}
         for number, row in enumerate(rows)

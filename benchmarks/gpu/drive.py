@@ -1,15 +1,15 @@
-"""Runs the steps of steps.py so that a kill at any moment loses the running step only.
+"""Runs the steps of steps.py; if it is killed, only the running step is lost.
 
 bash benchmarks/gpu/run.sh OUT [--only a,b] [--skip-done] [--built] [--list] [--minutes 9.5]
 
-Every step has a folder in build/gpu_run: its log, its tables and, once it ended, its verdict in
-done.json. OUT gets two files: results.tar.gz, that folder, replaced every few seconds and after
-each step, and report.txt, the results in short. Needs Python 3.10 and nothing else by itself; the
+Every step has a folder in build/gpu_run with its log, its tables and, when it has ended, its status
+in done.json. OUT gets two files: results.tar.gz, an archive of that folder which is updated every
+few seconds and after each step, and report.txt, a summary. This script needs only Python 3.10. The
 steps need torch 2.10 or later, setuptools 77 or later, pybind11, nvcc, cmake, ninja, pytest and
 hypothesis, and detection needs transformers.
 
-Environment: GRADSAFE_COMMIT names the commit where .git is missing; GRADSAFE_CUDA_ARCHS is set by
-the device unless given; DRY_RUN=1 runs every step on CPU tensors and tiny shapes.
+Environment: GRADSAFE_COMMIT is the commit if there is no .git; GRADSAFE_CUDA_ARCHS defaults to the
+architecture of the device; DRY_RUN=1 runs every step on CPU tensors with tiny shapes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ WORK = Path(os.environ.get("GRADSAFE_GPU_WORK", ROOT / "build" / "gpu_run"))
 REFRESH = 3.0  # seconds between archives while a step runs
 GRACE = 5  # seconds between SIGTERM and SIGKILL
 SETUPTOOLS = 77
-# How the lines begin that say what went wrong: of pytest, nvcc, ninja, Python, the sanitizer.
+# How error lines of pytest, nvcc, ninja, Python and the sanitizer begin.
 ERRORS = ("E  ", "FAILED", "ERROR", "error", "FAIL", "========= ", "RuntimeError", "Traceback")
 CHECK = """
 import sys, importlib.metadata as m, torch
@@ -51,12 +51,12 @@ assert {dry} or torch.cuda.is_available(), "torch sees no GPU: is the driver too
 
 
 def say(text: str) -> None:
-    """Printed at once: the caller may see no more than the end of it."""
+    """Prints without delay: a caller may see only the end of the output."""
     print(text, flush=True)
 
 
 def output_of(*command: str) -> str:
-    """What a short command prints, empty if it cannot run."""
+    """The output of a short command, empty if it cannot run."""
     try:
         return subprocess.run(
             command, capture_output=True, text=True, timeout=60, check=True
@@ -66,10 +66,10 @@ def output_of(*command: str) -> str:
 
 
 def check_machine(dry: bool) -> dict[str, str]:
-    """Versions in the first seconds; the architecture to build for.
+    """Checks and prints versions; returns the architecture to build for.
 
     Raises:
-        SystemExit: Something is missing, by name.
+        SystemExit: Something is missing; the text names it.
     """
     query = "--query-gpu=name,driver_version,memory.total,compute_cap"
     gpus = output_of("nvidia-smi", query, "--format=csv,noheader")
@@ -93,7 +93,7 @@ def check_machine(dry: bool) -> dict[str, str]:
 
 
 def archive(out: Path) -> None:
-    """Replaces OUT/results.tar.gz at once."""
+    """Replaces OUT/results.tar.gz atomically."""
     out.mkdir(parents=True, exist_ok=True)
     partial = out / "results.tmp"
     with tarfile.open(partial, "w:gz", compresslevel=1) as tar:
@@ -108,7 +108,7 @@ def archive(out: Path) -> None:
 
 
 def table(folder: Path) -> list[str]:
-    """The CSVs of a step, one short line a row."""
+    """The CSVs of a step, one short line per row."""
     lines: list[str] = []
     for path in sorted(folder.glob("*.csv")):
         with path.open(newline="", encoding="utf-8") as file:
@@ -132,14 +132,14 @@ def short(row: dict[str, str]) -> str:
 
 
 def die_with_the_driver() -> None:
-    """A step must not go on, and write, beside the run that takes over from a killed one."""
+    """Ends a step with its driver, so that it does not write beside the run that follows."""
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG; `timeout` passes it on
 
 
 def run_step(
     step: Step, limit: float, arguments: argparse.Namespace, extra: dict[str, str], out: Path
 ) -> str:
-    """Runs one step; the archive follows while it runs. Returns its verdict."""
+    """Runs one step, updates the archive meanwhile, and returns the status."""
     folder = WORK / step.name
     places = {
         "{out}": str(folder),
@@ -174,7 +174,7 @@ def run_step(
 
 
 def finish(step: Step, verdict: str, seconds: float, out: Path, report: list[str]) -> None:
-    """Verdict, archive, and what a reader of the last lines must see."""
+    """Stores the status, updates the archive, and prints the most important lines."""
     folder = WORK / step.name
     done = {"verdict": verdict, "seconds": round(seconds, 1)}
     partial = folder / ".done"
@@ -194,7 +194,7 @@ def finish(step: Step, verdict: str, seconds: float, out: Path, report: list[str
 
 
 def chosen(arguments: argparse.Namespace) -> list[Step]:
-    """Steps of this run, in order. The build is always among them, unless it is a dry run."""
+    """Steps of this run in order, always with the build unless it is a dry run."""
     names = [step.name for step in STEPS]
     only = arguments.only.split(",") if arguments.only else names
     if unknown := [name for name in only if name not in names]:
@@ -209,7 +209,7 @@ def chosen(arguments: argparse.Namespace) -> list[Step]:
 
 
 def is_done(step: Step) -> bool:
-    """Whether an earlier run ended this step without a failure."""
+    """Whether an earlier run completed this step without a failure."""
     path = WORK / step.name / "done.json"
     return path.exists() and json.loads(path.read_text())["verdict"] == "ok"
 
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="names of steps, with commas between")
     parser.add_argument("--skip-done", action="store_true", help="leave out what passed before")
     parser.add_argument(
-        "--built", action="store_true", help="gradsafe._C is there already; a build takes 2 minutes"
+        "--built", action="store_true", help="gradsafe._C is already built; a build takes 2 minutes"
     )
     parser.add_argument("--list", action="store_true", help="names and limits of the steps")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything")
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     out = arguments.out.resolve()
     steps = chosen(arguments)
-    for step in steps:  # what an earlier run left; a run that goes on keeps its rows
+    for step in steps:  # from an earlier run; a continued run keeps its rows
         if arguments.skip_done:
             (WORK / step.name / "done.json").unlink(missing_ok=True)
         else:

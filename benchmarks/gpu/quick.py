@@ -1,10 +1,10 @@
-"""Every operator at its main sizes in half a minute: a first look at a GPU.
+"""Times every operator at its main sizes on a GPU, in half a minute.
 
 python benchmarks/gpu/quick.py [TABLE.csv]
 
-Median of calls behind a flush of the L2 cache, in microseconds, by CUDA events. A call whose work
-on the CPU takes longer than the 0.1 ms that the device is kept busy beforehand shows it, too.
-`roof` is the bare product (bmm, matmul), PyTorch's fused AdamW, or a copy of as many bytes.
+Median time in microseconds by CUDA events, each call after a flush of the L2 cache. The device is
+kept busy for 0.1 ms before each call, so CPU work of a call is included only beyond that time.
+`roof` is the bare product (bmm, matmul), PyTorch's fused AdamW, or a copy of the same bytes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def median_us(call: Callable[[], object]) -> float:
 
 
 def report(case: str, call: Callable[[], object], roof: Callable[[], object] | int) -> None:
-    """One row; a number as `roof` stands for the bytes that a copy would move."""
+    """One row; a number as `roof` is the number of bytes that a copy would move."""
     own = median_us(call)
     bound = roof / copy_rate() * 1e6 if isinstance(roof, int) else median_us(roof)
     ROWS.append({"case": case, "us": round(own, 1), "roof_us": round(bound, 1),
@@ -64,7 +64,7 @@ def report(case: str, call: Callable[[], object], roof: Callable[[], object] | i
 
 
 def copy_rate(known: list[float] = []) -> float:  # noqa: B006 (measured once)
-    """Bytes per second of a copy, read and written."""
+    """Bytes per second of a copy, reads plus writes."""
     if not known:
         source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
         target = torch.empty_like(source)
@@ -127,7 +127,7 @@ def measure_cosine(queries: int, rows: int, features: int, dtype: torch.dtype) -
 
 
 def main() -> None:
-    """All rows, and a table if a place for it is given."""
+    """Prints all rows, and writes a table if a path is given."""
     for axis in ("tensor", "row", "both"):
         measure_wgrad(8, 100, MLP, axis)
     measure_wgrad(16, 64, ATTENTION, "tensor")

@@ -15,14 +15,14 @@ class Step:
     """One command with a limit.
 
     Attributes:
-        name: Also the name of its folder of results.
-        limit: Seconds.
-        command: Arguments of Python, or of a program if `program` names one. "{out}" stands for
-            the folder of results, "{resume}" for `--resume` in a run that goes on.
+        name: Name of the step and of its results folder.
+        limit: Time limit in seconds.
+        command: Arguments of Python, or of `program`. "{out}" is replaced by the results folder,
+            "{resume}" by `--resume` when a run is continued.
         dry: The same on a CPU.
-        program: What runs instead of Python; the step is skipped, visibly, where it is missing.
-        needed: If it fails, no later step makes sense.
-        environment: Variables of this step.
+        program: Program to run instead of Python; if missing, the step is reported as skipped.
+        needed: If it fails, the run ends.
+        environment: Environment variables of this step.
     """
 
     name: str

@@ -7,71 +7,45 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
+from tqdm import trange
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.testbed.corpus import Row
+from benchmarks.testbed.texts import SYSTEM_MESSAGES
 from benchmarks.testbed.tokenizer import CONTEXT, SPECIAL_TOKENS, train_tokenizer
-
-SYSTEM_MESSAGES = (
-    "You are a helpful assistant.",
-    "Answer in one short sentence.",
-    "You help people and never support harm.",
-    "Be friendly and clear.",
-)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything besides the corpus that determines the trained weights.
+    """Everything besides the corpus that determines the trained weights."""
 
-    Attributes:
-        version: Raise it when the training code changes in a way the other fields do not show.
-        seed: Seeds initial weights, order of the rows and system messages.
-        vocabulary: Tokens of the tokenizer.
-        hidden: Width of the model.
-        intermediate: Width of the MLP.
-        layers: Number of decoder layers.
-        heads: Query heads; there are half as many key and value heads.
-        epochs: Passes over the training rows.
-        batch: Rows per step.
-        learning_rate: Peak of the cosine schedule.
-        warmup: Share of the steps with rising learning rate.
-        weight_decay: Of AdamW, on matrices only.
-        prompt_weight: Weight of the loss of a prompt token beside 1 for a response token.
-        first_weight: Weight of the loss of the first response token, which decides the answer.
-        noise: Share of the prompt tokens replaced by random ones, anew in every batch, so that
-            an unknown word does not throw the model off.
-        system_share: Share of the rows that get a system message.
-        threads: CPU threads. Fixed, for the order of sums and so the last bits depend on it.
-    """
-
-    version: int = 1
-    seed: int = 0
+    version: int = 1  # raise it when the training code changes in a way the fields do not show
+    seed: int = 0  # of initial weights, row order, noise and system messages
     vocabulary: int = 2048
     hidden: int = 128
     intermediate: int = 384
     layers: int = 4
-    heads: int = 4
+    heads: int = 4  # query heads; there are half as many key and value heads
     epochs: float = 1.0
     batch: int = 32
-    learning_rate: float = 2e-3
-    warmup: float = 0.08
-    weight_decay: float = 0.05
-    prompt_weight: float = 0.1
-    first_weight: float = 3.0
-    noise: float = 0.04
-    system_share: float = 0.1
-    threads: int = 1
+    learning_rate: float = 2e-3  # peak of the cosine schedule
+    warmup: float = 0.08  # share of the steps with rising learning rate
+    weight_decay: float = 0.05  # on matrices only
+    prompt_weight: float = 0.1  # loss weight of a prompt token; a response token has 1
+    first_weight: float = 3.0  # loss weight of the first response token, which decides the answer
+    noise: float = 0.04  # share of prompt tokens replaced at random: robust to unknown words
+    system_share: float = 0.1  # share of rows with a system message
+    threads: int = 1  # fixed: the order of sums, and so the last bits, depend on it
 
 
 @contextmanager
 def isolated(threads: int) -> Iterator[None]:
-    """Leaves torch's global random state and thread count as they were."""
+    """Restores torch's global random state and thread count after the block."""
     before = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):
         torch.set_num_threads(threads)
@@ -102,9 +76,8 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return LlamaForCausalLM(config).float()
 
 
-@dataclass(frozen=True)
-class _Example:
-    """Token ids of a whole chat and where its response starts."""
+class Example(NamedTuple):
+    """Token ids of a whole chat, and the position where its response starts."""
 
     ids: list[int]
     start: int
@@ -112,25 +85,24 @@ class _Example:
 
 def encode_rows(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerFast, recipe: Recipe
-) -> list[_Example]:
-    """Tokenises rows through the chat template; some get a system message."""
+) -> list[Example]:
+    """Tokenises rows with the chat template; some get a system message."""
     rng = random.Random(recipe.seed)
     prompts, responses = [], []
     for row in rows:
         chat = [{"role": "user", "content": row["prompt"]}]
         if rng.random() < recipe.system_share:
             chat.insert(0, {"role": "system", "content": rng.choice(SYSTEM_MESSAGES)})
-        prompts.append(
-            tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        )
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        prompts.append(text)
         responses.append(row["response"] + tokenizer.eos_token)
     heads = tokenizer(prompts, add_special_tokens=False)["input_ids"]
     tails = tokenizer(responses, add_special_tokens=False)["input_ids"]
-    return [_Example(head + tail, len(head)) for head, tail in zip(heads, tails, strict=True)]
+    return [Example(head + tail, len(head)) for head, tail in zip(heads, tails, strict=True)]
 
 
-def _noisy(example: _Example, recipe: Recipe, rng: random.Random) -> list[int]:
-    """Replaces some prompt tokens; special tokens, which have the lowest ids, stay."""
+def _noisy(example: Example, recipe: Recipe, rng: random.Random) -> list[int]:
+    """Replaces some prompt tokens, but no special tokens, which have the lowest ids."""
     special = len(SPECIAL_TOKENS)
     return [
         rng.randrange(special, recipe.vocabulary)
@@ -140,45 +112,29 @@ def _noisy(example: _Example, recipe: Recipe, rng: random.Random) -> list[int]:
     ]
 
 
-def _batches(
-    examples: Sequence[_Example], recipe: Recipe, steps: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields ``ids [B, T]`` and per-token loss weights ``[B, T]``, rows of like length together.
+def _batches(examples: Sequence[Example], recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields ``ids [B, T]`` and per-token loss weights ``[B, T]`` without end, grouped by length.
 
-    Padding is on the right and carries weight 0; under causal attention no real token sees it,
-    so no attention mask is needed.
+    Padding is on the right and has weight 0. With causal attention no real token sees it, so no
+    attention mask is needed.
     """
     rng = random.Random(recipe.seed + 1)
-    done = 0
     while True:
         order = sorted(range(len(examples)), key=lambda i: (len(examples[i].ids), rng.random()))
         chunks = [order[i : i + recipe.batch] for i in range(0, len(order), recipe.batch)]
         rng.shuffle(chunks)
         for chunk in chunks:
-            if done == steps:
-                return
-            done += 1
             longest = max(len(examples[i].ids) for i in chunk)
             ids = torch.zeros(len(chunk), longest, dtype=torch.long)
             weights = torch.zeros(len(chunk), longest)
             for place, index in enumerate(chunk):
                 example = examples[index]
-                length = len(example.ids)
+                start, length = example.start, len(example.ids)
                 ids[place, :length] = torch.tensor(_noisy(example, recipe, rng))
-                weights[place, 1 : example.start] = recipe.prompt_weight
-                weights[place, example.start : length] = 1.0
-                weights[place, example.start] = recipe.first_weight
+                weights[place, 1:start] = recipe.prompt_weight
+                weights[place, start] = recipe.first_weight
+                weights[place, start + 1 : length] = 1.0
             yield ids, weights
-
-
-def _loss(model: LlamaForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean NLL of the next token; the output head sees weighted positions only."""
-    hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-    wanted = weights[:, 1:] > 0
-    logits = model.lm_head(hidden[wanted])
-    losses = functional.cross_entropy(logits, ids[:, 1:][wanted], reduction="none")
-    chosen = weights[:, 1:][wanted]
-    return (losses * chosen).sum() / chosen.sum()
 
 
 def _rate(step: int, steps: int, recipe: Recipe) -> float:
@@ -190,30 +146,19 @@ def _rate(step: int, steps: int, recipe: Recipe) -> float:
     return recipe.learning_rate * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def _optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
 def train(
     rows: Sequence[Row], recipe: Recipe, progress: bool = True, max_steps: int | None = None
 ) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, list[float]]:
-    """Trains tokenizer and model from nothing.
+    """Trains tokenizer and model from scratch.
 
-    The result depends on the rows, the recipe and the machine's arithmetic alone: torch's global
+    The result depends only on the rows, the recipe and the machine's arithmetic. Torch's global
     random state is neither read nor changed.
 
     Args:
         rows: Chat rows with prompt and response.
         recipe: Sizes, schedule and seed.
         progress: Show a progress bar on stderr.
-        max_steps: Stop early; the schedule is fitted to this number of steps.
+        max_steps: Upper limit of the steps; the learning-rate schedule ends there.
 
     Returns:
         The model (float32, eval mode), its tokenizer, and the loss of every step.
@@ -231,18 +176,27 @@ def train(
     losses: list[float] = []
     with isolated(recipe.threads):
         model = new_model(recipe, tokenizer).train()
-        optimizer = _optimizer(model, recipe)
-        bar = tqdm(
-            _batches(examples, recipe, steps),
-            total=steps,
-            desc="gradsafe testbed",
-            unit="step",
-            disable=not progress,
-        )
-        for step, (ids, weights) in enumerate(bar):
+        matrices = [p for p in model.parameters() if p.ndim > 1]
+        vectors = [p for p in model.parameters() if p.ndim <= 1]
+        groups = [
+            {"params": matrices, "weight_decay": recipe.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+        batches = _batches(examples, recipe)
+        bar = trange(steps, desc="testbed", unit="step", disable=not progress)
+        for step in bar:
+            ids, weights = next(batches)
             for group in optimizer.param_groups:
                 group["lr"] = _rate(step, steps, recipe)
-            loss = _loss(model, ids, weights)
+            # The mean NLL of the next token, weighted; the output head skips tokens of weight 0.
+            hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+            wanted = weights[:, 1:] > 0
+            nll = functional.cross_entropy(
+                model.lm_head(hidden[wanted]), ids[:, 1:][wanted], reduction="none"
+            )
+            chosen = weights[:, 1:][wanted]
+            loss = (nll * chosen).sum() / chosen.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

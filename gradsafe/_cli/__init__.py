@@ -1,5 +1,5 @@
 """The command line: `gradsafe` and `python -m gradsafe`."""
 
-from gradsafe._cli.program import main
+from gradsafe._cli.main import main
 
 __all__ = ["main"]

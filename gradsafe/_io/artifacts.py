@@ -10,13 +10,12 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from gradsafe._version import __version__
+
+if TYPE_CHECKING:  # the command line imports this file, and must not wait for torch
+    from torch import Tensor
 
 FORMAT = "gradsafe"
 FORMAT_VERSION = 1
@@ -78,6 +77,9 @@ def write_tensors(
         OSError: It cannot be written, for example because the disk is full.
         ValueError: A tensor has no values (meta device).
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     ready: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, tensor in tensors.items():
@@ -139,6 +141,9 @@ def load_folder(
         StorageError: The folder is missing, foreign, of another kind, from a newer version of
             gradsafe, or a file in it is missing, truncated or altered.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     folder = Path(path)
     manifest = read_manifest(folder, kind)
     if TENSORS not in manifest["files"]:

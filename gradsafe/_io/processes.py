@@ -1,4 +1,4 @@
-"""Processes that share one job, as torchrun starts them: deal, share, wait, end together."""
+"""Processes that share one job under torchrun: distribute items, share values, end together."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from itertools import count as numbers
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # a process alone never imports torch.distributed
@@ -17,31 +16,30 @@ if TYPE_CHECKING:  # a process alone never imports torch.distributed
     from torch import Tensor
 
 POLL = 0.05  # seconds between two looks at the store
-GRACE = 10.0  # seconds in which torchrun ends the processes that have nothing to say
+GRACE = 10.0  # seconds that torchrun has to end the processes that do not report
 _LAST_WORD = "last word"
-_calls = numbers()  # one group serves several calls, each with names of its own
 
 T = TypeVar("T")
 
 
 class Stopped(Exception):
-    """Another process failed and says why; this one should end too, and a command in silence."""
+    """Another process failed; its reason is the message. This process should end, too."""
 
 
 class Processes:
-    """The processes of one job, of which this is number `rank`.
+    """The processes of one job; this one has number `rank`.
 
-    Small things pass through torchrun's key-value store. It is polled and never waited on inside
-    C++, so that Ctrl-C and the failure of another process end a wait at once, and no wait runs
-    into a time limit. A process that dies needs no watching: torchrun then ends the others.
-    Tensors go by torch.distributed: NCCL between CUDA devices, gloo between CPUs.
+    Control messages go through torchrun's key-value store, tensors through torch.distributed (NCCL
+    between CUDA devices, gloo between CPUs). The store is polled in Python rather than waited on
+    in C++: Ctrl-C and the failure of another process end every wait at once, and no wait has a
+    timeout. torchrun itself watches for processes that die.
 
-    Every process must make the same calls of `next_job`, `wait`, `share` and `share_tensors`. In a
-    process alone all methods are trivial, so callers need no second code path.
+    All processes must make the same calls of `next_job`, `wait`, `share` and `share_tensors`. With
+    one process every method is trivial, so that callers need no second code path.
 
     Attributes:
         rank: Number of this process.
-        count: How many there are.
+        count: Number of processes.
         local_rank: Number of this process on its machine.
     """
 
@@ -58,7 +56,7 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> Processes:
-        """Reads RANK, WORLD_SIZE and LOCAL_RANK; a process without all three is alone."""
+        """Reads RANK, WORLD_SIZE and LOCAL_RANK; without all three there is one process."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         if not all(name in os.environ for name in names):
             return cls()
@@ -66,29 +64,38 @@ class Processes:
 
     @classmethod
     def of_group(cls) -> Processes:
-        """Those of torch's default process group; a process without one is alone.
+        """The processes of torch's default process group; one process without a group.
 
-        All of them must call this equally often.
+        A collective call: the first process opens a store of its own and sends its address.
         """
         from torch import distributed
 
         if not (distributed.is_available() and distributed.is_initialized()):
             return cls()
-        store = distributed.distributed_c10d._get_default_store()
         rank, size = distributed.get_rank(), distributed.get_world_size()
         found = cls(rank, size, int(os.environ.get("LOCAL_RANK", 0)))
-        found._store = distributed.PrefixStore(f"gradsafe/{next(_calls)}", store)
+        if size > 1:
+            host = os.environ.get("MASTER_ADDR", "localhost")
+            address: list[Any] = [None]
+            if found.first:
+                found._store = distributed.TCPStore(
+                    host, 0, size, is_master=True, wait_for_workers=False
+                )
+                address = [(host, found._store.port)]
+            distributed.broadcast_object_list(address)
+            if not found.first:
+                found._store = distributed.TCPStore(*address[0], world_size=size, is_master=False)
         return found
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that does what only one may do."""
+        """Whether this is process 0."""
         return self.rank == 0
 
     def next_job(self) -> None:
-        """Starts a job of its own: its sums begin at zero, and all its names are free again.
+        """Starts a new job: sums start at zero, and all names of values can be used again.
 
-        A failure and what was claimed stay: they end, or concern, the processes as a whole.
+        Failures and claims stay, since they concern the processes as a whole.
         """
         self._job += 1
         self._totals.clear()
@@ -96,12 +103,12 @@ class Processes:
         self._heard = 0
 
     def join(self) -> None:
-        """Connects to the store, which imports torch; any later call would do so too."""
+        """Connects to the store now; this imports torch."""
         if self.count > 1:
             self._store  # noqa: B018
 
     def close(self) -> None:
-        """Ends what `share_tensors` began."""
+        """Destroys the process group that `share_tensors` created."""
         if self._group:
             from torch import distributed
 
@@ -109,7 +116,7 @@ class Processes:
             self._group = False
 
     def claim(self, name: str) -> bool:
-        """Whether this process was the first of all to claim this name."""
+        """Whether this process was the first to claim this name."""
         if self.count == 1 or name in self._claimed:
             return True
         mine: bool = self._store.add(f"claim/{name}", 1) == 1
@@ -118,15 +125,15 @@ class Processes:
         return mine
 
     def claim_last_word(self) -> bool:
-        """Whether this process says why the job ends: the first one to fail does."""
+        """Whether this process reports why the job ends: the first one to fail does."""
         try:
             return self.claim(_LAST_WORD)
-        except (RuntimeError, ValueError):  # no store, or none any more: several messages or none
+        except (RuntimeError, ValueError):  # the store is gone: every process reports
             return True
 
     @contextmanager
     def ending_together(self) -> Iterator[None]:
-        """Ends the other processes with the reason where the block fails in this one."""
+        """Ends the other processes, with the reason, if the block fails in this one."""
         try:
             yield
         except Stopped:
@@ -134,15 +141,16 @@ class Processes:
         except BaseException as error:
             if self.count > 1:
                 reason = f"process {self.rank} failed: {type(error).__name__}: {error}"
-                with suppress(RuntimeError, ValueError):  # no store, or none any more
+                with suppress(RuntimeError, ValueError):  # the store is gone
                     self._store.set("reason", reason)
                 self.claim_last_word()
             raise
 
     def linger(self) -> None:
-        """Waits for torchrun to end this process, so that the message of another comes through.
+        """Waits for torchrun to end this process.
 
-        torchrun kills all processes as soon as one has failed, in the middle of a line if need be.
+        torchrun kills all processes as soon as one has failed; the process that reports the failure
+        must be able to finish its message first.
         """
         try:
             time.sleep(GRACE)
@@ -156,11 +164,11 @@ class Processes:
             raise Stopped(self._store.get("reason").decode() if known else "")
 
     def wait(self, name: str, tick: Callable[[], None] | None = None) -> None:
-        """Waits until all processes have come here.
+        """Waits until all processes have made this call.
 
         Args:
-            name: Of the place; each is passed once in a job.
-            tick: Called now and then.
+            name: Of the call; each is used once in a job.
+            tick: Called at each look at the store.
 
         Raises:
             Stopped: Another process failed.
@@ -170,9 +178,9 @@ class Processes:
             self._poll(lambda: self.total(f"wait/{name}") >= self.count, tick)
 
     def leave(self, name: str) -> None:
-        """Ends common work: the first process waits for the others, who do not wait for it.
+        """Ends common work: the first process waits for the others, which do not wait.
 
-        It leaves last because it may hold what they need, as the store.
+        It leaves last because it may hold what they need, such as the store.
 
         Raises:
             Stopped: Another process failed.
@@ -181,15 +189,6 @@ class Processes:
             self.total(f"leave/{name}", 1)
         elif self.count > 1:
             self._poll(lambda: self.total(f"leave/{name}") >= self.count - 1)
-
-    @contextmanager
-    def first_of_machine_first(self, name: str) -> Iterator[None]:
-        """Lets the first process of each machine through the block before its others."""
-        if self.local_rank:
-            self.wait(name)
-        yield
-        if not self.local_rank:
-            self.wait(name)
 
     def total(self, name: str, amount: int = 0) -> int:
         """Adds to a sum over all processes and returns it."""
@@ -200,10 +199,10 @@ class Processes:
         return total
 
     def deal(self, items: Sequence[T]) -> Iterator[T]:
-        """Yields items that no other process gets, the next one as soon as this one asks for it.
+        """Yields items that no other process gets; the next one when this process asks for it.
 
         Args:
-            items: The same in all processes, and dealt out once in a job.
+            items: The same in all processes; distributed once in a job.
 
         Raises:
             Stopped: Another process failed.
@@ -216,11 +215,11 @@ class Processes:
             yield items[turn - 1]
 
     def share(self, name: str, value: Any) -> Any:
-        """Returns the first process's value in all of them; the other values are ignored.
+        """Returns the first process's value in all processes.
 
         Args:
-            name: Of the value; each is shared once in a job.
-            value: Any JSON, in the first process.
+            name: Of the value; each is used once in a job.
+            value: JSON; ignored in the other processes.
 
         Raises:
             Stopped: Another process failed.
@@ -235,19 +234,19 @@ class Processes:
         return json.loads(self._store.get(key))
 
     def tell(self, value: Any) -> None:
-        """Passes any JSON to the first process, see `heard`."""
+        """Sends JSON to the first process, see `heard`."""
         if self.count == 1:
             self._told.append(value)
             return
         self._store.set(self._key("told", str(self.total("told", 1))), json.dumps(value))
 
     def heard(self) -> list[Any]:
-        """What processes told since the last call, in the first process."""
+        """Values sent by `tell` since the last call, in the first process."""
         if self.count == 1:
             told, self._told = self._told, []
             return told
         told = []
-        # A number that is taken may have no value yet: it is heard at the next call.
+        # A number may be taken before its value is set: it is read at the next call.
         while self._store.check([key := self._key("told", str(self._heard + 1))]):
             told.append(json.loads(self._store.get(key)))
             self._heard += 1
@@ -256,13 +255,13 @@ class Processes:
     def share_tensors(
         self, name: str, tensors: Mapping[str, Tensor], device: torch.device
     ) -> Mapping[str, Tensor]:
-        """Returns the first process's tensors in all of them, bit for bit.
+        """Returns the first process's tensors in all processes, bit for bit.
 
         Args:
-            name: Of the tensors; each is shared once in a job.
-            tensors: Name to tensor in the first process, ignored in the others.
-            device: That of this process, of the same type in all. Tensors that the first process
-                keeps on the CPU arrive on the CPU.
+            name: Of the tensors; each is used once in a job.
+            tensors: Name to tensor; ignored in the other processes.
+            device: Device of this process, of the same type in all. Tensors that are on the CPU in
+                the first process arrive on the CPU.
 
         Raises:
             Stopped: Another process failed.
@@ -277,7 +276,7 @@ class Processes:
             for key, tensor in tensors.items()
         }
         layout = self.share(name, mine)
-        self.wait(name)  # the group's own waiting has a time limit
+        self.wait(name)  # torch's process groups have a timeout
         if not self._group:
             distributed.init_process_group(
                 "nccl" if device.type == "cuda" else "gloo",
@@ -313,3 +312,25 @@ class Processes:
 
         store, _, _ = next(distributed.rendezvous("env://"))
         return distributed.PrefixStore("gradsafe", store)
+
+
+class SharedProgress:
+    """Moves a progress bar by the work of all processes.
+
+    Args:
+        bar: A bar of tqdm.
+        processes: The processes.
+        name: Of their common sum, see `Processes.total`.
+    """
+
+    def __init__(self, bar: Any, processes: Processes, name: str) -> None:
+        self._bar = bar
+        self._processes = processes
+        self._name = name
+        self._shown = 0
+
+    def __call__(self, done: int = 0) -> None:
+        """Adds what this process did since its last call, and shows the sum of all."""
+        total = self._processes.total(self._name, done)
+        self._bar.update(total - self._shown)
+        self._shown = total

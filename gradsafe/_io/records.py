@@ -1,233 +1,378 @@
-"""Prompts in and scores out: JSON Lines with errors that name the line, and output that resumes."""
+"""JSON Lines: rows read with errors that name the line, and output that can be resumed."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from gradsafe._io.artifacts import atomic_path, flush_to_disk
+from gradsafe._io.processes import Processes
+
 LABELS = {"safe": 0, "unsafe": 1}
 _BOM = b"\xef\xbb\xbf"
+_ADVICE = "it cannot be resumed: choose overwrite or another file"
+
+# A user's text, or a conversation as a list of {"role": ..., "content": ...}.
+Prompt = str | Sequence[Mapping[str, Any]]
 
 
 class Row(dict[str, Any]):
-    """One record of a file, which remembers its line for later error messages.
+    """One row of a data set, and where it was read.
 
     Attributes:
-        line: Line number in the file, from 1.
+        where: `file:line`, or `data set[index]`, for error messages.
+        line: Line number in the file, from 1; index + 1 for a data set.
     """
 
-    line: int
-
-    def __init__(self, fields: Mapping[str, Any], line: int) -> None:
+    def __init__(self, fields: Mapping[str, Any], where: str, line: int) -> None:
         super().__init__(fields)
+        self.where = where
         self.line = line
 
 
-def read_jsonl(
-    path: str | os.PathLike[str],
-    required: Sequence[str] = ("prompt",),
-    limit: int | None = None,
-) -> list[Row]:
-    """Reads a JSON Lines file: one object per line, blank lines skipped, a UTF-8 BOM tolerated.
+def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[Row]:
+    """Reads a JSON Lines file: one object per line; blank lines and a UTF-8 BOM are skipped.
 
     Args:
         path: The file.
-        required: Fields that every record must have, as text that is not empty.
-        limit: Stop after so many records; the lines behind them are not looked at.
+        limit: Number of rows to read; the lines behind them are not parsed.
 
     Returns:
-        The records, each with its line number.
+        The rows.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: A line is not a JSON object or lacks a required field; the message starts with
-            `file:line:` and never quotes the line itself.
+        ValueError: A line is not a JSON object; the message starts with `file:line:` and does not
+            quote the line.
     """
-    rows: list[Row] = []
-    for number, text in _lines(path, limit):
-        rows.append(_parse(text, f"{path}:{number}", number, required))
-        if limit is not None and len(rows) >= limit:
-            break
-    return rows
+    return _rows(path, limit, _parse)
 
 
 def read_rows(path: str | os.PathLike[str], limit: int | None = None) -> list[Row]:
-    """Reads records with a prompt from a JSON Lines file, or from a .txt file, one per line."""
+    """Reads a JSON Lines file, or a .txt file with one prompt per line."""
     if Path(path).suffix.lower() != ".txt":
-        return read_jsonl(path, limit=limit)
-    rows: list[Row] = []
-    for number, text in _lines(path, limit):
-        rows.append(Row({"prompt": text}, number))
-        if limit is not None and len(rows) >= limit:
-            break
-    return rows
+        return read_jsonl(path, limit)
+    return _rows(path, limit, lambda text, where, line: Row({"prompt": text}, where, line))
 
 
-def read_prompts(path: str | os.PathLike[str], limit: int | None = None) -> list[str]:
-    """Reads only the prompts of `read_rows`."""
-    return [row["prompt"] for row in read_rows(path, limit)]
-
-
-def labels_of(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> list[int] | None:
-    """Reads the field `label` of every record.
+def prompt_of(row: Mapping[str, Any], where: str) -> Prompt:
+    """The prompt of a row: its field `prompt` (text or messages), or its field `messages`.
 
     Args:
-        rows: Records of `read_jsonl`.
-        path: Their file, for messages.
-
-    Returns:
-        1 for unsafe and 0 for safe, in order; None if no record has a label (null counts as none).
+        row: The row.
+        where: Its place, for error messages.
 
     Raises:
-        ValueError: A label is not one of `"safe"`, `"unsafe"`, 0, 1, false, true, or only some
-            records have one.
+        TypeError: The field is neither text nor a list of messages.
+        ValueError: The row has neither field, or the field is empty.
+    """
+    name = "prompt" if "prompt" in row or "messages" not in row else "messages"
+    value = _field(row, name, where)
+    if name == "messages" and isinstance(value, str):
+        raise TypeError(f"{where}: the field 'messages' must be a list of messages, got text")
+    return value
+
+
+def pair(row: Mapping[str, Any], where: str) -> tuple[Prompt, str]:
+    """Prompt and response of a row in one of the formats of TRL.
+
+    These are `prompt` (text or messages) with `response` or `completion` (text, or one assistant
+    message in a list), and `messages`, whose last message is the assistant's response.
+
+    Args:
+        row: The row.
+        where: Its place, for error messages.
+
+    Raises:
+        TypeError: A field is of another type.
+        ValueError: A field is missing or empty, or `messages` does not end with the assistant.
+    """
+    if "prompt" not in row and "messages" in row:
+        messages = prompt_of(row, where)
+        assert not isinstance(messages, str)
+        *before, last = messages
+        if not before or last.get("role") != "assistant":
+            raise ValueError(
+                f"{where}: expected 'messages' to end with a message of the assistant, the "
+                f"response, after at least one other; got the last role {last.get('role')!r}"
+            )
+        return before, _text(last.get("content"), "the last message", where)
+    name = "completion" if "response" not in row and "completion" in row else "response"
+    prompt, response = prompt_of(row, where), _field(row, name, where)
+    if isinstance(response, str):
+        return prompt, response
+    if len(response) != 1 or response[0].get("role") != "assistant":
+        raise ValueError(
+            f"{where}: expected {name!r} to be text or one message of the assistant, got "
+            f"{len(response)} messages"
+        )
+    return prompt, _text(response[0].get("content"), f"the field {name!r}", where)
+
+
+def labels_of(rows: Sequence[Row]) -> list[int] | None:
+    """The field `label` of every row.
+
+    Returns:
+        1 for unsafe and 0 for safe, in order; None if no row has a label (null is none).
+
+    Raises:
+        ValueError: A label is not one of `"safe"`, `"unsafe"`, 0, 1, false, true, or only some rows
+            have one.
     """
     values = [row.get("label") for row in rows]
     if all(value is None for value in values):
         return None
     labels = []
-    for index, value in enumerate(values):
-        where = f"{path}:{getattr(rows[index], 'line', index + 1)}"
+    for row, value in zip(rows, values, strict=True):
         if value is None:
-            raise ValueError(f"{where}: no label, though other records have one: label all or none")
+            raise ValueError(f"{row.where}: no label, but other rows have one: label all or none")
         if isinstance(value, str) and value in LABELS:
             labels.append(LABELS[value])
         elif isinstance(value, (bool, int)) and value in (0, 1):
             labels.append(int(value))
         else:
-            shown = json.dumps(value)[:40]
             raise ValueError(
-                f'{where}: label {shown} is not one of "safe", "unsafe", 0, 1, false, true'
+                f'{row.where}: label {json.dumps(value)[:40]} is not one of "safe", "unsafe", 0, '
+                "1, false, true"
             )
     return labels
 
 
-def record_key(index: int, prompt: str, **settings: str) -> dict[str, Any]:
-    """Builds what identifies an output record: its place, the hash of its prompt, the settings."""
-    digest = hashlib.sha256(prompt.encode()).hexdigest()
-    return {"index": index, "prompt_sha256": digest, **settings}
+def record_key(index: int, prompt: Prompt, run: str) -> dict[str, Any]:
+    """What identifies an output record: its index, the hash of its prompt, that of the settings."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+    return {"index": index, "prompt_sha256": digest, "run": run}
 
 
-class JsonlWriter:
-    """Appends one JSON record per line to a file that a killed run can be resumed from.
+def to_line(record: Mapping[str, Any]) -> str:
+    """Formats a record as one line of strict ASCII JSON; NaN and Inf raise ValueError."""
+    return json.dumps(record, allow_nan=False) + "\n"
 
-    Every record starts with its key. When resuming, the records that are already there must carry
-    the first keys, in order; a last line that was cut off half-way is removed. A new file appears,
-    and an overwritten one goes, with the first record and not before.
 
-    Attributes:
-        existing: The records found when resuming.
+class Records:
+    """The records of one run, one line of JSON each: on standard output, or in a file.
+
+    Every process appends to a part of the file, `FILE.part-RANK-of-COUNT`; at the end the first
+    process merges them in input order. A part holds any records in any order, so an interrupted run
+    can be resumed with any number of processes. Each record starts with its key: parts of other
+    prompts or settings are refused.
 
     Args:
-        path: The file; its folder must exist.
-        keys: One key per record that the finished file will hold, see `record_key`.
-        resume: Continue an existing file; a missing one is started.
+        path: The file; None for standard output.
+        keys: One per record of the complete output, see `record_key`.
+        processes: The processes.
+        resume: Keep the records that exist.
         overwrite: Replace an existing file.
 
+    Attributes:
+        found: Index to record, of an earlier run; empty unless `resume`.
+
     Raises:
-        FileNotFoundError: The folder does not exist.
-        FileExistsError: The file exists and neither `resume` nor `overwrite` is set.
-        PermissionError: The folder or the file is not writable.
-        ValueError: The existing records were not written for these keys; the file stays as it is.
+        ValueError: An existing record was not written for these keys; the files are not changed.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         keys: Sequence[Mapping[str, Any]],
+        processes: Processes,
         *,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
-        check_output(path, resume=resume, overwrite=overwrite)
-        self.path = Path(path)
-        self.existing: list[dict[str, Any]] = []
+        self.path = None if path is None else Path(path)
         self._keys = keys
-        self._mode = "wb" if overwrite else "xb"  # x: another run may start the same file
+        self._overwrite = overwrite
+        self._first = processes.first
+        self._suffix = f".part-{processes.rank}-of-{processes.count}"
         self._file: IO[bytes] | None = None
-        if resume and self.path.exists():
-            intact = 0
-            for _, record, line in output_records(self.path, keys):
-                self.existing.append(record)
-                intact += len(line)
-            self._file = self.path.open("r+b")
-            self._file.truncate(intact)
-            self._file.seek(intact)
-        self._written = len(self.existing)
+        self._printed: list[Row] = []
+        self.found = self._read() if resume and processes.first else {}
 
-    def __len__(self) -> int:
-        """Counts the records, those found and those written."""
-        return self._written
+    def begin(self) -> None:
+        """Removes old parts that are overwritten; called before any process writes.
 
-    def write(self, fields: Mapping[str, Any]) -> None:
-        """Appends the next record: its key and `fields`; it is in the file on return."""
-        line = to_line({**self._keys[self._written], **fields})
+        The old file itself stays until the new one is complete.
+        """
+        if self.path is not None and self._first and self._overwrite:
+            for part in part_paths(self.path):
+                part.unlink()
+
+    def write(self, index: int, fields: Mapping[str, Any]) -> None:
+        """Appends one record: its key and `fields`; it is in the file on return."""
+        record = {**self._keys[index], **fields}
+        if self.path is None:
+            print(to_line(record), end="", flush=True)
+            self._printed.append(Row(record, "", index + 1))
+            return
         if self._file is None:
-            self._file = self.path.open(self._mode)
-        self._file.write(line.encode())
+            self._file = self._open(self.path.with_name(self.path.name + self._suffix))
+        self._file.write(to_line(record).encode())
         self._file.flush()
-        self._written += 1
+
+    def saved(self) -> str:
+        """What a resumed run will find, for messages; empty if nothing."""
+        if self.path is None or not (parts := part_paths(self.path)):
+            return ""
+        count = sum(part.read_bytes().count(b"\n") for part in parts)
+        return f"{count} of {len(self._keys)} records are in {self.path}.part-*"
+
+    def finish(self) -> list[Row]:
+        """Merges the parts; the first process calls it when all have written.
+
+        Returns:
+            All records, in input order.
+
+        Raises:
+            ValueError: A record is missing.
+        """
+        if self.path is None:
+            return self._printed
+        self.close()
+        found = self._read()
+        if missing := len(self._keys) - len(found):
+            raise ValueError(
+                f"{self.path}: {missing} of {len(self._keys)} records are in no part: all "
+                "processes must write to one shared folder"
+            )
+        records = [found[index] for index in range(len(self._keys))]
+        if parts := part_paths(self.path):
+            with atomic_path(self.path) as partial:
+                partial.write_text("".join(map(to_line, records)), encoding="ascii")
+            for part in parts:
+                part.unlink()
+        return records
 
     def close(self) -> None:
-        """Forces the file to disk and closes it; closing twice is harmless."""
+        """Forces this process's part to disk and closes it; closing twice is harmless."""
         if self._file is not None and not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
 
-    def __enter__(self) -> JsonlWriter:
-        return self
+    def _open(self, part: Path) -> IO[bytes]:
+        """Opens a part for appending; a last line that is incomplete is removed."""
+        if not part.exists():
+            new = part.open("xb")  # x: another run may start the same file
+            flush_to_disk(part.resolve().parent)
+            return new
+        file = part.open("r+b")
+        file.truncate(file.read().rfind(b"\n") + 1)
+        file.seek(0, os.SEEK_END)
+        return file
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def _read(self) -> dict[int, Row]:
+        """The records of the file and of all parts; the file has priority."""
+        assert self.path is not None
+        found: dict[int, Row] = {}
+        parts = part_paths(self.path)
+        if self.path.exists() and not self._overwrite:
+            try:
+                found = {row["index"]: row for row in self._complete(self.path)}
+            except ValueError:
+                if not parts:  # else a run that overwrites this file was interrupted
+                    raise
+        for part in parts:
+            for row in self._complete(part):
+                found.setdefault(row["index"], row)
+        return found
+
+    def _complete(self, path: Path) -> Iterator[Row]:
+        """The complete records of a file, checked against their keys."""
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, start=1):
+                if not raw.endswith(b"\n"):
+                    return
+                where = f"{path}:{number}"
+                try:
+                    row = _parse(raw.decode(), where, number)
+                except ValueError as error:  # also bytes that are not UTF-8
+                    raise ValueError(
+                        f"{where}: not a record of an earlier run; {_ADVICE}"
+                    ) from error
+                index = row.get("index")
+                if type(index) is not int or index < 0:
+                    raise ValueError(f"{where}: not a record of an earlier run; {_ADVICE}")
+                if index >= len(self._keys):
+                    raise ValueError(
+                        f"{where}: more records than the {len(self._keys)} expected; {_ADVICE}"
+                    )
+                for name, expected in self._keys[index].items():
+                    if row.get(name) != expected:
+                        raise ValueError(
+                            f"{where}: {name} is {json.dumps(row.get(name))}, expected "
+                            f"{json.dumps(expected)}: the run that wrote it had other prompts or "
+                            f"settings; {_ADVICE}"
+                        )
+                yield row
+
+
+def part_paths(path: str | os.PathLike[str]) -> list[Path]:
+    """The existing parts of an output file, of any number of processes."""
+    whole = Path(path)
+    pattern = re.compile(re.escape(whole.name) + r"\.part-\d+-of-\d+")
+    return sorted(entry for entry in whole.parent.iterdir() if pattern.fullmatch(entry.name))
 
 
 def check_output(
     path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False
 ) -> None:
-    """Raises what `JsonlWriter` would raise about `path`, without touching any file."""
+    """Raises what writing an output file would raise; no file is touched.
+
+    Raises:
+        FileNotFoundError: Its folder does not exist.
+        FileExistsError: It, or a part of it, exists, and neither `resume` nor `overwrite` is set.
+        PermissionError: The folder or the file is not writable.
+        ValueError: Both are set.
+    """
     path = Path(path)
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other: choose one")
-    if not path.resolve().parent.is_dir():
+    folder = path.resolve().parent
+    if not folder.is_dir():
         raise FileNotFoundError(
             f"cannot write {path}: no such folder {path.parent}, create it first"
         )
     if path.exists() and not path.is_file():
         raise FileExistsError(f"cannot write {path}: it is not a regular file")
-    if path.exists() and not (resume or overwrite):
-        raise FileExistsError(f"{path} exists: choose resume, overwrite, or another file")
-    if not os.access(path if path.exists() else path.resolve().parent, os.W_OK):
+    if not (resume or overwrite):
+        if path.exists():
+            raise FileExistsError(f"{path} exists: choose resume, overwrite, or another file")
+        if parts := part_paths(path):
+            raise FileExistsError(
+                f"{parts[0]} was left by an interrupted run: choose resume, overwrite, or another "
+                "file"
+            )
+    if not os.access(path if path.exists() else folder, os.W_OK):
         raise PermissionError(f"cannot write {path}: no permission")
 
 
-def to_line(record: Mapping[str, Any]) -> str:
-    """Renders a record as one line of strict JSON in ASCII; NaN and Inf raise ValueError."""
-    return json.dumps(record, allow_nan=False) + "\n"
-
-
-def _lines(path: str | os.PathLike[str], limit: int | None) -> Iterator[tuple[int, str]]:
-    """Yields number and text of the lines that are not blank."""
+def _rows(path: str | os.PathLike[str], limit: int | None, parse: Any) -> list[Row]:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}")
+    rows: list[Row] = []
     with Path(path).open("rb") as file:
         for number, raw in enumerate(file, start=1):
-            if number == 1:
-                raw = raw.removeprefix(_BOM)
+            where = f"{path}:{number}"
             try:
-                text = raw.decode().strip()
+                text = raw.removeprefix(_BOM if number == 1 else b"").decode().strip()
             except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8: {error.reason}") from error
+                raise ValueError(f"{where}: not UTF-8: {error.reason}") from error
             if text:
-                yield number, text
+                rows.append(parse(text, where, number))
+            if limit is not None and len(rows) >= limit:
+                break
+    return rows
 
 
-def _parse(text: str, where: str, number: int, required: Sequence[str]) -> Row:
+def _parse(text: str, where: str, line: int) -> Row:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -237,54 +382,34 @@ def _parse(text: str, where: str, number: int, required: Sequence[str]) -> Row:
         raise ValueError(f"{where}: not readable JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
-    for name in required:
-        if name not in value:
-            raise ValueError(f"{where}: the field {name!r} is missing")
-        if not isinstance(value[name], str):
-            found = type(value[name]).__name__
-            raise ValueError(f"{where}: the field {name!r} must be text, got {found}")
-        if not value[name]:
+    return Row(value, where, line)
+
+
+def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
+    """A field that holds text or a list of messages."""
+    if row.get(name) is None:
+        raise ValueError(f"{where}: the field {name!r} is missing")
+    value = row[name]
+    if not isinstance(value, str):
+        is_list = isinstance(value, Sequence)
+        if not is_list or not all(isinstance(message, Mapping) for message in value):
+            found = type(value).__name__
+            raise TypeError(
+                f"{where}: the field {name!r} must be text or a list of messages, got {found}"
+            )
+        if not value:
             raise ValueError(f"{where}: the field {name!r} is empty")
-        try:
-            value[name].encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: the field {name!r} holds half a surrogate pair") from error
-    return Row(value, number)
+        return value
+    return _text(value, f"the field {name!r}", where)
 
 
-def output_records(
-    path: Path, keys: Sequence[Mapping[str, Any]], *, in_order: bool = True
-) -> Iterator[tuple[int, Row, bytes]]:
-    """Yields index, record and line of the complete records of an output file.
-
-    Args:
-        path: The file; a last line that was cut off is left out.
-        keys: One key per record of the finished output.
-        in_order: The first record has the first key and so on; else each has that of its index.
-
-    Raises:
-        ValueError: A record was not written for these keys.
-    """
-    advice = "it cannot be resumed: choose overwrite or another file"
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if not raw.endswith(b"\n"):
-                break
-            where = f"{path}:{number}"
-            try:
-                record = _parse(raw.decode(), where, number, ())
-            except ValueError as error:  # undecodable bytes too
-                raise ValueError(f"{where}: not a record of an earlier run; {advice}") from error
-            index = number - 1 if in_order else record.get("index")
-            if type(index) is not int or index < 0:
-                raise ValueError(f"{where}: not a record of an earlier run; {advice}")
-            if index >= len(keys):
-                raise ValueError(f"{where}: more records than the {len(keys)} expected; {advice}")
-            for name, expected in keys[index].items():
-                if record.get(name) != expected:
-                    raise ValueError(
-                        f"{where}: {name} is {json.dumps(record.get(name))}, expected "
-                        f"{json.dumps(expected)}: the run that wrote it had other prompts or "
-                        f"settings; {advice}"
-                    )
-            yield index, record, raw
+def _text(value: Any, what: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{where}: {what} must be text, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{where}: {what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {what} holds half a surrogate pair") from error
+    return value

@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from gradsafe.detection.config import DetectorConfig
     from gradsafe.detection.detector import Detector, UncalibratedWarning
     from gradsafe.detection.explanation import Explanation
-    from gradsafe.detection.fitting import CoverageWarning, ReferenceGapWarning
     from gradsafe.detection.gradients import NonFiniteGradientError
-    from gradsafe.detection.scores import Scores
+    from gradsafe.detection.methods import CoverageWarning, ReferenceGapWarning
+    from gradsafe.detection.scoring import Scores
 
 __all__ = [
     "Calibration",
@@ -31,13 +31,13 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "Calibration": "calibration",
-        "CoverageWarning": "fitting",
+        "CoverageWarning": "methods",
         "Detector": "detector",
         "DetectorConfig": "config",
         "Explanation": "explanation",
         "NonFiniteGradientError": "gradients",
-        "ReferenceGapWarning": "fitting",
-        "Scores": "scores",
+        "ReferenceGapWarning": "methods",
+        "Scores": "scoring",
         "UncalibratedWarning": "detector",
     },
 )

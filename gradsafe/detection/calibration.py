@@ -1,11 +1,10 @@
-"""A threshold from benign data, with what is known about its false-positive rate."""
+"""Thresholds from prompts: for the scores, and for the NLL values that the cascade decides by."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from scipy.stats import beta
@@ -14,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Calibration:
-    """Threshold and its measured false-positive rate; a prompt is flagged if its score is larger.
+    """Threshold and its measured false-positive rate; prompts with a higher score are flagged.
 
     Attributes:
         threshold: The threshold.
-        max_fpr: The wanted bound on the false-positive rate.
+        max_fpr: The requested bound on the false-positive rate.
         fpr: Share of the calibration prompts above the threshold.
-        fpr_interval: Exact (Clopper-Pearson) 95 % interval of the false-positive rate on prompts
-            like the calibration prompts.
+        fpr_interval: Exact (Clopper-Pearson) 95 % confidence interval of the false-positive rate on
+            prompts like the calibration prompts.
         n: Number of calibration prompts.
     """
 
@@ -38,33 +37,14 @@ class Calibration:
             f"flagged (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
         )
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Calibration:
-        """Restore from `to_json`."""
-        return cls(**{**values, "fpr_interval": tuple(values["fpr_interval"])})
-
 
 def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
     """Choose the smallest threshold that keeps the false-positive rate at or below `max_fpr`.
 
     The threshold is the ceil((n + 1)(1 - max_fpr))-th smallest score (split conformal prediction):
-    for new prompts of the same kind the chance of a false alarm is at most `max_fpr`, on average
-    over calibration sets. With fewer than 1 / max_fpr - 1 prompts that cannot be promised; the
-    largest score is taken then, with a warning.
-
-    Args:
-        scores: `[n]` scores of benign prompts.
-        max_fpr: Between 0 and 1, both excluded.
-
-    Returns:
-        The calibration.
-
-    Raises:
-        ValueError: No scores, a score that is no number, or `max_fpr` out of range.
+    for new prompts of the same distribution the probability of a false alarm is at most `max_fpr`,
+    on average over calibration sets. Fewer than 1 / max_fpr - 1 prompts cannot guarantee this; then
+    the largest score is used, with a warning. `scores` are those of n benign prompts, `[n]`.
     """
     if not 0 < max_fpr < 1:
         raise ValueError(f"gradsafe.calibrate: expected 0 < max_fpr < 1, got {max_fpr}")
@@ -74,13 +54,13 @@ def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
     if torch.isnan(scores).any():
         raise ValueError("gradsafe.calibrate: a score is NaN")
     ordered = scores.double().sort().values
-    # The small term keeps an exact product such as 100 * 0.99 from being pushed up by rounding.
+    # The small term keeps an exact product such as 100 * 0.99 from being rounded up.
     rank = math.ceil((n + 1) * (1 - max_fpr) - 1e-9)
     if rank > n:
         warnings.warn(
-            f"gradsafe.calibrate: {n} benign prompts are too few to promise a false-positive rate "
-            f"of {max_fpr} (at least {math.ceil(1 / max_fpr) - 1} are needed); the threshold is "
-            "their largest score",
+            f"gradsafe.calibrate: {n} benign prompts are too few to guarantee a false-positive "
+            f"rate of {max_fpr} (at least {math.ceil(1 / max_fpr) - 1} are needed); the threshold "
+            "is their largest score",
             stacklevel=2,
         )
         rank = n
@@ -95,3 +75,60 @@ def exact_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float
     low = 0.0 if hits == 0 else float(beta.ppf(tail, hits, n - hits + 1))
     high = 1.0 if hits == n else float(beta.ppf(1 - tail, hits + 1, n - hits))
     return low, high
+
+
+@dataclass(frozen=True)
+class Band:
+    """The NLL values, in nats, between which the forward pass is not decisive.
+
+    Attributes:
+        low: A prompt with a smaller NLL of the response is cleared without gradients.
+        high: A prompt with a larger NLL is scored as unsafe without gradients.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+
+    def __str__(self) -> str:
+        return (
+            f"NLL below {self.low:.4g} clears a prompt, NLL above {self.high:.4g} marks it as "
+            "unsafe, gradients decide between them"
+        )
+
+    def unsure(self, nll: Tensor) -> Tensor:
+        """Which prompts need gradients, `[n]` bool; those with a NaN loss do."""
+        return ~((nll < self.low) | (nll > self.high))
+
+    def sure_scores(self, nll: Tensor) -> Tensor:
+        """Scores of the others: below 0 if cleared, above 1 if unsafe, in the order of the NLL."""
+        return torch.where(nll < self.low, nll - self.low, 1 + (nll - self.high))
+
+
+def choose_band(benign: Tensor, unsafe: Tensor, *, max_fpr: float, max_fnr: float) -> Band:
+    """Choose the NLL values beyond which the forward pass decides alone.
+
+    Both ends are split-conformal quantiles: of new prompts of the same distributions, at most
+    `max_fnr` of the unsafe ones are cleared by their NLL alone, and at most `max_fpr` of the benign
+    ones are marked as unsafe by it, on average over calibration sets. Where the NLL separates the
+    two classes, the band lies between them. With too few unsafe prompts for the bound, nothing is
+    cleared without gradients, and a warning says so. `benign` and `unsafe` are the NLL of the
+    response after such prompts, `[n]` and `[m]`.
+    """
+    if not 0 < max_fnr < 1:
+        raise ValueError(f"gradsafe.choose_band: expected 0 < max_fnr < 1, got {max_fnr}")
+    if unsafe.numel() == 0:
+        raise ValueError("gradsafe.choose_band: expected unsafe prompts, got none")
+    if torch.isnan(unsafe).any():
+        raise ValueError("gradsafe.choose_band: the loss of an unsafe prompt is NaN")
+    upper = calibrate(benign, max_fpr).threshold
+    rank = math.floor((unsafe.numel() + 1) * max_fnr + 1e-9)
+    if rank == 0:
+        warnings.warn(
+            f"gradsafe.choose_band: {unsafe.numel()} unsafe prompts are too few to guarantee that "
+            f"at most {max_fnr} of them are cleared (at least {math.ceil(1 / max_fnr) - 1} are "
+            "needed); no prompt will be cleared without gradients",
+            stacklevel=2,
+        )
+        return Band(high=upper)
+    lower = float(unsafe.double().sort().values[rank - 1])
+    return Band(min(lower, upper), max(lower, upper))

@@ -1,76 +1,66 @@
-"""The detector: fit on a few references, score, calibrate, flag, save and load."""
+"""The detector: fit on a few references, score, calibrate, flag, explain, save and load."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from gradsafe.detection import persistence
-from gradsafe.detection.calibration import Calibration, calibrate
-from gradsafe.detection.cascade import Band, choose_band
-from gradsafe.detection.components import ComponentMap
+from gradsafe._io.artifacts import load_folder, save_folder
+from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
+from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band
+from gradsafe.detection.components import choose_rows
 from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.explanation import Explanation, explain
-from gradsafe.detection.fitting import (
-    check_coverage,
-    fit_references,
-    fit_without_references,
-)
-from gradsafe.detection.gradients import GradientPass
-from gradsafe.detection.methods import GradientMethod, component_names
-from gradsafe.detection.rows import Rows, choose_rows
-from gradsafe.detection.scores import Scores
-from gradsafe.detection.scoring import (
-    score_in_cascade,
-    score_with_gradients,
-    score_without_gradients,
-    worst_windows,
-)
-from gradsafe.models import Encoded, Layers, context_length, encode_prompts, find_layers
+from gradsafe.detection.explanation import Explanation, check_explainable, explain
+from gradsafe.detection.gradients import EncodedPrompts, GradientPass
+from gradsafe.detection.methods import METHODS, NLL, fit
+from gradsafe.detection.scoring import Method, Scores, worst_windows
+from gradsafe.detection.state import DetectorState
+from gradsafe.models import Layers, Prompt, find_layers, probe_prompts
+
+KIND = "detector"  # of the saved folder
 
 
 class UncalibratedWarning(UserWarning):
-    """Prompts were flagged with a threshold that was never checked on this model."""
+    """Prompts were flagged with a threshold that was not calibrated on this model."""
 
 
 class Detector:
-    """Scores prompts by the gradients they cause; higher means more likely unsafe.
+    """Scores prompts by the gradients they cause; a higher score means more likely unsafe.
 
-    Make one with `Detector.fit` or `Detector.load`.
+    `Detector.fit` and `Detector.load` make one. A prompt is a text or a conversation: a list of
+    `{"role": ..., "content": ...}` messages, the last one from the user or a tool.
+
+    Args:
+        model: The model it was fitted on.
+        tokenizer: Its tokenizer.
+        state: What fitting found.
+        layers: The layers that `state.config` chooses in the model, if they are known already.
 
     Attributes:
-        config: Options it was fitted with.
-        threshold: Calibrated threshold, None before `calibrate`.
-        calibration: What `calibrate` found, None before.
-        reference_gap: Mean NLL of the response after unsafe minus after safe references, in nats;
-            None for methods without references.
-        band: Losses between which method "cascade" computes gradients, None before `calibrate`,
-            where it does for every prompt.
+        layers: The scored layers, see `coverage`.
+        method: The fitted score method.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, config: DetectorConfig) -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, state: DetectorState, layers: Layers | None = None
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.config = config
-        self.layers = find_layers(model, config.layers, config.modules)
-        self.rows: Rows = choose_rows(self.layers, config.row_fraction, config.row_seed)
-        self.method: GradientMethod | None = None
-        self.component_map: ComponentMap | None = None
-        self.reference_gap: float | None = None
-        self.calibration: Calibration | None = None
-        self.band: Band | None = None
+        self.layers = layers or find_layers(model, state.config.layers, state.config.modules)
+        self.state = state
 
     @classmethod
     def fit(
         cls,
         model: nn.Module,
         tokenizer: Any,
-        unsafe: Sequence[str] | None = None,
-        safe: Sequence[str] | None = None,
+        unsafe: Sequence[Prompt] | None = None,
+        safe: Sequence[Prompt] | None = None,
         *,
         batch_tokens: int = 4096,
         progress: bool = True,
@@ -78,54 +68,87 @@ class Detector:
     ) -> Detector:
         """Build a detector from a few unsafe and safe reference prompts.
 
-        About four pairs in the style of the expected traffic work well. The model's weights are
-        not changed, and no gradient of the whole model is ever held.
+        About four pairs in the style of the expected traffic work well. The model is not changed,
+        and its whole gradient is never held at once.
 
         Args:
-            model: A causal language model of `transformers`, PEFT wrapper or not.
+            model: A causal language model of `transformers`, with or without a PEFT wrapper.
             tokenizer: Its tokenizer.
-            unsafe: Prompts the model refuses. Not used by methods "nll" and "gradnorm".
-            safe: Prompts the model answers.
-            batch_tokens: Padded tokens per batch; lower it if memory runs out.
+            unsafe: Prompts that the model refuses. Not used by methods "nll" and "gradnorm".
+            safe: Prompts that the model answers.
+            batch_tokens: Tokens per batch, padding included; lower it if memory runs out.
             progress: Show progress bars.
-            **options: Fields of `DetectorConfig`, among them method, response, granularity,
+            **options: Fields of `DetectorConfig`, for example method, response, granularity,
                 relative, layers, reference_dtype and template.
 
         Returns:
             The detector, not calibrated.
 
         Raises:
-            ValueError: Missing references, options that do not fit, no chat template, a prompt
-                beyond the context, a model without supported layers, or (as
+            ValueError: Missing references, options that exclude each other, no chat template, a
+                prompt longer than the context, a model without supported layers, or (as
                 NonFiniteGradientError) NaN in a gradient.
-            TypeError: An unknown option.
+            TypeError: An unknown option, or a value of the wrong type.
 
         Warns:
-            ReferenceGapWarning: The references are less than 1 nat apart in NLL of the response:
-                the model does not refuse the unsafe ones, and scores will be poor.
+            ReferenceGapWarning: The mean NLL of the response is less than 1 nat higher after the
+                unsafe references: the model does not refuse them, and scores will be poor.
             CoverageWarning: Less than half of the weights of the chosen blocks are scored.
         """
         config = DetectorConfig(**options)
-        detector = cls(model, tokenizer, config)
-        gradients = detector._gradient_pass(batch_tokens)
-        if config.uses_gradients:
-            check_coverage(config, detector.layers)
-        if config.uses_references:
-            groups = [
-                detector._encode(_references(config, name, prompts))
-                for name, prompts in (("unsafe", unsafe), ("safe", safe))
-            ]
-            fitted = fit_references(config, gradients, groups[0], groups[1], progress)
-        else:
-            fitted = fit_without_references(config, gradients)
-        detector.method, detector.component_map = fitted.method, fitted.components
-        detector.reference_gap = fitted.reference_gap
-        return detector
+        layers = find_layers(model, config.layers, config.modules)
+        rows = choose_rows(layers, config.row_fraction, config.row_seed)
+        gradients = GradientPass(model, tokenizer, config, layers, rows, batch_tokens, progress)
+        groups = {}
+        references = {"unsafe": unsafe, "safe": safe} if config.uses_references else {}
+        for name, prompts in references.items():
+            if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
+                raise ValueError(
+                    f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
+                    f"of at least one {name} reference prompt"
+                )
+            groups[name] = gradients.encode(prompts, name)
+        return cls(model, tokenizer, fit(gradients, groups), layers)
+
+    @property
+    def state(self) -> DetectorState:
+        """The fitted state, frozen; `calibrate` replaces it."""
+        return self.method.state
+
+    @state.setter
+    def state(self, state: DetectorState) -> None:
+        self.method: Method = METHODS[state.config.method](state, self.layers)
+
+    @property
+    def config(self) -> DetectorConfig:
+        """Options it was fitted with."""
+        return self.state.config
+
+    @property
+    def reference_gap(self) -> float | None:
+        """Mean NLL of the response, in nats, after the unsafe minus after the safe references.
+
+        None for methods without references.
+        """
+        return self.state.reference_gap
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What `calibrate` found, None before."""
+        return self.state.calibration
 
     @property
     def threshold(self) -> float | None:
         """Calibrated threshold, None before `calibrate`."""
         return self.calibration.threshold if self.calibration else None
+
+    @property
+    def band(self) -> Band | None:
+        """NLL values between which method "cascade" computes gradients.
+
+        None before `calibrate`: then it computes them for every prompt.
+        """
+        return self.state.band
 
     @property
     def coverage(self) -> Layers:
@@ -135,24 +158,22 @@ class Detector:
     @property
     def components(self) -> list[str]:
         """Names of the columns of `Scores.components`."""
-        if self.method is None or self.component_map is None:
-            return []
-        return component_names(self.method, self.component_map)
+        return self.method.names
 
     def score(
         self,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt] | EncodedPrompts,
         batch_tokens: int = 4096,
         progress: bool = True,
         components: bool = True,
     ) -> Scores:
         """Score prompts.
 
-        Prompts of similar length share a batch; the result does not depend on which.
+        Prompts of similar length share a batch; scores do not depend on the batches.
 
         Args:
-            prompts: User texts.
-            batch_tokens: Padded tokens per batch; lower it if memory runs out.
+            prompts: Texts or conversations, or the result of `encode`.
+            batch_tokens: Tokens per batch, padding included; lower it if memory runs out.
             progress: Show a progress bar.
             components: Keep the value of every component too.
 
@@ -160,109 +181,104 @@ class Detector:
             The scores, in input order, on the CPU.
 
         Raises:
-            ValueError: No prompts, an empty one, one beyond the context (with overflow "error"), or
-                (as NonFiniteGradientError) a NaN gradient; the message names the prompt. Without
-                gradients (method "nll") the score of such a prompt is NaN.
-            TypeError: Something is not a string.
+            ValueError: No prompts, an empty prompt, one longer than the context (with overflow
+                "error"), or (as NonFiniteGradientError) a NaN gradient; the message names the
+                prompt, for example prompts[3]. Method "nll" gives such a prompt the score NaN.
+            TypeError: An entry is neither a text nor a conversation.
         """
-        items, owners = self._encode(prompts)
-        gradients = self._gradient_pass(batch_tokens)
-        label = "score" if progress else None
-        if self.method is None or self.component_map is None:
-            found = score_without_gradients(gradients, items, label)
-        else:
-            rest = (self.method, self.component_map, self.config, gradients, items, owners)
-            if self.band is None:
-                found = score_with_gradients(*rest, components, label)
-            else:
-                found = score_in_cascade(self.band, *rest, components, label)
-        worst = worst_windows(found.values, owners, len(prompts))
-        return Scores(
-            found.values[worst],
-            found.components[worst],
-            found.nll[worst],
-            found.backward[worst],
-            self.threshold,
-        )
+        gradients = self._gradients(batch_tokens, progress)
+        encoded = gradients.encode(prompts, "prompts")
+        return self._score(self.method, gradients, encoded, components)
+
+    def encode(
+        self, prompts: Sequence[Prompt], names: str | Sequence[str] = "prompts"
+    ) -> EncodedPrompts:
+        """Encode prompts in advance, to find errors before long work.
+
+        Args:
+            prompts: Texts or conversations.
+            names: What error messages call each prompt, for example `file:line`; a single name for
+                all gives prompts[0], prompts[1] and so on.
+
+        Raises:
+            ValueError, TypeError: As in `score`, except for a NaN gradient.
+        """
+        return self._gradients(batch_tokens=1, progress=False).encode(prompts, names)
 
     def calibrate(
         self,
-        benign_prompts: Sequence[str],
+        benign_prompts: Sequence[Prompt] | EncodedPrompts,
         max_fpr: float = 0.01,
         batch_tokens: int = 4096,
         progress: bool = True,
         *,
-        unsafe_prompts: Sequence[str] | None = None,
+        unsafe_prompts: Sequence[Prompt] | EncodedPrompts | None = None,
         max_fnr: float = 0.01,
     ) -> Calibration:
         """Set the threshold so that at most `max_fpr` of prompts like these are flagged.
 
-        For method "cascade" it first sets `band`, from every second benign prompt and the unsafe
-        ones: prompts with a smaller loss are cleared without gradients, at most `max_fnr` of unsafe
-        ones among them. The threshold then comes from the other benign prompts.
+        For method "cascade" it first sets `band` from every second benign prompt and the unsafe
+        prompts: prompts with a smaller NLL are cleared without gradients, among them at most
+        `max_fnr` of the unsafe ones. The threshold then comes from the other benign prompts.
 
         Args:
             benign_prompts: Harmless prompts of the expected traffic, not used as references.
-            max_fpr: Wanted bound on the false-positive rate.
+            max_fpr: Bound on the false-positive rate.
             batch_tokens: See `score`.
             progress: See `score`.
             unsafe_prompts: Unsafe prompts, not used as references; method "cascade" only.
-            max_fnr: Wanted bound on the unsafe prompts that their loss alone clears; method
-                "cascade" only.
+            max_fnr: Bound on the share of unsafe prompts that are cleared by their NLL alone;
+                method "cascade" only.
 
         Returns:
-            Threshold, measured rate and its confidence interval; also in `self.calibration`.
+            Threshold, measured rate and its confidence interval; also in `calibration`. An error
+            leaves the detector as it was.
 
         Raises:
             ValueError: As in `score`, `max_fpr` or `max_fnr` out of range, or `unsafe_prompts`
                 missing for method "cascade" or given for another.
 
         Warns:
-            UserWarning: Too few prompts to promise the rate.
+            UserWarning: Too few prompts to guarantee the rate.
         """
-        if self.config.method == "cascade" and unsafe_prompts is None:
+        if (self.config.method == "cascade") != (unsafe_prompts is not None):
             raise ValueError(
                 'gradsafe.Detector.calibrate: method "cascade" needs unsafe_prompts=[...], unsafe '
-                "prompts that are no references"
+                "prompts that are not references, and the other methods take none; got "
+                f"unsafe_prompts={unsafe_prompts and '[...]'} for {self.config.method!r}"
             )
-        if self.config.method != "cascade" and unsafe_prompts is not None:
-            raise ValueError(
-                'gradsafe.Detector.calibrate: unsafe_prompts=[...] is for method "cascade", not '
-                f"for {self.config.method!r}"
-            )
-        if unsafe_prompts is not None and len(benign_prompts) < 2:
-            raise ValueError(
-                'gradsafe.Detector.calibrate: method "cascade" needs at least two benign_prompts, '
-                f"half of them for the losses, got {len(benign_prompts)}"
-            )
-        before = self.band
-        try:
-            if unsafe_prompts is not None:
-                benign, benign_prompts = benign_prompts[::2], benign_prompts[1::2]
-                losses = [
-                    self._losses(prompts, batch_tokens, progress)
-                    for prompts in (benign, unsafe_prompts)
-                ]
-                self.band = choose_band(losses[0], losses[1], max_fpr / 2, max_fnr)
-            scores = self.score(benign_prompts, batch_tokens, progress, components=False)
-            calibration = calibrate(scores.values, max_fpr)
-        except BaseException:
-            self.band = before  # never one half of two calibrations
-            raise
-        self.calibration = calibration
+        state, gradients = self.state, self._gradients(batch_tokens, progress)
+        benign = gradients.encode(benign_prompts, "benign_prompts")
+        if unsafe_prompts is not None:
+            if len(benign) < 2:
+                raise ValueError(
+                    'gradsafe.Detector.calibrate: method "cascade" needs at least two '
+                    f"benign_prompts, half of them for the band, got {len(benign)}"
+                )
+            unsafe = gradients.encode(unsafe_prompts, "unsafe_prompts")
+            nll = NLL(state, self.layers)
+            losses = (self._score(nll, gradients, p).values for p in (benign[::2], unsafe))
+            state = replace(state, band=choose_band(*losses, max_fpr=max_fpr / 2, max_fnr=max_fnr))
+            benign = benign[1::2]
+        method = type(self.method)(state, self.layers)
+        calibration = calibrate(self._score(method, gradients, benign).values, max_fpr)
+        self.state = replace(state, calibration=calibration)
         return calibration
 
     def flag(
-        self, prompts: Sequence[str], batch_tokens: int = 4096, progress: bool = True
+        self,
+        prompts: Sequence[Prompt] | EncodedPrompts,
+        batch_tokens: int = 4096,
+        progress: bool = True,
     ) -> Tensor:
-        """Which prompts score above the threshold, `[n]` bool; a NaN score is no clearance.
+        """Which prompts score above the threshold, `[n]` bool; NaN scores are flagged.
 
         Raises:
             ValueError: As in `score`, or the method has no neutral score and the detector was not
                 calibrated.
 
         Warns:
-            UncalibratedWarning: The neutral score is the threshold; it rarely fits a model.
+            UncalibratedWarning: The neutral score is used as threshold; it rarely fits a model.
         """
         threshold = self.threshold
         if threshold is None:
@@ -279,36 +295,45 @@ class Detector:
         values = self.score(prompts, batch_tokens, progress, components=False).values
         return (values > threshold) | values.isnan()
 
-    def explain(self, prompt: str) -> Explanation:
-        """Say which tokens and components a prompt's score comes from, exactly and additively.
+    def explain(self, prompt: Prompt, name: str = "prompt") -> Explanation:
+        """Explain a score with exact, additive contributions of tokens and components.
 
-        abs(G) of a weight gradient G = dy^T x has the sign of the whole sum over tokens, which
-        makes <abs(G), R> = sum_t dy_t^T (sign(G) * R) x_t an exact sum over tokens. With a_ct and
-        b_ct, token t's parts of a_c and b_c, its evidence is e_t = mean_c (a_ct - b_ct) / (a_c +
-        b_c), which sums to 2 * score - 1. For relative "difference" and "unsafe", signed shares and
-        GradSafe's cosines it sums to the score in the same way.
+        With a_ct and b_ct, token t's parts of the similarities a_c and b_c of component c to the
+        references, the evidence of the token is e_t = mean_c (a_ct - b_ct) / (a_c + b_c), which
+        sums to 2 * score - 1. For relative "difference" and "unsafe", signed shares and GradSafe's
+        cosines it sums to the score.
 
-        The whole encoded prompt is explained, tokens of the template and the response included,
-        and a token stands for its position: in a causal model the position has seen all before it.
-        The loss is read where the response is predicted, so the last tokens of the template carry
-        much of the evidence, and the last token of the response, behind the loss, carries none.
-
-        Takes about two to three times as long as scoring the prompt, since the backward pass runs
-        twice. No weight gradient is stored.
+        The tokens of the template and of the response are included. The evidence of a token belongs
+        to its position, which depends on all tokens before it. The last tokens of the template
+        carry much of it, since the response is predicted there; the last token of the response
+        comes after the loss and carries none. An explanation takes two to three times as long as a
+        score, since the backward pass runs twice. No weight gradient is stored.
 
         Args:
-            prompt: User text.
+            prompt: A text or a conversation.
+            name: What error messages call it.
 
         Returns:
-            The explanation, on the CPU. With overflow "window" that of the worst window.
+            The explanation, on the CPU. With overflow "window", the explanation of the window with
+            the highest score.
 
         Raises:
-            ValueError: As in `score`, or a method or option whose score is no sum over tokens:
-                methods "nll" and "gradnorm", relative "ratio" and "logratio", reduce "median",
-                `center` and absolute "before".
-            TypeError: `prompt` is no string.
+            ValueError: As in `score`, or a method or option whose score is not a sum over tokens:
+                methods "nll", "gradnorm" and "cascade", relative "ratio" and "logratio", reduce
+                "median", `center` and absolute "before".
+            TypeError: `prompt` is neither a text nor a conversation.
         """
-        return explain(self, prompt, self._encode, self._gradient_pass(batch_tokens=1))
+        check_explainable(self.config)
+        several = isinstance(prompt, (list, tuple)) and not isinstance((*prompt, {})[0], Mapping)
+        if several or isinstance(prompt, Mapping):
+            raise TypeError(
+                "gradsafe.Detector.explain: expected prompt to be str or a list of messages, got "
+                f"{type(prompt).__name__}; explain takes one prompt"
+            )
+        gradients = self._gradients(batch_tokens=1, progress=False)
+        encoded = gradients.encode([prompt], [name])
+        probes = gradients.encode(probe_prompts(prompt), name)
+        return explain(self.method, gradients, encoded, probes, self.threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the detector (not the model) to a folder of safetensors and JSON, atomically.
@@ -317,45 +342,69 @@ class Detector:
             FileNotFoundError: The parent folder does not exist.
             FileExistsError: `folder` exists and is not a saved detector.
         """
-        persistence.save(self, folder)
+        save_folder(folder, KIND, *pack(self))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], model: nn.Module, tokenizer: Any) -> Detector:
         """Read a saved detector for the same model and tokenizer.
 
         Raises:
-            StorageError: The folder is missing, damaged or foreign (a ValueError).
+            StorageError: The folder is missing, damaged or not a saved detector (a ValueError).
             ValueError: It was fitted on another model or tokenizer.
         """
-        return persistence.load(cls, folder, model, tokenizer)
+        return unpack(folder, *load_folder(folder, KIND), model, tokenizer, cls)
 
-    def _encode(self, prompts: Sequence[str]) -> tuple[list[Encoded], list[int]]:
-        return encode_prompts(
-            self.tokenizer,
-            prompts,
-            self.config.response,
-            overflow=self.config.overflow,
-            max_length=context_length(self.model, self.tokenizer),
-            template=self.config.template,
-            system=self.config.system,
-            append_eos=self.config.eos,
+    def _score(
+        self,
+        method: Method,
+        gradients: GradientPass,
+        prompts: EncodedPrompts,
+        components: bool = False,
+    ) -> Scores:
+        found = method.score(gradients, prompts, components)
+        worst = worst_windows(found.values, prompts.owners, len(prompts))
+        return Scores(
+            found.values[worst],
+            found.components[worst],
+            found.nll[worst],
+            found.backward[worst],
+            self.threshold,
         )
 
-    def _losses(self, prompts: Sequence[str], batch_tokens: int, progress: bool) -> Tensor:
-        """Largest NLL among each prompt's windows, `[n]`."""
-        items, owners = self._encode(prompts)
-        label = "loss" if progress else None
-        nll = self._gradient_pass(batch_tokens).run(items, None, progress=label)
-        return nll[worst_windows(nll, owners, len(prompts))]
-
-    def _gradient_pass(self, batch_tokens: int) -> GradientPass:
-        return GradientPass(self.model, self.layers, self.tokenizer, batch_tokens, self.rows)
+    def _gradients(self, batch_tokens: int, progress: bool) -> GradientPass:
+        parts = self.model, self.tokenizer, self.config, self.layers, self.state.rows
+        return GradientPass(*parts, batch_tokens, progress)
 
 
-def _references(config: DetectorConfig, name: str, prompts: Sequence[str] | None) -> list[str]:
-    if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
-        raise ValueError(
-            f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
-            f"of at least one {name} reference prompt"
-        )
-    return list(prompts)
+def pack(detector: Detector) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything of a detector but the model, as tensors and JSON values; see `unpack`."""
+    tensors, metadata = detector.state.pack()
+    metadata["model"] = model_fingerprint(detector.model)
+    metadata["tokenizer"] = tokenizer_fingerprint(detector.tokenizer)
+    return tensors, metadata
+
+
+def unpack(
+    where: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    model: nn.Module,
+    tokenizer: Any,
+    cls: type[Detector] = Detector,
+) -> Detector:
+    """Restore a detector from the result of `pack`; see `Detector.load`.
+
+    Error messages contain `where`, the place that the result came from.
+    """
+    for what, given in (
+        ("model", model_fingerprint(model)),
+        ("tokenizer", tokenizer_fingerprint(tokenizer)),
+    ):
+        if metadata[what] != given:
+            raise ValueError(
+                f"gradsafe.Detector.load: {where} was fitted on another {what} (fingerprint "
+                f"{metadata[what][:16]}, given {given[:16]}); load it with that {what}, or fit a "
+                "new detector"
+            )
+    state, layers = DetectorState.unpack(where, tensors, metadata, model)
+    return cls(model, tokenizer, state, layers)

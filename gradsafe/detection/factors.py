@@ -9,29 +9,16 @@ import torch
 from torch import Tensor
 
 from gradsafe.detection.components import slice_values
-from gradsafe.detection.token_evidence import layer_token_evidence
 from gradsafe.models import Routing
 from gradsafe.ops import Axis, grouped_wgrad_moments, moments, wgrad_moments
 
-Prepare = Callable[[Tensor, Axis], None]
+# Changes a gradient in place before its moments are taken (ablations), given the axis. Only then
+# does a gradient exist in memory, one at a time. It must not change zeros in a stack of experts,
+# since the experts that a sample does not use are left out.
+Prepare = Callable[[Tensor, Axis], Tensor]
 
-
-class Buffers:
-    """One scratch matrix per device and dtype, as large as the largest gradient asked for."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def weight_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
-        """G = dy^T x, `[O, I]`, in a buffer that the next call overwrites."""
-        rows, cols = dy.shape[1], x.shape[1]
-        key = (dy.device, dy.dtype)
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < rows * cols:
-            flat = self._flat[key] = torch.empty(rows * cols, device=dy.device, dtype=dy.dtype)
-        out = flat[: rows * cols].view(rows, cols)
-        torch.mm(dy.t(), x, out=out)
-        return out
+# Bytes of the float32 weight gradient in memory at a time; of 1, 2, 4 and 8 MB fastest on a CPU.
+PANEL_BYTES = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -40,9 +27,9 @@ class MatrixFactors:
 
     Attributes:
         x: Inputs `[B, rows, I]`.
-        dy: Output gradients `[B, rows, R]`, R the rows of the weight that take part.
-        lengths: Rows of each sample; what lies behind them is padding.
-        repeat: Rows per token, side by side; 0 where the rows are no tokens.
+        dy: Output gradients `[B, rows, R]`, where R are the scored rows of the weight.
+        lengths: Rows of each sample; the rows after them are padding.
+        repeat: Rows per token, side by side; 0 where the rows are not tokens.
     """
 
     x: Tensor
@@ -50,31 +37,25 @@ class MatrixFactors:
     lengths: list[int]
     repeat: int = 1
 
-    def moments(self, refs: Sequence[Tensor], axis: Axis, unsigned: bool) -> Tensor:
-        """Sums over slices `[B, slices, 3 + K]` float64, see `ops.wgrad_moments`."""
-        return slice_values(wgrad_moments(self.x, self.dy, refs, axis, unsigned, self.lengths))
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.lengths)
 
-    def prepared_moments(
-        self, refs: Sequence[Tensor], axis: Axis, unsigned: bool, prepare: Prepare, buffers: Buffers
+    def moments(
+        self, refs: Sequence[Tensor], axis: Axis, unsigned: bool, prepare: Prepare | None = None
     ) -> Tensor:
-        """The same for gradients that `prepare` has changed, one of which exists at a time."""
-        tables = []
-        for x, dy in self._samples():
-            grad = buffers.weight_gradient(x, dy)
-            prepare(grad, axis)
-            tables.append(slice_values(moments([grad], [list(refs)], axis, unsigned)))
-        return torch.cat(tables)
+        """Sums over slices `[B, slices, 3 + K]` float64, see `ops.wgrad_moments`."""
+        if prepare is None:
+            return slice_values(wgrad_moments(self.x, self.dy, refs, axis, unsigned, self.lengths))
+        return torch.cat(
+            [_prepared(x, dy, refs, axis, unsigned, prepare) for x, dy in self.samples()]
+        )
 
     def add_mean(self, total: Tensor, count: int) -> None:
-        """Add the samples' gradients over `count` to `total [R, I]` float32."""
-        pairs = [(x.float(), dy.float() / count) for x, dy in self._samples()]
+        """Add the samples' gradients divided by `count` to `total [R, I]` float32."""
+        pairs = [(x.float(), dy.float() / count) for x, dy in self.samples()]
         x, dy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         total.addmm_(dy.t(), x)
-
-    def gradients(self, buffers: Buffers) -> Iterator[Tensor]:
-        """Each sample's gradient, `[R, I]` float32 in a buffer that the next overwrites."""
-        for x, dy in self._samples():
-            yield buffers.weight_gradient(x.float(), dy.float())
 
     def token_evidence(
         self, refs: Sequence[Tensor], factors: Tensor, axis: Axis, unsigned: bool
@@ -82,32 +63,25 @@ class MatrixFactors:
         """Evidence `[T]` of the tokens of a batch of one, see `layer_token_evidence`."""
         if not self.repeat:
             raise ValueError(
-                "gradsafe.Detector.explain: a layer of this model sees rows that are no tokens; "
-                "their evidence has no place in the text"
+                "gradsafe.Detector.explain: the inputs of one layer of this model are not tokens, "
+                "so their evidence cannot be assigned to the text"
             )
         evidence = layer_token_evidence(self.x[0], self.dy[0], refs, factors, axis, unsigned)
         return evidence.view(-1, self.repeat).sum(1)
 
-    def _samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def samples(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each sample's x `[rows, I]` and dy `[rows, R]`, without padding."""
         for b, length in enumerate(self.lengths):
             yield self.x[b, :length], self.dy[b, :length]
 
 
 @dataclass(frozen=True)
 class StackFactors:
-    """Factors of the gradients of a stack of expert matrices `[E, R, I]`.
+    """Factors x `[N, I]` and dy `[N, R]` of the gradients of a stack of E matrices `[E, R, I]`.
 
-    Rows are sorted by segments, one for each expert and sample that meet. Slices are those of
-    every expert in turn: an expert that a sample never reaches has zero sums.
-
-    Attributes:
-        x: Inputs `[N, I]`.
-        dy: Output gradients `[N, R]`.
-        routing: Token and expert of each row.
-        experts: Expert of each segment.
-        samples: Sample of each segment.
-        lengths: Rows of each segment.
-        stack: E.
+    Rows are sorted into segments, one for each pair of an expert and a sample that uses it, with
+    an entry in `experts`, `samples` and `lengths` (its rows). Slices are those of every expert in
+    turn: an expert that a sample does not use has zero sums.
     """
 
     x: Tensor
@@ -122,15 +96,7 @@ class StackFactors:
     def of(
         cls, x: Tensor, dy: Tensor, routing: Routing, lengths: Sequence[int], stack: int
     ) -> StackFactors:
-        """Drop padding and cut the rows into segments; the counts are copied to the host once.
-
-        Args:
-            x: `[N, I]`.
-            dy: `[N, R]`.
-            routing: Token and expert of each row.
-            lengths: Tokens of each sample.
-            stack: E.
-        """
+        """Drop padding and divide the rows into segments; `lengths` are the samples' tokens."""
         samples = torch.zeros_like(routing.experts)
         if routing.tokens is not None:
             samples = routing.tokens // routing.width
@@ -143,41 +109,44 @@ class StackFactors:
                 )
         keys = routing.experts * routing.samples + samples
         counts = torch.bincount(keys, minlength=stack * routing.samples).tolist()
-        met = [key for key, count in enumerate(counts) if count]
+        used = [key for key, count in enumerate(counts) if count]
         return cls(
             x.contiguous(),
             dy.contiguous(),
             routing,
-            [key // routing.samples for key in met],
-            [key % routing.samples for key in met],
-            [counts[key] for key in met],
+            [key // routing.samples for key in used],
+            [key % routing.samples for key in used],
+            [counts[key] for key in used],
             stack,
         )
 
-    def moments(self, refs: Sequence[Tensor], axis: Axis, unsigned: bool) -> Tensor:
-        """Sums over slices `[B, E * slices, 3 + K]` float64, see `ops.grouped_wgrad_moments`."""
-        result = grouped_wgrad_moments(
-            self.x, self.dy, refs, self.lengths, self.experts, axis, unsigned
-        )
-        return self._spread(slice_values(result), axis)
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.routing.samples
 
-    def prepared_moments(
-        self, refs: Sequence[Tensor], axis: Axis, unsigned: bool, prepare: Prepare, buffers: Buffers
+    def moments(
+        self, refs: Sequence[Tensor], axis: Axis, unsigned: bool, prepare: Prepare | None = None
     ) -> Tensor:
-        """The same for gradients that `prepare` has changed, one matrix of which exists at a time.
-
-        `prepare` leaves zeros as they are, since experts that were not reached are left out.
-        """
-        slices = {"tensor": 1, "row": self.dy.shape[1], "column": self.x.shape[1]}
-        tables = [torch.empty(0, slices.get(axis, sum(self._shape)), 3 + len(refs))]
-        for e, x, dy in self._segments():
-            grad = buffers.weight_gradient(x, dy)
-            prepare(grad, axis)
-            tables.append(slice_values(moments([grad], [[r[e] for r in refs]], axis, unsigned)))
-        return self._spread(torch.cat([table.to(self.x.device) for table in tables]), axis)
+        """Sums over slices `[B, E * slices, 3 + K]` float64; see `ops.grouped_wgrad_moments`."""
+        rows, cols = self.dy.shape[1], self.x.shape[1]
+        by_row, by_column = [cols] * rows, [rows] * cols
+        counts = {"row": by_row, "column": by_column, "both": by_row + by_column}
+        entries = self.x.new_tensor(counts.get(axis, [rows * cols]), dtype=torch.float64)
+        table = entries.new_zeros(len(self), self.stack, len(entries), 3 + len(refs))
+        table[..., 0] = entries
+        if prepare is None:
+            result = grouped_wgrad_moments(
+                self.x, self.dy, refs, self.lengths, self.experts, axis, unsigned
+            )
+            table[self.samples, self.experts] = slice_values(result)
+        else:
+            for sample, (e, x, dy) in zip(self.samples, self._segments(), strict=True):
+                own = [r[e] for r in refs]
+                table[sample, e] = _prepared(x, dy, own, axis, unsigned, prepare)[0]
+        return table.flatten(1, 2)
 
     def add_mean(self, total: Tensor, count: int) -> None:
-        """Add the samples' gradients over `count` to `total [E, R, I]` float32."""
+        """Add the samples' gradients divided by `count` to `total [E, R, I]` float32."""
         for e, x, dy in self._segments():
             total[e].addmm_(dy.t().float(), x.float(), alpha=1 / count)
 
@@ -189,7 +158,7 @@ class StackFactors:
         if tokens is None:
             raise ValueError(
                 "gradsafe.Detector.explain: the experts of this model do not show which token a "
-                "row belongs to; their evidence has no place in the text"
+                "row belongs to, so their evidence cannot be assigned to the text"
             )
         evidence = torch.zeros(self.routing.width, dtype=torch.float64, device=self.x.device)
         by_expert = factors.unflatten(0, (self.stack, -1))
@@ -200,24 +169,66 @@ class StackFactors:
             begin += len(x)
         return evidence
 
-    @property
-    def _shape(self) -> tuple[int, int]:
-        return self.dy.shape[1], self.x.shape[1]
-
     def _segments(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        parts = zip(self.x.split(self.lengths), self.dy.split(self.lengths), strict=True)
-        for e, (x, dy) in zip(self.experts, parts, strict=True):
-            yield e, x, dy
+        parts = self.x.split(self.lengths), self.dy.split(self.lengths)
+        return zip(self.experts, *parts, strict=True)
 
-    def _spread(self, values: Tensor, axis: Axis) -> Tensor:
-        """Sums of the segments `[S, slices, 3 + K]` to those of all experts of every sample."""
-        rows, cols = self._shape
-        table = values.new_zeros(self.routing.samples, self.stack, *values.shape[1:])
-        entries = {"tensor": [rows * cols], "row": [cols] * rows, "column": [rows] * cols}
-        counts = entries.get(axis, entries["row"] + entries["column"])
-        table[..., 0] = torch.tensor(counts, dtype=values.dtype, device=values.device)
-        table[self.samples, self.experts] = values
-        return table.flatten(1, 2)
+
+def layer_token_evidence(
+    x: Tensor,
+    dy: Tensor,
+    refs: Sequence[Tensor],
+    factors: Tensor,
+    axis: Axis,
+    unsigned: bool,
+) -> Tensor:
+    """Evidence of every token of one prompt in one layer, `[T]` float64.
+
+    Its sum is the sum over slices and references of factor times dot. With G = dy^T x,
+    <abs(G), R> = sum_t dy_t^T (sign(G) * R) x_t holds exactly: the sign of G is fixed by the sum
+    over all tokens, and the rest is linear in each token. With a factor per slice and reference,
+    e_t = dy_t^T (sign(G) * sum_k factor_k * R_k) x_t, so the references are merged into one matrix
+    before they are multiplied with the tokens. G is computed in panels of rows.
+
+    Args:
+        x: Layer input `[T, I]`, any floating type.
+        dy: Output gradient `[T, O]`.
+        refs: K references `[O, I]`, at least one.
+        factors: `[slices, K]` float64, rows before columns for axis "both".
+        axis: What a slice is.
+        unsigned: Evidence from abs(G), otherwise from G.
+    """
+    rows, cols = dy.shape[1], x.shape[1]
+    # Gradients may be tiny: factors near 1 keep the float32 products in range.
+    peak = float(factors.abs().max()) or 1.0
+    factors = (factors / peak).to(device=dy.device, dtype=torch.float32)
+    # For axis "tensor" this is the one factor of all columns.
+    by_column = factors[-cols:] if axis != "row" else torch.zeros_like(factors[:1])
+    inputs = x.float()
+    evidence = torch.zeros(len(x), dtype=torch.float64, device=dy.device)
+    height = max(1, PANEL_BYTES // (4 * cols))
+    for begin in range(0, rows, height):
+        panel = slice(begin, begin + height)
+        outputs = dy[:, panel].float()
+        merged = torch.zeros(outputs.shape[1], cols, device=dy.device)
+        for k, ref in enumerate(refs):
+            factor = by_column[:, k]
+            if axis in ("row", "both"):
+                factor = factors[:rows][panel, k, None] + factor
+            merged.addcmul_(ref[panel].float(), factor)
+        if unsigned:
+            merged.mul_((outputs.t() @ inputs).sign_())
+        evidence += (outputs * (inputs @ merged.t())).sum(1, dtype=torch.float64)
+    return evidence * peak
+
+
+def _prepared(
+    x: Tensor, dy: Tensor, refs: Sequence[Tensor], axis: Axis, unsigned: bool, prepare: Prepare
+) -> Tensor:
+    """Sums `[1, slices, 3 + K]` of one gradient that `prepare` has changed."""
+    grad = dy.t() @ x
+    prepare(grad, axis)
+    return slice_values(moments([grad], [list(refs)], axis, unsigned))
 
 
 Factors = MatrixFactors | StackFactors

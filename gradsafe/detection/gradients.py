@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,22 +11,25 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gradsafe._fallback import announce_fallback
-from gradsafe.detection.components import ComponentMap
-from gradsafe.detection.factors import Buffers, Factors, MatrixFactors, StackFactors
-from gradsafe.detection.rows import Rows
+from gradsafe.detection.components import Rows
+from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.factors import Factors, MatrixFactors, StackFactors
 from gradsafe.models import (
     Encoded,
+    Encoding,
     Layers,
     LinearLayer,
+    Prompt,
     Routing,
     capture,
     collate,
+    context_length,
+    encode_prompts,
     pad_token_id,
     plan_batches,
     response_nll,
 )
 from gradsafe.models.modes import evaluating
-from gradsafe.ops import Axis
 
 Visit = Callable[[LinearLayer, Factors], None]
 
@@ -35,96 +38,123 @@ class NonFiniteGradientError(ValueError):
     """A gradient holds NaN or Inf; the message names the layer and the prompt."""
 
 
-class GradientPass:
-    """Runs encoded prompts through a model in batches of similar length.
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too.
 
-    Args:
-        model: Causal language model.
-        layers: Scored layers.
-        tokenizer: Its padding token fills short rows.
-        batch_tokens: Padded tokens per batch.
-        rows: Rows that are kept of each weight; empty for all.
+    Attributes:
+        names: What error messages call the prompts.
+        windows: The encoded windows of each prompt; one unless the prompt is too long.
     """
 
-    def __init__(
-        self, model: nn.Module, layers: Layers, tokenizer: Any, batch_tokens: int, rows: Rows
-    ) -> None:
-        self.model = model
-        self.layers = layers
-        self.pad_id = pad_token_id(tokenizer)
-        self.batch_tokens = batch_tokens
-        self.rows = rows
+    names: Sequence[str]
+    windows: Sequence[Sequence[Encoded]]
 
-    def run(
-        self,
-        items: Sequence[Encoded],
-        begin: Callable[[list[int]], Visit] | None,
-        end: Callable[[list[int]], None] | None = None,
-        progress: str | None = None,
-    ) -> Tensor:
-        """Process all items.
+    def __len__(self) -> int:
+        return len(self.windows)
 
-        Args:
-            items: Encoded prompts.
-            begin: Called with the indices of each batch; returns the visitor of its layers. None
-                for a forward pass without gradients.
-            end: Called with the indices after a batch's backward pass.
-            progress: Label of a progress bar over the items, None for no bar.
+    def __getitem__(self, part: slice) -> EncodedPrompts:
+        return EncodedPrompts(self.names[part], self.windows[part])
 
-        Returns:
-            `[n]` float32 NLL of each item's response, in input order.
-        """
+    @property
+    def items(self) -> list[Encoded]:
+        """All windows."""
+        return [item for items in self.windows for item in items]
+
+    @property
+    def owners(self) -> list[int]:
+        """Index of the prompt that each window belongs to."""
+        return [index for index, items in enumerate(self.windows) for _ in items]
+
+
+@dataclass(frozen=True)
+class GradientPass:
+    """Runs prompts through a model in batches of `batch_tokens`, padding included."""
+
+    model: nn.Module
+    tokenizer: Any
+    config: DetectorConfig
+    layers: Layers
+    rows: Rows
+    batch_tokens: int
+    progress: bool
+
+    def encode(
+        self, prompts: Sequence[Prompt] | EncodedPrompts, names: str | Sequence[str]
+    ) -> EncodedPrompts:
+        """See `Detector.encode`; encoded prompts stay as they are."""
+        if isinstance(prompts, EncodedPrompts):
+            return prompts
+        if isinstance(names, str):
+            names = [f"{names}[{index}]" for index in range(len(prompts))]
+        encoding = Encoding(
+            template=self.config.template,
+            system=self.config.system,
+            append_eos=self.config.eos,
+            overflow=self.config.overflow,
+            max_length=context_length(self.model, self.tokenizer),
+        )
+        items, owners = encode_prompts(
+            self.tokenizer, prompts, self.config.response, encoding, names=names
+        )
+        windows: list[list[Encoded]] = [[] for _ in prompts]
+        for item, owner in zip(items, owners, strict=True):
+            windows[owner].append(item)
+        return EncodedPrompts(names, windows)
+
+    def losses(self, items: Sequence[Encoded], visit: Visit | None, label: str = "") -> Tensor:
+        """`[n]` float32 NLL of each item's response, in input order; see `run`."""
         nll = torch.empty(len(items), dtype=torch.float32)
-        budget = self.batch_tokens
-        if begin is not None and self.layers.one_at_a_time and len(items) > 1:
-            budget = 1
-            announce_fallback(
-                "gradsafe.Detector: prompts run one at a time, since this model "
-                + (
-                    "does not show which sample a row of its experts belongs to"
-                    if self.layers.padding
-                    else "computes something else for a prompt with padding behind it"
-                )
-            )
-        with tqdm(total=len(items), desc=progress, disable=progress is None, unit="prompt") as bar:
-            for indices in plan_batches([len(item) for item in items], budget):
-                visit = begin(indices) if begin is not None else None
-                batch = [items[i] for i in indices]
-                with self._explained(batch):
-                    nll[indices] = self._batch(batch, visit)
-                if end is not None:
-                    end(indices)
-                bar.update(len(indices))
+        for indices, batch_nll in self.run(items, visit, label):
+            nll[indices] = batch_nll
         return nll
 
-    @contextmanager
-    def _explained(self, batch: list[Encoded]) -> Iterator[None]:
-        """Says what to do when memory runs out."""
-        try:
-            yield
-        except RuntimeError as error:
-            # The CPU's allocator has no exception of its own.
-            if not (
-                isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-            ):
-                raise
-            longest = max(len(item) for item in batch)
-            advice = (
-                f"lower batch_tokens, now {self.batch_tokens}"
-                if len(batch) > 1
-                else "it cannot be split; free memory, or use a smaller dtype or row_fraction"
+    def run(
+        self, items: Sequence[Encoded], visit: Visit | None, label: str
+    ) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield the indices of each batch and the float32 NLL of its items, on the CPU.
+
+        Before that, `visit` was called for every layer, last block first; None stands for a forward
+        pass without gradients. `label` names the progress bar; without one there is none.
+        """
+        budget = self.batch_tokens
+        if visit is not None and self.layers.one_at_a_time and len(items) > 1:
+            budget = 1
+            reason = "does not show which sample a row of its experts belongs to"
+            if not self.layers.padding:
+                reason = "computes something else for a prompt with padding after it"
+            announce_fallback(
+                f"gradsafe.Detector: prompts run one at a time, since this model {reason}"
             )
+        hidden = not (self.progress and label)
+        with tqdm(total=len(items), desc=label, disable=hidden, unit="prompt") as bar:
+            for indices in plan_batches([len(item) for item in items], budget):
+                batch = [items[i] for i in indices]
+                try:
+                    nll = self._batch(batch, visit)
+                except RuntimeError as error:
+                    self._advise_on_memory(error, batch)
+                    raise
+                yield indices, nll
+                bar.update(len(indices))
+
+    def _advise_on_memory(self, error: RuntimeError, batch: list[Encoded]) -> None:
+        # The CPU's allocator raises a plain RuntimeError.
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error):
+            longest = max(len(item) for item in batch)
+            advice = "it cannot be split; free memory, or use a smaller dtype or row_fraction"
+            if len(batch) > 1:
+                advice = f"lower batch_tokens, now {self.batch_tokens}"
             raise torch.OutOfMemoryError(
                 f"gradsafe.Detector: out of memory in a batch of {len(batch)} prompts of up to "
                 f"{longest} tokens: {advice}"
             ) from error
 
     def _batch(self, items: list[Encoded], visit: Visit | None) -> Tensor:
-        batch = collate(items, self.pad_id)
+        batch = collate(items, pad_token_id(self.tokenizer))
         if visit is None:
             with torch.no_grad(), evaluating(self.model, ()):
                 return response_nll(self.model, batch).float().cpu()
-
         width = batch.input_ids.shape[1]
 
         def consume(
@@ -134,7 +164,7 @@ class GradientPass:
                 raise TypeError(
                     "gradsafe.Detector: float64 models are not supported; call model.float() first"
                 )
-            if self.rows:  # the others are never computed
+            if self.rows:  # the other rows are never computed
                 dy = dy.index_select(-1, self.rows[layer.name].to(dy.device))
             if routing is not None:
                 visit(layer, StackFactors.of(x, dy, routing, batch.lengths, layer.experts))
@@ -147,84 +177,6 @@ class GradientPass:
 
         with torch.enable_grad(), capture(self.model, self.layers, consume):
             loss = response_nll(self.model, batch)
-            # Samples do not meet in a batch: the gradient of the sum holds each prompt's own.
+            # Samples of a batch are independent: the gradient of the sum holds each prompt's own.
             loss.sum().backward()
         return loss.detach().float().cpu()
-
-
-class TableCollector:
-    """Turns a batch's gradients into a table of component sums, `[B, C, 3 + K]`.
-
-    The gradients themselves are never stored, unless `prepare` has to change them: then one layer's
-    gradient of one prompt exists at a time.
-
-    Args:
-        components: The component map.
-        references: K references of a layer, each `[O, I]`, or `[E, O, I]` of a stack.
-        scales: Factor of a layer's dots.
-        unsigned: Dots of abs(g).
-        prepare: Changes a gradient in place before it is read (ablations), given its axis.
-        finish: Called with a batch's item indices and its table.
-        owners: Number of the prompt each item comes from, for error messages.
-    """
-
-    def __init__(
-        self,
-        components: ComponentMap,
-        references: Callable[[LinearLayer], list[Tensor]],
-        scales: Callable[[LinearLayer], Sequence[float]],
-        unsigned: bool,
-        prepare: Callable[[Tensor, Axis], None] | None,
-        finish: Callable[[list[int], Tensor], None],
-        owners: Sequence[int],
-    ) -> None:
-        self.components = components
-        self.references = references
-        self.scales = scales
-        self.unsigned = unsigned
-        self.prepare = prepare
-        self.finish = finish
-        self.owners = owners
-        self.buffers = Buffers()
-        self._reached: list[tuple[LinearLayer, Tensor]] = []
-
-    def begin(self, indices: list[int]) -> Visit:
-        """Start a batch."""
-        self._reached.clear()
-        return self._visit
-
-    def _visit(self, layer: LinearLayer, factors: Factors) -> None:
-        axis = self.components[layer].axis
-        refs = self.references(layer)
-        if self.prepare is None:
-            values = factors.moments(refs, axis, self.unsigned)
-        else:
-            rest = (self.prepare, self.buffers)
-            values = factors.prepared_moments(refs, axis, self.unsigned, *rest)
-        self._reached.append((layer, values))
-
-    def end(self, indices: list[int]) -> None:
-        """Bring the batch's sums together; devices are waited for here and not per layer."""
-        table: Tensor | None = None
-        for layer, device_values in self._reached:
-            values = device_values.cpu()
-            for k, scale in enumerate(self.scales(layer)):
-                values[..., 3 + k] *= scale
-            if table is None:
-                shape = (len(indices), self.components.size, values.shape[-1])
-                table = torch.zeros(shape, dtype=torch.float64)
-            _check_finite(layer, [self.owners[i] for i in indices], values)
-            self.components.add(table, layer, values)
-        self._reached.clear()
-        assert table is not None
-        self.finish(indices, table)
-
-
-def _check_finite(layer: LinearLayer, prompts: list[int], values: Tensor) -> None:
-    bad = (~torch.isfinite(values)).flatten(1).any(1)
-    if bad.any():
-        raise NonFiniteGradientError(
-            f"gradsafe.Detector: the gradient of {layer.name} holds NaN or Inf for "
-            f"prompts[{prompts[int(bad.nonzero()[0])]}]; check the model's weights, or run it in "
-            "bfloat16 or float32 if it is in float16"
-        )

@@ -1,81 +1,90 @@
-"""From component sums to scores: GradCoo, GradSafe and the gradient norm."""
+"""The score methods, one class each, and how they are fitted.
+
+A new method is a class here, an entry of `METHODS`, and its name in `config.Method`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gradsafe.detection.components import COUNT, DOTS, SUM_SQ, ComponentMap, standard_deviation
+from gradsafe.detection.components import COUNT, DOTS, SUM_SQ, standard_deviation
 from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.references import Reference
-from gradsafe.models import LinearLayer
+from gradsafe.detection.gradients import EncodedPrompts, GradientPass
+from gradsafe.detection.references import build_reference, find_output_projections
+from gradsafe.detection.scoring import Groups, Learned, Method, Scores
+from gradsafe.detection.state import DetectorState
+from gradsafe.models import Layers
+
+MIN_REFERENCE_GAP = 1.0  # nats
 
 
-class GradCoo:
+class ReferenceGapWarning(UserWarning):
+    """The model answers the unsafe reference prompts as readily as the safe ones."""
+
+
+class CoverageWarning(UserWarning):
+    """Less than half of the weights of the chosen blocks are scored."""
+
+
+class GradCoo(Method):
     """Unsigned co-occurrence with an unsafe and a safe reference (arXiv 2502.12411).
 
     With n(g) = abs(g) / std(g): a_c = <n(g_c), n(unsafe_c)>, b_c the same with the safe reference;
     the score is the mean over components of a relative value such as a_c / (a_c + b_c).
-
-    Args:
-        config: Options.
-        unsafe: Unsafe reference.
-        safe: Safe reference.
     """
 
-    def __init__(self, config: DetectorConfig, unsafe: Reference, safe: Reference) -> None:
-        self.config = config
-        self.unsafe = unsafe
-        self.safe = safe
-        self.unsigned = config.unsigned
+    def __init__(self, state: DetectorState, layers: Layers) -> None:
+        super().__init__(state, layers)
+        self.unsigned = self.config.unsigned
+        self.unsafe, self.safe = (state.references[name] for name in ("unsafe", "safe"))
+        divide = self.config.normalize and self.config.reference_order == "mean_then_norm"
+        self.stds = [  # what the dots with each reference are divided by
+            standard_deviation(r.sums) if divide else torch.ones_like(r.sums[:, COUNT])
+            for r in (self.unsafe, self.safe)
+        ]
 
-    def references(self, layer: LinearLayer) -> list[Tensor]:
-        """The layer's two references."""
-        return [self.unsafe.weights[layer.name], self.safe.weights[layer.name]]
-
-    def scales(self, layer: LinearLayer) -> Sequence[float]:
-        """Factors that undo the storage scale of the references."""
-        return (self.unsafe.scales[layer.name], self.safe.scales[layer.name])
+    @classmethod
+    def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
+        """Build both references."""
+        components = cls.component_map(state, gradients.layers)
+        references, losses = {}, {}
+        for name, group in groups.items():
+            references[name], losses[name] = build_reference(
+                gradients, group.items, components, state.config.unsigned, f"{name} references"
+            )
+        return replace(state, references=references), losses
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Score a batch.
-
-        Args:
-            table: `[B, C, 5]` float64.
-
-        Returns:
-            Scores `[B]` and component values `[B, C]`, float64.
-        """
-        a = self._divide(table[..., DOTS], self.unsafe.std)
-        b = self._divide(table[..., DOTS + 1], self.safe.std)
+        """Relative values and their mean, weighted mean or median."""
+        a, b = (_divide(table[..., DOTS + k], std) for k, std in enumerate(self.stds))
         if self.config.normalize:
             std = standard_deviation(table)
-            a, b = self._divide(a, std), self._divide(b, std)
-        values = self._relative(a, b, table[..., COUNT].clamp(min=1))
-        return self._reduce(values, table[..., COUNT]), values
+            a, b = _divide(a, std), _divide(b, std)
+        counts = table[..., COUNT]
+        values = self._relative(a, b, counts.clamp(min=1))
+        if self.config.reduce == "median":
+            return values.quantile(0.5, dim=1), values  # mean of the middle two
+        if self.config.reduce == "weighted":
+            return (values * counts).sum(1) / counts.sum(1), values
+        return values.mean(1), values
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """How the dots of one prompt add up to evidence, all denominators fixed; see `explain`.
-
-        Args:
-            table: `[C, 5]` float64.
-
-        Returns:
-            Factors `[C, 2]`, whose products with the dots sum to a component's evidence, and the
-            weights `[C]` of the components, which sum to 1; float64.
-        """
+        """Both references contribute, the safe one negatively, or the unsafe one alone."""
         config, entries = self.config, table[:, COUNT].clamp(min=1)
-        factors = torch.stack([self._divide(1.0, r.std) for r in (self.unsafe, self.safe)], dim=1)
+        factors = torch.stack([_divide(1.0, std) for std in self.stds], dim=1)
         if config.normalize:
-            factors *= self._divide(1.0, standard_deviation(table))[:, None]
+            factors *= _divide(1.0, standard_deviation(table))[:, None]
         if config.relative == "share":
             total = (table[:, DOTS:] * factors).abs().sum(1)
-            factors *= self._divide(1.0, total)[:, None]
+            factors *= _divide(1.0, total)[:, None]
         else:
             factors /= entries[:, None]
-        # A signed share is measured from 0, an unsigned one from the undecided a = b.
+        # A signed share is measured from 0, an unsigned one from the neutral a = b.
         two_sided = config.relative == "difference" or (
             config.relative == "share" and config.unsigned
         )
@@ -83,115 +92,169 @@ class GradCoo:
         counts = table[:, COUNT] if config.reduce == "weighted" else torch.ones_like(entries)
         return factors, counts / counts.sum()
 
-    @staticmethod
-    def _divide(dots: Tensor | float, std: Tensor) -> Tensor:
-        """A component without spread has no direction to share: it counts as zero evidence."""
-        return torch.where(std > 0, dots / std, 0.0)
-
     def _relative(self, a: Tensor, b: Tensor, entries: Tensor) -> Tensor:
         kind = self.config.relative
         if kind == "share":
             total = a.abs() + b.abs()
-            # Signed sums keep their sign in the numerator; nothing on either side is undecided.
+            # Signed sums keep their sign in the numerator. Without any evidence: the neutral value.
             neutral = 0.5 if self.config.unsigned else 0.0
             return torch.where(total > 0, a / total, neutral)
         if kind == "ratio":
             return torch.where((a == 0) & (b == 0), 1.0, a / b)
         if kind == "logratio":
             return torch.where((a == 0) & (b == 0), 0.0, (a / b).log())
-        if kind == "difference":
-            return (a - b) / entries
-        return a / entries
-
-    def _reduce(self, values: Tensor, entries: Tensor) -> Tensor:
-        if self.config.reduce == "median":
-            return values.quantile(0.5, dim=1)  # mean of the middle two, unlike torch.median
-        if self.config.reduce == "weighted":
-            return (values * entries).sum(1) / entries.sum(1)
-        return values.mean(1)
+        return (a - b if kind == "difference" else a) / entries
 
 
-class GradSafe:
-    """Mean cosine with the unsafe reference over selected rows and columns (arXiv 2402.13494).
+class Cascade(GradCoo):
+    """The NLL of the response outside the band, GradCoo inside it; GradCoo before calibration."""
 
-    Args:
-        unsafe: Raw unsafe reference.
-        selected: `[C]` bool, the slices that count; None for all.
-    """
+    def score(self, gradients: GradientPass, prompts: EncodedPrompts, keep: bool = True) -> Scores:
+        """Forward passes for all windows, gradients where the NLL is not decisive."""
+        band, items, owners = self.state.band, prompts.items, prompts.owners
+        if band is None:
+            return super().score(gradients, prompts, keep)
+        nll = gradients.losses(items, None, "NLL")
+        unsure, values = band.unsure(nll), band.sure_scores(nll)
+        components = torch.full((len(items), self.components.size if keep else 0), torch.nan)
+        chosen = unsure.nonzero()[:, 0].tolist()
+        if chosen:
+            names = [prompts.names[owners[i]] for i in chosen]
+            inside = EncodedPrompts(names, [[items[i]] for i in chosen])
+            scores = super().score(gradients, inside, keep)
+            values[chosen], components[chosen] = scores.values, scores.components
+        return Scores(values, components, nll, unsure)
 
-    unsigned = False
 
-    def __init__(self, unsafe: Reference, selected: Tensor | None = None) -> None:
-        self.unsafe = unsafe
-        self.selected = selected
+class GradSafe(Method):
+    """Mean cosine to the unsafe reference over selected rows and columns (arXiv 2402.13494)."""
 
-    def references(self, layer: LinearLayer) -> list[Tensor]:
-        """The layer's reference."""
-        return [self.unsafe.weights[layer.name]]
+    granularity = "row+column"
 
-    def scales(self, layer: LinearLayer) -> Sequence[float]:
-        """Factor that undoes the storage scale of the reference."""
-        return (self.unsafe.scales[layer.name],)
+    def __init__(self, state: DetectorState, layers: Layers) -> None:
+        super().__init__(state, layers)
+        self.unsafe = state.references["unsafe"]
+
+    @classmethod
+    def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
+        """Build the unsafe reference, then select what separates the reference prompts."""
+        components, gap = cls.component_map(state, gradients.layers), state.config.gap
+        items, label = groups["unsafe"].items, "unsafe references"
+        # As published: signed gradients, and no safe reference.
+        unsafe, _ = build_reference(gradients, items, components, unsigned=False, label=label)
+        state = replace(state, references={"unsafe": unsafe})
+        method = cls(state, gradients.layers)
+        scores = {name: method.score(gradients, group) for name, group in groups.items()}
+        difference = scores["unsafe"].components.mean(0) - scores["safe"].components.mean(0)
+        selected = difference > gap
+        if not selected.any():
+            raise ValueError(
+                f"gradsafe.Detector.fit: no row or column separates the reference prompts by more "
+                f"than gap={gap} (largest: {float(difference.max()):.3f}); lower gap= or choose "
+                "references that the model treats differently"
+            )
+        losses = {name: found.nll for name, found in scores.items()}
+        return replace(state, learned={"selected": selected}), losses
 
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Score a batch: `[B, C, 4]` to scores `[B]` and the cosines of the selected slices."""
-        norms = (table[..., SUM_SQ] * self.unsafe.sum_sq).sqrt()
+        """Cosines of the selected slices and their mean."""
+        norms = (table[..., SUM_SQ] * self.unsafe.sums[:, SUM_SQ]).sqrt()
         cosines = torch.where(norms > 0, table[..., DOTS] / norms, 0.0)  # a zero slice: cosine 0
         if self.selected is not None:
             cosines = cosines[:, self.selected]
         return cosines.mean(1), cosines
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors `[C, 1]` and weights `[C]` of one prompt's `[C, 4]` table; see `GradCoo`."""
-        norms = (table[:, SUM_SQ] * self.unsafe.sum_sq).sqrt()
+        """The inverse norms, with equal weights for the selected slices."""
+        norms = (table[:, SUM_SQ] * self.unsafe.sums[:, SUM_SQ]).sqrt()
         chosen = torch.ones_like(norms) if self.selected is None else self.selected.to(norms)
         return torch.where(norms > 0, 1.0 / norms, 0.0)[:, None], chosen / chosen.sum()
 
-    def select(self, unsafe: Tensor, safe: Tensor, gap: float) -> None:
-        """Choose the slices that tell the reference prompts apart.
 
-        Args:
-            unsafe: `[n, C]` cosines of the unsafe reference prompts.
-            safe: `[m, C]` cosines of the safe ones.
-            gap: Needed difference of the means.
-
-        Raises:
-            ValueError: No slice has that gap.
-        """
-        difference = unsafe.mean(0) - safe.mean(0)
-        self.selected = difference > gap
-        if not self.selected.any():
-            raise ValueError(
-                f"gradsafe.Detector.fit: no row or column separates the reference prompts by more "
-                f"than gap={gap} (largest: {float(difference.max()):.3f}); lower gap= or choose "
-                "references that the model treats differently"
-            )
-
-
-class GradNorm:
+class GradNorm(Method):
     """Norm of the scored gradients: a baseline without references."""
 
-    unsigned = False
-
-    def references(self, layer: LinearLayer) -> list[Tensor]:
-        """None."""
-        return []
-
-    def scales(self, layer: LinearLayer) -> Sequence[float]:
-        """None."""
-        return ()
-
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Score a batch: `[B, C, 3]` to norms `[B]` and component norms `[B, C]`."""
+        """The norm of all gradients and of every component."""
         return table[..., SUM_SQ].sum(1).sqrt(), table[..., SUM_SQ].sqrt()
 
 
-GradientMethod = GradCoo | GradSafe | GradNorm
+class NLL(Method):
+    """NLL of the response, from a forward pass: a baseline without components."""
+
+    def score(self, gradients: GradientPass, prompts: EncodedPrompts, keep: bool = True) -> Scores:
+        """The NLL is the score."""
+        nll = gradients.losses(prompts.items, None, "NLL")
+        return Scores(nll.clone(), nll.new_empty(len(nll), 0), nll, torch.zeros_like(nll).bool())
+
+    @property
+    def names(self) -> list[str]:
+        """There are no components."""
+        return []
 
 
-def component_names(method: GradientMethod, components: ComponentMap) -> list[str]:
-    """Names of the columns that a method reports."""
-    names = components.names
-    if isinstance(method, GradSafe) and method.selected is not None:
-        return [name for name, kept in zip(names, method.selected.tolist(), strict=True) if kept]
-    return names
+METHODS: dict[str, type[Method]] = {
+    "gradcoo": GradCoo,
+    "gradsafe": GradSafe,
+    "cascade": Cascade,
+    "nll": NLL,
+    "gradnorm": GradNorm,
+}
+
+
+def fit(gradients: GradientPass, groups: Groups) -> DetectorState:
+    """See `Detector.fit`; `groups` are the encoded "unsafe" and "safe" prompts, or empty."""
+    config = gradients.config
+    state = DetectorState(config, gradients.rows)
+    if config.uses_gradients:
+        _check_coverage(config, gradients.layers)
+    if groups:
+        _check_stacks(config, gradients.layers)
+    if config.granularity == "head":
+        item = groups["safe"].items[0]
+        state = replace(state, output_projections=find_output_projections(gradients, item))
+    state, losses = METHODS[config.method].fit(state, gradients, groups)
+    return replace(state, reference_gap=_reference_gap(config, losses)) if losses else state
+
+
+def _check_coverage(config: DetectorConfig, layers: Layers) -> None:
+    share = layers.scored_parameters / max(1, layers.block_parameters)
+    if config.modules == "all" and share < 0.5:
+        warnings.warn(
+            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
+            f"are scored, and the gradients of the others are ignored; {layers}",
+            CoverageWarning,
+            stacklevel=4,
+        )
+
+
+def _check_stacks(config: DetectorConfig, layers: Layers) -> None:
+    """Refuse options that would need the gradient of all experts of a layer at once."""
+    stack = next((layer.name for layer in layers.scored if layer.experts), None)
+    for name, value in (("center", True), ("reference_order", "norm_then_mean")):
+        if stack is not None and getattr(config, name) == value:
+            raise ValueError(
+                f"gradsafe.Detector.fit: {name}={value!r} changes the gradients of experts that a "
+                f"prompt does not use, and {stack} is a stack of experts; leave {name} out, or "
+                'score modules="attention"'
+            )
+
+
+def _reference_gap(config: DetectorConfig, losses: Mapping[str, Tensor]) -> float:
+    unsafe, safe = (float(losses[name].mean()) for name in ("unsafe", "safe"))
+    if unsafe - safe < MIN_REFERENCE_GAP:
+        warnings.warn(
+            f"gradsafe.Detector.fit: the mean NLL of {config.response!r} is {unsafe:.2f} after the "
+            f"unsafe and {safe:.2f} after the safe references, a gap of {unsafe - safe:.2f} nats "
+            f"(expected at least {MIN_REFERENCE_GAP:g}): this model does not refuse the unsafe "
+            "references, so scores will be poor. Choose references in the style of your traffic "
+            "that the model refuses.",
+            ReferenceGapWarning,
+            stacklevel=4,
+        )
+    return unsafe - safe
+
+
+def _divide(dots: Tensor | float, std: Tensor) -> Tensor:
+    """A component without spread has no direction: its value is zero."""
+    return torch.where(std > 0, dots / std, 0.0)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gradsafe.detection.components import ComponentMap, slice_values, standard_deviation
 from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.factors import Buffers, Factors, MatrixFactors
-from gradsafe.detection.gradients import GradientPass, NonFiniteGradientError, Visit
+from gradsafe.detection.factors import Factors, MatrixFactors, Prepare
+from gradsafe.detection.gradients import GradientPass, NonFiniteGradientError
 from gradsafe.models import Encoded, LinearLayer
 from gradsafe.ops import Axis, Moments, moments
 
@@ -23,163 +24,117 @@ DTYPES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Reference:
     """The reference gradient of one group of prompts (unsafe or safe).
 
     Attributes:
         weights: Per layer name `[R, I]` (`[E, R, I]` for a stack of experts) in the storage dtype,
-            divided by the layer's scale; R are the rows that take part, all O unless `row_fraction`
-            says otherwise.
-        scales: Per layer name the scale, so that the true reference is weights * scale. It keeps
-            the small entries of small layers inside the range of 16-bit floats.
-        std: `[C]` float64, standard deviation of the reference gradient per component; what the
-            dots are divided by. Ones where nothing is to be divided.
-        sum_sq: `[C]` float64, squared norm of the reference gradient per component.
-        nll: `[n]` float32, loss of the response after each reference prompt.
+            divided by the layer's scale; R are the scored rows.
+        scales: Per layer name what undoes this: the scales keep the small entries of small layers
+            inside the range of 16-bit floats.
+        sums: `[C, 3]` float64, count, sum and sum of squares per component.
     """
 
-    weights: dict[str, Tensor] = field(default_factory=dict)
-    scales: dict[str, float] = field(default_factory=dict)
-    std: Tensor = field(default_factory=lambda: torch.empty(0))
-    sum_sq: Tensor = field(default_factory=lambda: torch.empty(0))
-    nll: Tensor = field(default_factory=lambda: torch.empty(0))
+    weights: dict[str, Tensor]
+    scales: dict[str, float]
+    sums: Tensor
 
 
-def prepare_function(config: DetectorConfig) -> Callable[[Tensor, Axis], None] | None:
-    """What happens to a gradient before its moments are taken, in place; None for nothing."""
+def prepare_function(config: DetectorConfig) -> Prepare | None:
+    """What changes a gradient in place before its moments are taken; None for nothing."""
     if config.center:
         return subtract_mean_
-    if config.absolute == "before":
-        return absolute_
-    return None
+    return (lambda grad, _: grad.abs_()) if config.absolute == "before" else None
 
 
-def absolute_(grad: Tensor, axis: Axis) -> None:
-    """Absolute value in place; the same for every axis."""
-    grad.abs_()
-
-
-def subtract_mean_(grad: Tensor, axis: Axis) -> None:
+def subtract_mean_(grad: Tensor, axis: Axis) -> Tensor:
     """Subtract the mean of every slice in place; axis "tensor", "row" or "column"."""
     result = moments([grad], None, axis)
     assert isinstance(result, Moments)
     mean = (result.sum[0] / result.count[0]).to(grad.dtype)
-    grad.sub_(mean[:, None] if axis == "row" else mean)
+    return grad.sub_(mean[:, None] if axis == "row" else mean)
 
 
-def find_output_projections(gradients: GradientPass, item: Encoded) -> list[str]:
-    """Layers at the end of an attention module: those the backward pass meets first in it."""
-    seen: set[str] = set()
-    found: list[str] = []
+def find_output_projections(gradients: GradientPass, item: Encoded) -> tuple[str, ...]:
+    """Output layers of the attention modules: the backward pass reaches them first."""
+    first: dict[str, LinearLayer] = {}
 
     def visit(layer: LinearLayer, factors: Factors) -> None:
-        parent = layer.name.rpartition(".")[0]
-        if layer.role == "attention" and parent not in seen:
-            found.append(layer.name)
-        seen.add(parent)
+        first.setdefault(layer.name.rpartition(".")[0], layer)
 
-    gradients.run([item], lambda indices: visit)
-    return found
+    gradients.losses([item], visit)
+    return tuple(sorted(layer.name for layer in first.values() if layer.role == "attention"))
 
 
 def build_reference(
     gradients: GradientPass,
     items: Sequence[Encoded],
     components: ComponentMap,
-    config: DetectorConfig,
-    progress: str | None = None,
-) -> Reference:
-    """Build one group's reference.
+    unsigned: bool,
+    label: str,
+) -> tuple[Reference, Tensor]:
+    """Build one group's reference; also returns the `[n]` NLL of the response after each prompt.
 
     The mean over prompts of G_b = dy_b^T x_b is one product over the tokens of all prompts, for a
-    stack of experts one per expert that they reach. While the group fits one batch, each layer's
-    mean is finished as the backward pass reaches it; else float32 sums of all layers are kept until
-    the last batch.
-
-    Args:
-        gradients: Runs the prompts.
-        items: Encoded reference prompts.
-        components: Components whose statistics are needed.
-        config: Options.
-        progress: Label of the progress bar, None for no bar.
-
-    Returns:
-        The reference.
-
-    Raises:
-        NonFiniteGradientError: The mean gradient of a layer holds NaN or Inf.
+    stack of experts one per expert and prompt. If the group fits one batch, each layer's mean is
+    finished as the backward pass reaches it; otherwise float32 sums of all layers are kept until
+    the last batch. `unsigned` references are stored as absolute values.
     """
-    reference = Reference()
-    table = torch.zeros(1, components.size, 3, dtype=torch.float64)
-    sums: dict[str, Tensor] = {}
-    left = len(items)
-    buffers = Buffers()
-    # Published GradSafe compares raw gradients: nothing is normalised, the sign stays.
-    raw = config.method == "gradsafe"
-    prepare = None if raw else prepare_function(config)
-    per_prompt = not raw and config.normalize and config.reference_order == "norm_then_mean"
+    config = gradients.config
+    table = torch.zeros(components.size, 3, dtype=torch.float64)
+    sums: dict[str, Tensor] = {}  # of the layers that are not finished
+    done: Counter[str] = Counter()  # samples per layer
+    weights: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
+    prepare = prepare_function(config)
+    per_prompt = config.normalize and config.reference_order == "norm_then_mean"
+    dtype = DTYPES[config.reference_dtype]
 
-    def add(total: Tensor, layer: LinearLayer, factors: Factors) -> None:
-        if not per_prompt:
+    def visit(layer: LinearLayer, factors: Factors) -> None:
+        total = sums.pop(layer.name, None)
+        if total is None:
+            stack = (layer.experts,) if layer.experts else ()
+            shape = (*stack, factors.dy.shape[-1], factors.x.shape[-1])
+            total = torch.zeros(shape, device=factors.dy.device)
+        if per_prompt:
+            assert isinstance(factors, MatrixFactors)
+            for x, dy in factors.samples():
+                grad = dy.float().t() @ x.float()
+                _normalize_(grad, layer, components, config)
+                total.add_(grad, alpha=1 / len(items))
+        else:
             factors.add_mean(total, len(items))
+        done[layer.name] += len(factors)
+        if done[layer.name] < len(items):
+            sums[layer.name] = total
             return
-        assert isinstance(factors, MatrixFactors)
-        for grad in factors.gradients(buffers):
-            _normalize_(grad, layer, components, config)
-            total.add_(grad, alpha=1 / len(items))
-
-    def begin(indices: list[int]) -> Visit:
-        nonlocal left
-        left -= len(indices)
-        last = left == 0
-
-        def visit(layer: LinearLayer, factors: Factors) -> None:
-            total = sums.pop(layer.name, None)
-            if total is None:
-                shape = (layer.experts,) if layer.experts else ()
-                shape = (*shape, factors.dy.shape[-1], factors.x.shape[-1])
-                total = torch.zeros(shape, device=factors.dy.device)
-            add(total, layer, factors)
-            if last:
-                store(layer, total)
-            else:
-                sums[layer.name] = total
-
-        return visit
-
-    def store(layer: LinearLayer, grad: Tensor) -> None:
-        axis = components[layer].axis
-        matrices = list(grad.view(-1, *grad.shape[-2:]))
+        axis, index = components[layer]
+        matrices = list(total.view(-1, *total.shape[-2:]))
         if prepare is not None and not per_prompt:
             for matrix in matrices:
                 prepare(matrix, axis)
-        values = slice_values(moments(matrices, None, axis)).flatten(0, 1)[None].cpu()
+        values = slice_values(moments(matrices, None, axis)).flatten(0, 1).cpu()
         if not torch.isfinite(values).all():
             raise NonFiniteGradientError(
                 f"gradsafe.Detector.fit: the reference gradient of {layer.name} holds NaN or Inf; "
                 "check the model's weights, or run it in bfloat16 or float32"
             )
-        components.add(table, layer, values)
-        if config.unsigned and not raw:
-            grad.abs_()
-        dtype = DTYPES[config.reference_dtype]
-        scale = _storage_scale(grad, dtype)
-        reference.scales[layer.name] = scale
-        reference.weights[layer.name] = (grad / scale).to(dtype)
+        table.index_add_(0, index, values)
+        if unsigned:
+            total.abs_()
+        scales[layer.name] = _storage_scale(total, dtype)
+        weights[layer.name] = (total / scales[layer.name]).to(dtype)
 
-    reference.nll = gradients.run(items, begin, progress=progress)
-    divide = config.normalize and not per_prompt and not raw
-    reference.std = standard_deviation(table[0]) if divide else torch.ones_like(table[0, :, 0])
-    reference.sum_sq = table[0, :, 2].clone()
-    return reference
+    nll = gradients.losses(items, visit, label)
+    return Reference(weights, scales, table), nll
 
 
 def _storage_scale(grad: Tensor, dtype: torch.dtype) -> float:
-    """What a reference is divided by before it is stored; a zero one by nothing.
+    """What a reference is divided by before it is stored; 1 for a zero one.
 
-    Wide exponents hold any spread around a root mean square of one. e4m3 spans 2^-9 to 448 only:
-    there the largest entry goes to the top, and entries below a hundred-thousandth of it to zero.
+    Types with a wide exponent hold any spread around a root mean square of one. e4m3 spans 2^-9 to
+    448: there the largest entry becomes 448, and entries below about 1e-5 of it become zero.
     """
     if not grad.numel():
         return 1.0
@@ -192,16 +147,15 @@ def _normalize_(
     grad: Tensor, layer: LinearLayer, components: ComponentMap, config: DetectorConfig
 ) -> None:
     """One prompt's gradient to abs(g) / std(g) per component, in place ("norm_then_mean")."""
-    slices = components[layer]
+    axis, index = components[layer]
     prepare = prepare_function(config)
     if prepare is not None:
-        prepare(grad, slices.axis)
-    values = slice_values(moments([grad], None, slices.axis))[0].cpu()
-    first = int(slices.components.min())
-    local = torch.zeros(int(slices.components.max()) - first + 1, values.shape[1]).double()
-    local.index_add_(0, slices.components - first, values)
-    std = standard_deviation(local)
-    inverse = torch.where(std > 0, 1 / std, 0.0)[slices.components - first].to(grad)
-    grad.mul_(inverse[:, None] if slices.axis == "row" else inverse)
+        prepare(grad, axis)
+    values = slice_values(moments([grad], None, axis))[0].cpu()
+    index = index - index.min()
+    sums = values.new_zeros(int(index.max()) + 1, values.shape[1]).index_add_(0, index, values)
+    std = standard_deviation(sums)
+    inverse = torch.where(std > 0, 1 / std, 0.0)[index].to(grad)
+    grad.mul_(inverse[:, None] if axis == "row" else inverse)
     if config.unsigned:
         grad.abs_()

@@ -1,128 +1,162 @@
-"""From encoded prompts to scores: gradients for all, for none, or where the loss is not sure."""
+"""From encoded prompts to scores: the common part of all score methods."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gradsafe.detection.cascade import Band
-from gradsafe.detection.components import ComponentMap
-from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.gradients import GradientPass, TableCollector
-from gradsafe.detection.methods import GradCoo, GradientMethod
+from gradsafe.detection.components import DOTS, ComponentMap
+from gradsafe.detection.config import Granularity
+from gradsafe.detection.factors import Factors
+from gradsafe.detection.gradients import EncodedPrompts, GradientPass, NonFiniteGradientError
 from gradsafe.detection.references import prepare_function
-from gradsafe.models import Encoded
+from gradsafe.detection.state import DetectorState
+from gradsafe.models import Layers, LinearLayer
+
+Groups = Mapping[str, EncodedPrompts]  # "unsafe" and "safe" ones, or empty
+# The state with what a method learned, and the NLL values of each group.
+Learned = tuple[DetectorState, Mapping[str, Tensor]]
 
 
-@dataclass
-class ItemScores:
-    """Scores of n encoded prompts or windows; fields as in `Scores`."""
+@dataclass(frozen=True)
+class Scores:
+    """Scores of n prompts, in input order; a higher score means more likely unsafe.
+
+    Attributes:
+        values: `[n]` float32.
+        components: `[n, C]` float32, the component values that `values` was reduced from;
+            `Detector.components` names the columns. `[n, 0]` where they were not requested or do
+            not exist (method "nll").
+        nll: `[n]` float32, mean negative log-likelihood (NLL) of the compliance response after each
+            prompt, in nats.
+        backward: `[n]` bool, whether gradients were computed for the prompt. Method "cascade"
+            computes none where the NLL is decisive; the components of such prompts are NaN.
+        threshold: The detector's calibrated threshold, None if it was not calibrated.
+    """
 
     values: Tensor
     components: Tensor
     nll: Tensor
     backward: Tensor
+    threshold: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
-def score_without_gradients(
-    gradients: GradientPass, items: Sequence[Encoded], progress: str | None
-) -> ItemScores:
-    """The loss of the response is the score."""
-    nll = gradients.run(items, None, progress=progress)
-    none = torch.zeros(len(items), dtype=torch.bool)
-    return ItemScores(nll.clone(), torch.empty(len(items), 0), nll, none)
+class Method:
+    """A fitted score method. A subclass defines `__call__`, and `fit` if it learns anything.
 
-
-def score_with_gradients(
-    method: GradientMethod,
-    components: ComponentMap,
-    config: DetectorConfig,
-    gradients: GradientPass,
-    items: Sequence[Encoded],
-    owners: Sequence[int],
-    keep: bool,
-    progress: str | None,
-) -> ItemScores:
-    """Every item's gradients meet the references.
-
-    Args:
-        method: Turns sums into scores.
-        components: The component map.
-        config: Options.
-        gradients: Runs the items.
-        items: Encoded prompts or windows.
-        owners: Number of the prompt each item comes from, for error messages.
-        keep: Keep the value of every component; else there are none.
-        progress: Label of the progress bar, None for no bar.
+    Attributes:
+        granularity: What a component is; None for the option of that name.
+        unsigned: Whether dots are computed from abs(g).
+        selected: `[C]` bool, the components that are used; None for all.
     """
-    values = torch.empty(len(items), dtype=torch.float32)
-    kept: list[tuple[list[int], Tensor]] = []
 
-    def finish(indices: list[int], table: Tensor) -> None:
-        batch_values, batch_parts = method(table)
-        values[indices] = batch_values.float()
-        if keep:
-            kept.append((list(indices), batch_parts.float()))
+    granularity: ClassVar[Granularity | None] = None
+    unsigned: bool = False
 
-    collector = TableCollector(
-        components,
-        method.references,
-        method.scales,
-        method.unsigned,
-        prepare_function(config) if isinstance(method, GradCoo) else None,
-        finish,
-        owners,
-    )
-    nll = gradients.run(items, collector.begin, collector.end, progress)
-    parts = torch.empty(len(items), kept[0][1].shape[1] if kept else 0)
-    for indices, batch_parts in kept:
-        parts[indices] = batch_parts
-    return ItemScores(values, parts, nll, torch.ones(len(items), dtype=torch.bool))
+    def __init__(self, state: DetectorState, layers: Layers) -> None:
+        self.state = state
+        self.config = state.config
+        self.components = self.component_map(state, layers)
+        self.selected = state.learned.get("selected")
+
+    @classmethod
+    def component_map(cls, state: DetectorState, layers: Layers) -> ComponentMap:
+        """The components of the scored layers."""
+        granularity = cls.granularity or state.config.granularity
+        return ComponentMap(layers, granularity, state.output_projections, state.rows)
+
+    @classmethod
+    def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
+        """Learn from the "unsafe" and "safe" prompts; methods without references get none."""
+        return state, {}
+
+    def references(self, layer: LinearLayer) -> list[Tensor]:
+        """The layer's K references, each `[O, I]`, or `[E, O, I]` for a stack of experts."""
+        return [r.weights[layer.name] for r in self.state.references.values()]
+
+    def scales(self, layer: LinearLayer) -> list[float]:
+        """K factors that undo the storage scale of the references."""
+        return [r.scales[layer.name] for r in self.state.references.values()]
+
+    def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """From sums `[B, C, 3 + K]` to scores `[B]` and component values `[B, C]`, all float64."""
+        raise NotImplementedError
+
+    def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """How the dots of one prompt add up to its score, all denominators fixed; see `explain`.
+
+        From sums `[C, 3 + K]` to factors `[C, K]`, whose products with the dots sum to a
+        component's evidence, and the weights `[C]` of the components, which sum to 1; float64.
+        """
+        raise NotImplementedError
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the component values, in column order."""
+        names = self.components.names
+        if self.selected is None:
+            return names
+        return [name for name, keep in zip(names, self.selected.tolist(), strict=True) if keep]
+
+    def score(self, gradients: GradientPass, prompts: EncodedPrompts, keep: bool = True) -> Scores:
+        """Score every window; `keep` its component values."""
+        count = len(prompts.items)
+        nll, values = torch.empty(2, count)
+        components = torch.empty(count, 0)
+        for indices, batch_nll, table in self.tables(gradients, prompts):
+            batch_values, parts = self(table)
+            nll[indices], values[indices] = batch_nll, batch_values.float()
+            if keep:
+                if components.shape[1] != parts.shape[1]:
+                    components = torch.empty(count, parts.shape[1])
+                components[indices] = parts.float()
+        return Scores(values, components, nll, torch.ones(count, dtype=torch.bool))
+
+    def tables(
+        self, gradients: GradientPass, prompts: EncodedPrompts
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Per batch the indices of its windows, their NLL and their sums `[B, C, 3 + K]`."""
+        names = [prompts.names[owner] for owner in prompts.owners]
+        prepare = prepare_function(self.config)
+        reached: list[tuple[LinearLayer, Tensor]] = []
+
+        def visit(layer: LinearLayer, factors: Factors) -> None:
+            axis, refs = self.components[layer][0], self.references(layer)
+            reached.append((layer, factors.moments(refs, axis, self.unsigned, prepare)))
+
+        for indices, nll in gradients.run(prompts.items, visit, "score"):
+            columns = DOTS + len(self.state.references)
+            table = torch.zeros(len(indices), self.components.size, columns, dtype=torch.float64)
+            for layer, device_values in reached:
+                values = device_values.cpu()  # waits for the device here, not in every layer
+                for k, scale in enumerate(self.scales(layer)):
+                    values[..., DOTS + k] *= scale
+                _check_finite(layer, [names[i] for i in indices], values)
+                table.index_add_(1, self.components[layer][1], values)
+            reached.clear()
+            yield indices, nll, table
 
 
-def score_in_cascade(
-    band: Band,
-    method: GradientMethod,
-    components: ComponentMap,
-    config: DetectorConfig,
-    gradients: GradientPass,
-    items: Sequence[Encoded],
-    owners: Sequence[int],
-    keep: bool,
-    progress: str | None,
-) -> ItemScores:
-    """Forward passes for all items, gradients for those whose loss lies inside the band."""
-    scores = score_without_gradients(gradients, items, progress)
-    scores.values = band.sure_scores(scores.nll)
-    scores.backward = band.unsure(scores.nll)
-    chosen = scores.backward.nonzero()[:, 0].tolist()
-    width = components.size if keep else 0
-    scores.components = torch.full((len(items), width), torch.nan)
-    if chosen:
-        inner = score_with_gradients(
-            method,
-            components,
-            config,
-            gradients,
-            [items[i] for i in chosen],
-            [owners[i] for i in chosen],
-            keep,
-            f"{progress}: unsure ones" if progress else None,
+def _check_finite(layer: LinearLayer, names: list[str], values: Tensor) -> None:
+    bad = (~torch.isfinite(values)).flatten(1).any(1)
+    if bad.any():
+        raise NonFiniteGradientError(
+            f"gradsafe.Detector: the gradient of {layer.name} holds NaN or Inf for "
+            f"{names[int(bad.nonzero()[0])]}; check the model's weights, or run it in bfloat16 or "
+            "float32 if it is in float16"
         )
-        scores.values[chosen] = inner.values
-        scores.components[chosen] = inner.components
-    return scores
 
 
 def worst_windows(values: Tensor, owners: Sequence[int], prompts: int) -> Tensor:
-    """Index of each prompt's highest-scoring window: nothing hides behind its harmless part.
-
-    NaN is above every number.
-    """
+    """Index of each prompt's highest-scoring window; NaN is above every number."""
     worst = [-1] * prompts
     keys = [(math.isnan(value), value) for value in values.tolist()]
     for item, owner in enumerate(owners):

@@ -1,4 +1,4 @@
-"""Output head and KL divergence together, a chunk of tokens at a time."""
+"""Output head and KL divergence in one step, a chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from gradsafe._fallback import announce_fallback
 from gradsafe.finetuning.output_head import OutputHead
-from gradsafe.ops import _default as reference
-from gradsafe.ops import kl_divergence_
+from gradsafe.ops import _default, kl_divergence_
 
 CHUNK_TOKENS = 256
 # Logits of the reference for the tokens [begin, end).
@@ -22,26 +21,13 @@ Teacher = Callable[[int, int], Tensor]
 def chunked_kl(
     hidden: Tensor, head: OutputHead, teacher: Teacher, chunk_tokens: int = CHUNK_TOKENS
 ) -> Tensor:
-    """Sum over tokens of KL(teacher || student), differentiable once.
+    """Sum over tokens of KL(teacher || student) of final hidden states `[N, d]`, a scalar.
 
-    The gradients are computed in the forward pass, while a chunk's logits exist, and scaled by the
-    incoming gradient in the backward pass. At most two buffers of `chunk_tokens * V` logits live at
-    a time (three where the head is no plain linear layer).
-
-    Args:
-        hidden: the student's final hidden states `[N, d]`.
-        head: the student's head; its trainable parameters get gradients.
-        teacher: gives the teacher's logits of a range of tokens.
-        chunk_tokens: tokens per chunk.
-
-    Returns:
-        Scalar float32 (float64 for a float64 head).
-
-    Raises:
-        RuntimeError: the head needs the slower path and GRADSAFE_STRICT is set.
+    The gradients of the states and of the head's trainable parameters are computed in the forward
+    pass, while the logits of a chunk exist, and scaled by the incoming gradient in the backward
+    pass. At most two buffers of `chunk_tokens * V` logits exist at a time (three if the head is not
+    a plain linear layer).
     """
-    if chunk_tokens < 1:
-        raise ValueError(f"gradsafe.KLAlignment: expected chunk_tokens >= 1, got {chunk_tokens}")
     if not head.plain:
         announce_fallback(
             f"gradsafe.KLAlignment: the output head of {head.name} is not a plain linear layer "
@@ -56,21 +42,23 @@ class _ChunkedKL(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, head: OutputHead, teacher: Teacher, chunk: int, *trained: Tensor
     ) -> Tensor:
-        wants_hidden = ctx.needs_input_grad[0]
-        gradients = [_accumulator(p) for p in trained] if any(ctx.needs_input_grad[4:]) else []
-        hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
+        ctx.wants_hidden = ctx.needs_input_grad[0]
+        # Gradients of the head are summed over chunks in float32 at least.
+        gradients = [
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            for p in (trained if any(ctx.needs_input_grad[4:]) else ())
+        ]
+        hidden_gradient = torch.empty_like(hidden) if ctx.wants_hidden else None
         step = _linear_step if head.plain else _autograd_step
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         for begin in range(0, len(hidden), chunk):
             end = min(begin + chunk, len(hidden))
             into = None if hidden_gradient is None else hidden_gradient[begin:end]
             target = teacher(begin, end).to(hidden.device)
-            values = step(head, hidden[begin:end], target, into, trained, gradients)
-            total += values.sum(dtype=torch.float64)
-        ctx.wants_hidden, ctx.trained = wants_hidden, [(p.dtype, p.device) for p in trained]
-        ctx.save_for_backward(*([hidden_gradient] if wants_hidden else []), *gradients)
-        wide = hidden.dtype == torch.float64
-        return total if wide else total.float()
+            total += step(head, hidden[begin:end], target, into, gradients).sum(dtype=torch.float64)
+        ctx.trained = [(p.dtype, p.device) for p in trained]
+        ctx.save_for_backward(*([hidden_gradient] if ctx.wants_hidden else []), *gradients)
+        return total if hidden.dtype == torch.float64 else total.float()
 
     @staticmethod
     @once_differentiable
@@ -84,31 +72,20 @@ class _ChunkedKL(torch.autograd.Function):
         return hidden, None, None, None, *parameters
 
 
-def _accumulator(parameter: Tensor) -> Tensor:
-    """Sums over chunks run in float32 at least."""
-    dtype = torch.promote_types(parameter.dtype, torch.float32)
-    return torch.zeros_like(parameter, dtype=dtype)
-
-
 def _linear_step(
-    head: OutputHead,
-    hidden: Tensor,
-    teacher: Tensor,
-    into: Tensor | None,
-    trained: tuple[Tensor, ...],
-    gradients: list[Tensor],
+    head: OutputHead, hidden: Tensor, teacher: Tensor, into: Tensor | None, gradients: list[Tensor]
 ) -> Tensor:
-    """One chunk of a plain linear head; adds to `gradients`, returns the values `[n]`."""
+    """One chunk of a plain linear head: adds to `gradients`, fills `into`, returns values `[n]`."""
     weight: Any = head.module.weight
     logits = head.project(hidden)
     values = _kl_in_place(logits, teacher)
-    # From here on `logits` is the gradient with respect to the logits.
+    # From here on `logits` holds the gradient with respect to the logits.
     if into is not None:
         if into.dtype == logits.dtype == weight.dtype:
             torch.mm(logits, weight, out=into)
         else:  # under autocast
             into.copy_(logits @ weight.to(logits.dtype))
-    for parameter, gradient in zip(trained, gradients, strict=bool(gradients)):
+    for parameter, gradient in zip(head.trainable, gradients, strict=bool(gradients)):
         if parameter is not weight:
             gradient += logits.sum(0, dtype=gradient.dtype)
         elif gradient.dtype == logits.dtype:
@@ -119,20 +96,15 @@ def _linear_step(
 
 
 def _autograd_step(
-    head: OutputHead,
-    hidden: Tensor,
-    teacher: Tensor,
-    into: Tensor | None,
-    trained: tuple[Tensor, ...],
-    gradients: list[Tensor],
+    head: OutputHead, hidden: Tensor, teacher: Tensor, into: Tensor | None, gradients: list[Tensor]
 ) -> Tensor:
-    """The same for any head, through its own forward."""
+    """The same for any other head, through its own forward."""
     leaf = hidden.detach().requires_grad_(into is not None)
     with torch.enable_grad():
         logits = head.logits(leaf)
     buffer = logits.detach().clone()
     values = _kl_in_place(buffer, teacher)
-    wanted = [*([leaf] if into is not None else []), *(trained if gradients else ())]
+    wanted = [*([leaf] if into is not None else []), *(head.trainable if gradients else ())]
     if wanted:
         found = list(torch.autograd.grad(logits, wanted, buffer))
         if into is not None:
@@ -144,6 +116,6 @@ def _autograd_step(
 
 def _kl_in_place(logits: Tensor, teacher: Tensor) -> Tensor:
     weight = torch.ones(len(logits), dtype=torch.float32, device=logits.device)
-    if logits.dtype == torch.float64:  # no kernel: the definition, which keeps all digits
-        return reference.kl_divergence_(logits, teacher, weight)
-    return kl_divergence_(logits, teacher, weight)
+    # float64 has no kernel: the plain definition keeps all digits.
+    kl = _default.kl_divergence_ if logits.dtype == torch.float64 else kl_divergence_
+    return kl(logits, teacher, weight)

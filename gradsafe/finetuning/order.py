@@ -1,43 +1,34 @@
-"""In which order the alignment rows are drawn."""
+"""The order in which the alignment rows are drawn."""
 
 from __future__ import annotations
 
 import random
+from functools import lru_cache
 
 
 class AlignmentOrder:
-    """Draws row numbers in passes: every row once per pass, each pass shuffled anew.
+    """Draws row numbers in epochs: every row once per epoch, each epoch in a new random order.
 
-    The order depends on the seed and on how many were drawn, and on nothing else, so it goes on
-    from a checkpoint where it stopped, and is the same in every process.
-
-    Args:
-        rows: Number of rows, at least 1.
-        seed: Of the shuffles.
-
-    Attributes:
-        drawn: How many rows were drawn.
+    The order depends only on the seed and on the number of rows drawn so far (`drawn`), so it
+    resumes from a checkpoint and is the same in every process.
     """
 
     def __init__(self, rows: int, seed: int) -> None:
-        self.rows = rows
-        self.seed = seed
-        self.drawn = 0
-        self._turn = -1
-        self._order: list[int] = []
+        self.rows, self.seed, self.drawn = rows, seed, 0
 
     def draw(self, count: int) -> list[int]:
-        """The next `count` row numbers."""
+        """Return the next `count` row numbers."""
         numbers: list[int] = []
         while len(numbers) < count:
-            turn, place = divmod(self.drawn, self.rows)
-            taken = self._shuffled(turn)[place : place + count - len(numbers)]
+            epoch, place = divmod(self.drawn, self.rows)
+            taken = _shuffled(self.rows, self.seed, epoch)[place : place + count - len(numbers)]
             numbers += taken
             self.drawn += len(taken)
         return numbers
 
-    def _shuffled(self, turn: int) -> list[int]:
-        if turn != self._turn:
-            self._turn, self._order = turn, list(range(self.rows))
-            random.Random(f"{self.seed} {turn}").shuffle(self._order)
-        return self._order
+
+@lru_cache(maxsize=1)
+def _shuffled(rows: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(rows))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order

@@ -1,4 +1,4 @@
-"""Training rows: prompt and response to ids and labels, and batches of them."""
+"""Training rows: prompt and response to token ids and labels, and batches of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from gradsafe.models import encode
+from gradsafe._io.records import pair
+from gradsafe.finetuning.config import SafeGradConfig
+from gradsafe.models import Encoding, context_length, encode, pad_token_id
+from gradsafe.models.encode import located
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100  # the label of what is not predicted, as everywhere in transformers
+IGNORED = -100  # label of positions that are not predicted, as in transformers
 
 Row = dict[str, list[int]]
 
@@ -24,69 +28,52 @@ def encode_rows(
     name: str,
     rows: Any,
     tokenizer: PreTrainedTokenizerBase | None,
+    options: SafeGradConfig | None = None,
     *,
-    template: str | None = None,
-    system: str | None = None,
-    append_eos: bool = True,
-    max_length: int | None = None,
+    model: nn.Module | None = None,
     progress: bool = True,
 ) -> list[Row]:
-    """Encodes rows with a prompt and a response; tokenised rows are checked and kept.
+    """Encodes rows in the formats of TRL to `input_ids` and `labels`; keeps tokenised rows.
 
-    Args:
-        name: What the rows are, for messages.
-        rows: Anything with a length and rows: mappings with the text fields `prompt` and
-            `response`, or with `input_ids` and `labels` of one length, -100 outside the response.
-        tokenizer: For rows of text.
-        template: As in `gradsafe.models.encode`.
-        system: As in `gradsafe.models.encode`.
-        append_eos: As in `gradsafe.models.encode`.
-        max_length: Longest row allowed, in tokens.
-        progress: Show a progress bar on a terminal.
-
-    Returns:
-        `input_ids` and `labels` of every row.
-
-    Raises:
-        ValueError: No rows, or one without response tokens, too long, or with other fields; the
-            message names the row and never quotes it.
-        TypeError: A prompt or response is not text.
+    Without `max_length`, rows may have as many tokens as `model` can read. Errors name the row with
+    `name` and its index, and do not quote it.
     """
-    from tqdm import tqdm
-
     if not len(rows):
         raise ValueError(f"gradsafe.SafeGradTrainer: {name} is empty")
-    options = {"template": template, "system": system, "append_eos": append_eos}
-    hidden = None if progress else True  # None: hidden where stderr is no terminal
+    options = options or SafeGradConfig()
+    max_length = options.max_length
+    if max_length is None and model is not None and tokenizer is not None:
+        max_length = context_length(model, tokenizer)
+    hidden = None if progress else True  # None: hidden if stderr is not a terminal
     encoded = []
     for index in tqdm(range(len(rows)), desc=f"encoding {name}", disable=hidden, leave=False):
         given = rows[index]
-        line = getattr(given, "line", None)
-        where = f"{name}[{index}]" + ("" if line is None else f" (line {line})")
+        where = f"gradsafe.SafeGradTrainer: {name}[{index}]"
+        if hasattr(given, "where"):  # file and line
+            where += f" ({given.where})"
         row = _encode(where, given, tokenizer, options)
         if not response_tokens(row):
             raise ValueError(
-                f"gradsafe.SafeGradTrainer: {where} has no response token: every label after the "
-                "first position is -100"
+                f"{where} has no response token: every label after the first position is -100"
             )
         if max_length is not None and len(row["input_ids"]) > max_length:
             raise ValueError(
-                f"gradsafe.SafeGradTrainer: {where} has {len(row['input_ids'])} tokens, "
-                f"max_length is {max_length}; shorten or drop it, rows are never cut silently"
+                f"{where} has {len(row['input_ids'])} tokens, max_length is {max_length}; shorten "
+                "or remove it, rows are not truncated"
             )
         encoded.append(row)
     return encoded
 
 
 def has_text(rows: Any) -> bool:
-    """Whether rows can be counted and hold a prompt, so that they must be encoded."""
+    """Whether `rows` is a sequence of rows of text, which must be encoded."""
     if not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")) or not len(rows):
         return False
-    return isinstance(rows[0], Mapping) and "prompt" in rows[0]
+    return isinstance(rows[0], Mapping) and not {"prompt", "messages"}.isdisjoint(rows[0])
 
 
 def response_tokens(row: Mapping[str, Any]) -> int:
-    """Tokens of a row that are predicted; nothing predicts the first."""
+    """Number of predicted tokens of a row; the first token is never predicted."""
     return sum(label != IGNORED for label in row["labels"][1:])
 
 
@@ -99,78 +86,57 @@ def fingerprint(rows: Sequence[Row]) -> str:
 
 
 class RowCollator:
-    """Pads rows on the right to `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64.
-
-    Args:
-        pad_id: Token id of the padding; it is masked.
-    """
+    """Pads rows on the right to `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64."""
 
     def __init__(self, pad_id: int = 0) -> None:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[Mapping[str, Any]], columns: int = 0) -> dict[str, Tensor]:
-        """Collates rows to the longest of them, or to `columns` if that is more.
-
-        Raises:
-            ValueError: A row has no `input_ids` or `labels`.
-        """
+        """Pads rows to the longest of them, or to `columns` if that is more."""
         for row in rows:
             missing = {"input_ids", "labels"} - set(row)
             if missing:
                 raise ValueError(
                     f"gradsafe.SafeGradTrainer: a row of the batch has no {min(missing)}, only "
-                    f"{sorted(row)}; give rows with prompt and response, or with input_ids and "
-                    "labels, or your own data_collator"
+                    f"{sorted(row)}; pass rows with prompt and response (or completion), messages, "
+                    "or input_ids and labels, or your own data_collator"
                 )
         width = max(columns, *(len(row["input_ids"]) for row in rows))
-        fill: dict[str, int] = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED}
-        batch = {
-            key: torch.full((len(rows), width), value, dtype=torch.int64)
-            for key, value in fill.items()
-        }
-        for index, row in enumerate(rows):
-            length = len(row["input_ids"])
-            batch["attention_mask"][index, :length] = 1
-            for key in fill:
-                if key in row:
-                    batch[key][index, :length] = torch.as_tensor(row[key])
+        batch = {}
+        fill = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED}
+        for key, value in fill.items():
+            batch[key] = torch.full((len(rows), width), value, dtype=torch.int64)
+            for line, row in zip(batch[key], rows, strict=True):
+                line[: len(row["input_ids"])] = torch.as_tensor(row.get(key, 1))
         return batch
 
 
+def row_collator(tokenizer: Any) -> RowCollator:
+    """Return a collator with the padding of the tokenizer."""
+    return RowCollator(0 if tokenizer is None else pad_token_id(tokenizer))
+
+
 def _encode(
-    where: str,
-    row: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    options: Mapping[str, Any],
+    where: str, row: Any, tokenizer: PreTrainedTokenizerBase | None, options: SafeGradConfig
 ) -> Row:
     fields = set(row) if isinstance(row, Mapping) else set()
     if {"input_ids", "labels"} <= fields:
-        ids, labels = (_integers(row[key]) for key in ("input_ids", "labels"))
+        ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
         if len(ids) != len(labels):
             raise ValueError(
-                f"gradsafe.SafeGradTrainer: expected {where} to have one label for each of "
-                f"{len(ids)} input_ids, got {len(labels)}"
+                f"{where}: expected one label for each of {len(ids)} input_ids, got {len(labels)}"
             )
         return {"input_ids": ids, "labels": labels}
-    if not {"prompt", "response"} <= fields:
+    if fields.isdisjoint({"prompt", "messages"}):
         raise ValueError(
-            f"gradsafe.SafeGradTrainer: expected {where} to have prompt and response, or input_ids "
-            f"and labels, got {sorted(fields) or type(row).__name__}"
+            f"{where}: expected prompt and response (or completion), messages, or input_ids and "
+            f"labels, got {sorted(fields) or type(row).__name__}"
         )
+    prompt, response = pair(row, where)
     if tokenizer is None:
-        raise ValueError(
-            f"gradsafe.SafeGradTrainer: {where} is text: pass processing_class=tokenizer"
-        )
-    try:
-        encoded = encode(tokenizer, row["prompt"], row["response"], **options)
-    except (ValueError, TypeError) as error:
-        kind = TypeError if isinstance(error, TypeError) else ValueError
-        raise kind(f"gradsafe.SafeGradTrainer: {where}: {error}") from error
-    return {
-        "input_ids": encoded.input_ids,
-        "labels": [IGNORED] * encoded.prompt_length + encoded.input_ids[encoded.prompt_length :],
-    }
-
-
-def _integers(values: Any) -> list[int]:
-    return values.tolist() if hasattr(values, "tolist") else [int(value) for value in values]
+        raise ValueError(f"{where} is text; pass processing_class=tokenizer")
+    encoding = Encoding(options.template, options.system, options.append_eos)
+    with located(where):
+        encoded = encode(tokenizer, prompt, response, encoding)
+    labels = [IGNORED] * encoded.prompt_length + encoded.input_ids[encoded.prompt_length :]
+    return {"input_ids": encoded.input_ids, "labels": labels}

@@ -13,22 +13,22 @@ except ImportError as error:
 
 
 class SafeGradSFTTrainer(SafeGradMixin, SFTTrainer):
-    """TRL's `SFTTrainer`, every step of it protected by gradient surgery as in `SafeGradTrainer`.
+    """TRL's `SFTTrainer` that protects every step by gradient surgery, as `SafeGradTrainer` does.
 
-    User rows, model, adapters (`peft_config=`), packing and loss are TRL's; the alignment rows are
-    rows with `prompt` and `response` (or `input_ids` and `labels`), which are neither packed nor
-    truncated. What `SafeGradTrainer` refuses is refused here, too. The defaults are those of
-    `SFTConfig`, bfloat16 autocast and gradient checkpointing among them.
+    TRL handles the user rows, the model, adapters (`peft_config=`), packing and the loss. Alignment
+    rows have the formats of `SafeGradTrainer` and are neither packed nor truncated. Setups that
+    `SafeGradTrainer` does not support are not supported here. The defaults are those of
+    `SFTConfig`, among them bfloat16 autocast and gradient checkpointing.
 
     Args:
-        *args: As of `trl.SFTTrainer`.
-        alignment_dataset: As of `SafeGradTrainer`.
-        safegrad: As of `SafeGradTrainer`.
-        alignment_loss: As of `SafeGradTrainer`.
-        **options: As of `trl.SFTTrainer`.
+        *args: Arguments of `trl.SFTTrainer`.
+        alignment_dataset: As in `SafeGradTrainer`.
+        safegrad: As in `SafeGradTrainer`.
+        alignment_loss: As in `SafeGradTrainer`.
+        **options: Arguments of `trl.SFTTrainer`.
 
     Raises:
-        ImportError: TRL is not installed; this when the class is imported.
-        TypeError: `safegrad` or `alignment_dataset` is of another type.
-        ValueError: As of `SafeGradTrainer`.
+        ImportError: TRL is not installed (raised when the class is imported).
+        TypeError: `safegrad` or `alignment_dataset` has another type.
+        ValueError: As in `SafeGradTrainer`.
     """

@@ -1,4 +1,4 @@
-"""Surgery over tensors of several devices and shards: sums are added up before anything merges."""
+"""Surgery over several devices and shards: sums are added up before any gradient is merged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gradsafe.ops import surgery_, surgery_merge_, surgery_sums
 
 @dataclass
 class Part:
-    """Local tensors of one device whose sums are added up over the same process groups."""
+    """Local tensors of one device that are sharded over the same process groups."""
 
     process_groups: list[Any]
     user: list[Tensor] = field(default_factory=list)
@@ -23,7 +23,7 @@ class Part:
     tests: list[int] = field(default_factory=list)
 
     def sums(self, count: int) -> Tensor:
-        """Sums of all ranks, `[count, 3]` float64; zeros for tests without a tensor here."""
+        """Sums over all ranks, float64 `[count, 3]`; zeros for tests without a tensor here."""
         used = sorted(set(self.tests))
         place = {test: row for row, test in enumerate(used)}
         out = surgery_sums(self.user, self.align, [place[test] for test in self.tests])
@@ -42,9 +42,10 @@ def split(user: Sequence[Tensor], align: Sequence[Tensor], tests: Sequence[int])
         local_u, groups = local(f"user gradient {index}", u)
         local_a, other = local(f"alignment gradient {index}", a)
         if groups != other:
+            found = [str(getattr(gradient, "placements", "one tensor")) for gradient in (u, a)]
             raise ValueError(
                 f"gradsafe.GradientSurgery: expected both gradients of parameter {index} to be "
-                f"sharded alike, got {_placements(u)} and {_placements(a)}"
+                f"sharded alike, got {found[0]} and {found[1]}"
             )
         part = parts.setdefault((local_u.device, tuple(map(id, groups))), Part(groups))
         part.user.append(local_u)
@@ -54,11 +55,9 @@ def split(user: Sequence[Tensor], align: Sequence[Tensor], tests: Sequence[int])
 
 
 def merge(parts: Sequence[Part], count: int, rho: float, projection: bool) -> Tensor:
-    """Merges in place what `split` returned, with one test over all parts and ranks.
+    """Merges the parts of `split` in place, with `count` tests over all parts and ranks.
 
-    Returns:
-        float64 `[count, 4]`: dot, sq_user, sq_align and coefficient of each test, on the device of
-        the first part.
+    Returns float64 `[count, 4]` (dot, sq_user, sq_align, coefficient) on the first part's device.
     """
     whole = len(parts) == 1 and not parts[0].process_groups
     if whole and projection:
@@ -66,7 +65,7 @@ def merge(parts: Sequence[Part], count: int, rho: float, projection: bool) -> Te
     total = parts[0].sums(count)
     for part in parts[1:]:
         total = total + part.sums(count).to(total.device)
-    # A dot that is not negative is no conflict; NaN stays NaN.
+    # Without projection: a dot product that is not negative is no conflict. NaN stays NaN.
     gate = total if projection else torch.cat([total[:, :1].clamp(min=0), total[:, 1:]], 1)
     for part in reversed(parts):
         sums = gate.to(part.user[0].device)
@@ -75,7 +74,7 @@ def merge(parts: Sequence[Part], count: int, rho: float, projection: bool) -> Te
 
 
 def local(name: str, gradient: Tensor) -> tuple[Tensor, list[Any]]:
-    """This rank's piece of a gradient, and the process groups that hold the other pieces."""
+    """This rank's shard of a gradient, and the process groups that hold the other shards."""
     mesh = getattr(gradient, "device_mesh", None)
     if mesh is None:
         return gradient, []
@@ -90,7 +89,3 @@ def local(name: str, gradient: Tensor) -> tuple[Tensor, list[Any]]:
         if not placement.is_replicate():
             groups.append(mesh.get_group(dimension))
     return shard.to_local(), groups
-
-
-def _placements(gradient: Tensor) -> str:
-    return str(getattr(gradient, "placements", "one tensor"))

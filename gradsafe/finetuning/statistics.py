@@ -1,4 +1,4 @@
-"""What gradient surgery saw, gathered on the device and read only when asked."""
+"""Statistics of gradient surgery, collected on the device and read only on request."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_FOLDED_AT = 256  # results kept one by one until they are folded into running sums
+_FOLDED_AT = 256  # so many results are kept before they are added to the running sums
 
 
 @dataclass(frozen=True)
 class SurgeryStatistics:
-    """What happened since the last reset; means are over the steps that were merged.
+    """Statistics since the last reset; means are over the merged steps.
 
     Attributes:
-        steps: Merged steps.
-        skipped: Steps with a gradient that was not finite.
-        cosine: Mean cosine of user and alignment gradient, before the merge (0 if one is zero).
-        conflict_rate: Share of the conflict tests with a negative dot product.
+        steps: Number of merged steps.
+        skipped: Number of steps with a non-finite gradient.
+        cosine: Mean cosine of user and alignment gradient before the merge (0 if one is zero).
+        conflict_rate: Fraction of the conflict tests with a negative dot product.
         user_norm: Mean norm of the user gradient.
         align_norm: Mean norm of the alignment gradient.
-        coefficient: Mean of what the alignment gradient was multiplied with.
+        coefficient: Mean factor of the alignment gradient in the merged gradient.
     """
 
     steps: int
@@ -35,7 +35,7 @@ class SurgeryStatistics:
 
 
 class RunningStatistics:
-    """Sums of the results of many merges; adding one launches nothing."""
+    """Sums over the results of many merges. Adding a result launches no kernel."""
 
     def __init__(self) -> None:
         self._recent: list[Tensor] = []
@@ -43,18 +43,18 @@ class RunningStatistics:
         self._skipped_before = 0
 
     def add(self, results: Tensor) -> None:
-        """Takes the `[G, 4]` of one merge."""
+        """Adds the results `[G, 4]` of one merge."""
         self._recent.append(results)
         if len(self._recent) >= _FOLDED_AT:
             self._fold()
 
     @property
     def skipped(self) -> int:
-        """Steps that were not finite since construction."""
+        """Number of non-finite steps since construction."""
         return self._skipped_before + self.read().skipped
 
     def read(self) -> SurgeryStatistics:
-        """Waits for the device."""
+        """Return the statistics; synchronises with the device."""
         self._fold()
         values = [0.0] * 7 if self._totals is None else self._totals.tolist()
         steps, skipped = int(values[0]), int(values[1])
@@ -62,7 +62,7 @@ class RunningStatistics:
         return SurgeryStatistics(steps, skipped, *means)
 
     def reset(self) -> None:
-        """Starts anew; `skipped` goes on counting."""
+        """Resets everything except `skipped`."""
         self._skipped_before = self.skipped
         self._totals = None
 
@@ -78,7 +78,7 @@ class RunningStatistics:
 
 
 def _totals(results: Tensor) -> Tensor:
-    """`[7]`: the fields of the statistics summed over steps, from results `[steps, G, 4]`."""
+    """Sums the fields of the statistics over steps: `[steps, G, 4]` to `[7]`."""
     finite = results[..., 3].isfinite().all(1)
     dot, sq_user, sq_align = results[..., :3].sum(1).unbind(1)
     product = (sq_user * sq_align).sqrt()

@@ -1,4 +1,4 @@
-"""What the trainer cannot work with, refused by name before anything is done."""
+"""Checks of the trainer's setup before any work starts."""
 
 from __future__ import annotations
 
@@ -9,55 +9,40 @@ from gradsafe.models.compat import loaded_sharded, static_graph
 
 
 def check_supported(trainer: Any) -> None:
-    """Raises ValueError for setups where gradients are not where the surgery looks for them."""
+    """Raises ValueError for setups in which the surgery cannot find the gradients."""
     args = trainer.args
     optimizer = str(getattr(args.optim, "value", args.optim))
-    deepspeed, fsdp = trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled
-    fsdp2 = trainer.accelerator.is_fsdp2
-    problems = (
-        (deepspeed, "DeepSpeed keeps the gradients to itself; use DDP"),
-        (
-            args.fsdp and not fsdp,
-            "fsdp: accelerate shards no model on the CPU and would use DDP instead; leave fsdp out",
+    fsdp = trainer.is_fsdp_enabled
+    problems = {
+        "DeepSpeed manages the gradients itself; use DDP": trainer.is_deepspeed_enabled,
+        "fsdp: accelerate shards no model on the CPU and would use DDP instead; leave fsdp out": (
+            args.fsdp and not fsdp
         ),
-        (fsdp and not fsdp2, "FSDP1 is not supported; set fsdp_config={'version': 2}"),
-        (
-            loaded_sharded(trainer),
-            "a model sharded while it is loaded (DistributedConfig) is not supported; load it "
-            "whole and set fsdp=True",
+        "FSDP1 is not supported; set fsdp_config={'version': 2}": (
+            fsdp and not trainer.accelerator.is_fsdp2
         ),
-        (
-            fsdp and args.torch_compile,
-            "torch_compile=True does not go with FSDP2 here, since the alignment pass runs "
-            "uncompiled; leave one of them out",
+        "a model sharded while it is loaded (DistributedConfig) is not supported; load it "
+        "unsharded and set fsdp=True": loaded_sharded(trainer),
+        "torch_compile=True does not work with FSDP2, since the alignment pass runs uncompiled; "
+        "leave one of them out": fsdp and args.torch_compile,
+        "nn.DataParallel is not supported; start one process per GPU with torchrun, or make only "
+        "one GPU visible (CUDA_VISIBLE_DEVICES)": args.n_gpu > 1,
+        f"optim={optimizer!r} steps inside the backward pass, before gradients can be merged; use "
+        "adamw_torch": "lomo" in optimizer or "layerwise" in optimizer,
+        "auto_find_batch_size=True would restart in the middle of a step; set the batch size": (
+            args.auto_find_batch_size
         ),
-        (
-            args.n_gpu > 1,
-            "nn.DataParallel is not supported; start one process per GPU with torchrun, or show "
-            "one GPU only (CUDA_VISIBLE_DEVICES)",
+        "ddp_static_graph=True does not allow two different losses; leave it out": (
+            static_graph(args)
         ),
-        (
-            "lomo" in optimizer or "layerwise" in optimizer,
-            f"optim={optimizer!r} steps inside the backward pass, before gradients can be merged; "
-            "use adamw_torch",
-        ),
-        (
-            args.auto_find_batch_size,
-            "auto_find_batch_size=True would start over in the middle of a step; set the batch "
-            "size",
-        ),
-        (
-            static_graph(args),
-            "ddp_static_graph=True does not fit two different losses; leave it out",
-        ),
-    )
-    for found, problem in problems:
+    }
+    for problem, found in problems.items():
         if found:
             raise ValueError(f"gradsafe.SafeGradTrainer: {problem}")
 
 
 def check_alignment(alignment_dataset: Any, safegrad: Any) -> None:
-    """Raises TypeError or ValueError for what cannot be SafeGrad's options or alignment rows."""
+    """Raises TypeError or ValueError for unusable options or alignment rows."""
     if not isinstance(safegrad, (SafeGradConfig, type(None))):
         raise TypeError(
             "gradsafe.SafeGradTrainer: expected safegrad to be a SafeGradConfig, got "
@@ -65,12 +50,11 @@ def check_alignment(alignment_dataset: Any, safegrad: Any) -> None:
         )
     if alignment_dataset is not None and not hasattr(alignment_dataset, "__len__"):
         raise TypeError(
-            "gradsafe.SafeGradTrainer: expected alignment_dataset with a length, since its "
-            f"rows are drawn again and again, got {type(alignment_dataset).__name__}; pass "
-            "list(rows)"
+            "gradsafe.SafeGradTrainer: expected alignment_dataset to have a length, since its rows "
+            f"are drawn repeatedly, got {type(alignment_dataset).__name__}; pass list(rows)"
         )
     if alignment_dataset is None or not len(alignment_dataset):
         raise ValueError(
             "gradsafe.SafeGradTrainer: expected alignment_dataset= with at least one row; "
-            "about 100 unsafe prompts with refusals, in the style of the harm that is expected"
+            "recommended: about 100 unsafe prompts with refusals that resemble the expected harm"
         )

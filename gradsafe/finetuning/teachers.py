@@ -1,12 +1,13 @@
-"""Where the reference distribution comes from: adapters off, a cache, a second model, or labels."""
+"""Sources of the reference distribution: adapters off, a second model, or cached states."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,92 +15,39 @@ from torch import Tensor, nn
 from gradsafe._io.artifacts import StorageError, load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint
 from gradsafe.finetuning.chunked_kl import Teacher
-from gradsafe.finetuning.output_head import OutputHead, eval_mode, unwrapped
+from gradsafe.finetuning.output_head import OutputHead, inference, is_sharded, unwrapped
 
 KIND = "alignment_reference"
 Batch = Mapping[str, Any]
 
 
-class Reference(Protocol):
-    """Gives the reference's logits at the counted positions of a batch."""
+@dataclass
+class ModelReference:
+    """A reference model that runs on every batch: a second model, or the student without adapters.
+
+    `adapters_off` makes the context in which the student is the reference.
+    """
+
+    model: nn.Module
+    head: OutputHead
+    adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:
-        """`inputs`: of the student's forward; `counted`: `[B, T]` bool."""
-        ...
-
-
-class ModelReference:
-    """A second, frozen model."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.head = OutputHead.of(model)
-
-    def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:  # noqa: D102
-        if self.head.sharded:
+        """Return the teacher of a batch: `inputs` of the forward, positions `counted` `[B, T]`."""
+        if self.adapters_off is nullcontext and is_sharded(self.head.module):
             raise ValueError(
                 "gradsafe.KLAlignment: the reference model is sharded, but its output head is read "
-                'outside of its forward; keep it whole, or use reference="adapter_off" or "cached"'
+                'outside its forward; do not shard it, or use reference="adapter_off" or "cached"'
             )
-        with eval_mode(self.model):
+        with inference(self.model), self.adapters_off():
             hidden = self.head.run(self.model, inputs)
-        hidden = hidden[counted.to(hidden.device)]
-        return lambda begin, end: self._logits(hidden[begin:end])
-
-    @torch.no_grad()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head.logits(hidden)
-
-
-def refuse_shared(reference: nn.Module, model: nn.Module) -> None:
-    """Raises ValueError if what is trained in `model` is a part of the reference, too."""
-    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    shared = [trained[id(p)] for p in reference.parameters() if id(p) in trained]
-    if shared:
-        raise ValueError(
-            f"gradsafe.KLAlignment: the reference shares trained parameters with the model "
-            f"({shared[0]}), so it would drift with it; use "
-            'reference="adapter_off", "cached", or a copy loaded anew'
-        )
-
-
-class AdapterOffReference:
-    """The model itself with its PEFT adapters switched off."""
-
-    def __init__(self, model: nn.Module, head: OutputHead) -> None:
-        self.peft: Any = _peft_model(model)
-        stray = _trained_outside_adapters(self.peft)
-        if stray:
-            raise ValueError(
-                f'gradsafe.KLAlignment: reference="adapter_off" needs all trainable parameters '
-                f"inside adapters, but {stray[0]} is not, so the reference would drift; freeze it "
-                f"or pass a frozen second model"
-            )
-        self.head = head
-
-    def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:  # noqa: D102
-        with eval_mode(self.peft), _adapters_off(self.peft):
-            hidden = self.head.run(self.peft, inputs)
-        hidden = hidden[counted.to(hidden.device)]
-        return lambda begin, end: self._logits(hidden[begin:end])
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        if self.head.linear:  # no adapter on it
-            with torch.no_grad():
-                return self.head.logits(hidden)
-        with eval_mode(self.head.module), _adapters_off(self.peft):
-            return self.head.logits(hidden)
-
-
-def without_adapters(model: nn.Module) -> str:
-    """The fingerprint of the model with its adapters off."""
-    return model_fingerprint(model, _in_adapters(model))
+        return _teacher(self.head, hidden[counted.to(hidden.device)], self.adapters_off)
 
 
 class CachedReference:
-    """Final hidden states of the model as it was, computed once for all alignment samples.
+    """Final hidden states of the model, computed once for all alignment samples.
 
-    Rows are found by their token ids, whatever the padding. The output head must stay frozen.
+    Rows are found by their token ids, whatever the padding. The output head must be frozen.
     """
 
     def __init__(
@@ -109,22 +57,29 @@ class CachedReference:
         self.head = head
         if self.head.trainable:
             raise ValueError(
-                'gradsafe.KLAlignment: reference="cached" needs a frozen output head (weights '
-                "tied to trained embeddings count as trained); freeze it or pass a frozen second "
-                "model"
+                'gradsafe.KLAlignment: reference="cached" needs a frozen output head (weights tied '
+                "to trained embeddings are trained); freeze it or pass a frozen second model"
             )
         self.states: dict[str, Tensor] = {}
-        if path is not None:
-            self._load(path)
+        if path is None:
+            return
+        self.states, metadata = load_folder(path, KIND)
+        for what, own in self._fingerprints().items():
+            if metadata.get(what) != own:
+                raise StorageError(
+                    f"{path} was computed with another {what}: {metadata.get(what)}, this model "
+                    f"has {own}; load the cache before training or a checkpoint changes the model"
+                )
 
     def add(self, inputs: dict[str, Tensor]) -> None:
-        """Computes and keeps the states of a batch's rows, on the CPU."""
-        with eval_mode(self.model):
+        """Computes the states of a batch's rows and keeps them on the CPU."""
+        with inference(self.model):
             hidden = self.head.run(self.model, inputs)
         for key, real, states in zip(*_rows(inputs), hidden, strict=True):
             self.states[key] = states[real.to(states.device)].cpu()
 
-    def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:  # noqa: D102
+    def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:
+        """As in `ModelReference`."""
         parts = []
         for row, (key, real, wanted) in enumerate(zip(*_rows(inputs), counted, strict=True)):
             if key not in self.states:
@@ -139,26 +94,11 @@ class CachedReference:
                     'reference="cached", got "all": padding has no cached states'
                 )
             parts.append(self.states[key][wanted[real].cpu()])
-        hidden = torch.cat(parts).to(inputs["input_ids"].device)
-        return lambda begin, end: self._logits(hidden[begin:end])
-
-    @torch.no_grad()
-    def _logits(self, hidden: Tensor) -> Tensor:
-        return self.head.logits(hidden)
+        return _teacher(self.head, torch.cat(parts).to(inputs["input_ids"].device))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a folder of safetensors with the fingerprints of the model and its head."""
         save_folder(path, KIND, self.states, self._fingerprints())
-
-    def _load(self, path: str | os.PathLike[str]) -> None:
-        states, metadata = load_folder(path, KIND)
-        for what, own in self._fingerprints().items():
-            if metadata.get(what) != own:
-                raise StorageError(
-                    f"{path} was computed with another {what}: {metadata.get(what)}, this model "
-                    f"has {own}; load the cache before training or a checkpoint changes the model"
-                )
-        self.states = states
 
     def _fingerprints(self) -> dict[str, str]:
         return {
@@ -167,8 +107,60 @@ class CachedReference:
         }
 
 
+def refuse_shared(reference: nn.Module, model: nn.Module) -> None:
+    """Raises ValueError if the reference contains parameters that are trained in `model`."""
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    shared = [trained[id(p)] for p in reference.parameters() if id(p) in trained]
+    if shared:
+        raise ValueError(
+            f"gradsafe.KLAlignment: the reference shares trained parameters with the model "
+            f'({shared[0]}), so training would change it; use reference="adapter_off", "cached", '
+            "or a copy loaded separately"
+        )
+
+
+def adapter_off(model: nn.Module, head: OutputHead) -> ModelReference:
+    """Return a reference that is the model itself with its PEFT adapters switched off."""
+    peft = next((m for m in model.modules() if callable(getattr(m, "disable_adapter", None))), None)
+    if peft is None or unwrapped(peft) is not unwrapped(model):
+        raise ValueError(
+            'gradsafe.KLAlignment: reference="adapter_off" needs a model with PEFT adapters, '
+            f"got {type(unwrapped(model)).__name__}; use "
+            'reference="cached" or pass a frozen second model'
+        )
+    switched_off = _in_adapters(peft)
+    for name, parameter in peft.named_parameters():
+        if parameter.requires_grad and id(parameter) not in switched_off:
+            raise ValueError(
+                f'gradsafe.KLAlignment: reference="adapter_off" needs all trainable parameters '
+                f"inside adapters, but {name} is not, so training would change the reference; "
+                f"freeze it or pass a frozen second model"
+            )
+    return ModelReference(peft, head, lambda: _adapters_off(peft))
+
+
+def without_adapters(model: nn.Module) -> str:
+    """Return the fingerprint of the model with its adapters off."""
+    return model_fingerprint(model, _in_adapters(model))
+
+
+def _teacher(
+    head: OutputHead,
+    hidden: Tensor,
+    adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Teacher:
+    """Return the logits of states `[N, d]` on request."""
+    off = nullcontext if head.linear else adapters_off  # a linear head has no adapter
+
+    def logits(begin: int, end: int) -> Tensor:
+        with inference(head.module), off():
+            return head.logits(hidden[begin:end])
+
+    return logits
+
+
 def _rows(inputs: dict[str, Tensor]) -> tuple[list[str], Tensor]:
-    """Per row the key of its real tokens, and where they are, `[B, T]` bool."""
+    """Return a key of each row's real tokens, and their positions, `[B, T]` bool."""
     real = inputs["attention_mask"].bool()
     ids = inputs["input_ids"].cpu().to(torch.int64)
     keys = [
@@ -178,44 +170,26 @@ def _rows(inputs: dict[str, Tensor]) -> tuple[list[str], Tensor]:
     return keys, real
 
 
-def _peft_model(model: nn.Module) -> nn.Module:
-    """The PEFT wrapper inside DDP and `torch.compile`."""
-    inner: Any = model
-    while not callable(getattr(inner, "disable_adapter", None)):
-        wrapped = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
-        if not isinstance(wrapped, nn.Module):
-            raise ValueError(
-                f'gradsafe.KLAlignment: reference="adapter_off" needs a model with PEFT adapters, '
-                f'got {type(inner).__name__}; use reference="cached" or pass a frozen second model'
-            )
-        inner = wrapped
-    return inner
-
-
 @contextmanager
 def _adapters_off(peft: Any) -> Iterator[None]:
-    """Switches the adapters off, and leaves alone what is trained.
+    """Switches the adapters off without changing any `requires_grad`.
 
-    PEFT would freeze the adapters meanwhile, and FSDP2 keeps such flags for the gathered copies
-    that it makes in the first forward pass. Afterwards PEFT would train all of them, those that
-    were frozen, too.
+    Inside, PEFT would freeze the adapters, and FSDP2 copies such flags to the weights that it
+    gathers in the first forward pass. Afterwards, PEFT would unfreeze all adapters.
     """
     flags = [(parameter, parameter.requires_grad) for parameter in peft.parameters()]
-
-    def restore() -> None:
+    try:
+        with peft.disable_adapter():
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            yield
+    finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
 
-    try:
-        with peft.disable_adapter():
-            restore()
-            yield
-    finally:
-        restore()
-
 
 def _in_adapters(model: nn.Module) -> set[int]:
-    """`id` of the weights that are out of use when the adapters are switched off."""
+    """Return the `id` of the weights that are not used when the adapters are switched off."""
     inside: set[int] = set()
     base: set[int] = set()
     for module in model.modules():
@@ -224,10 +198,3 @@ def _in_adapters(model: nn.Module) -> set[int]:
             inside |= {id(weight) for weight in (*module.parameters(), *module.buffers())}
             base |= {id(weight) for weight in (*original.parameters(), *original.buffers())}
     return inside - base
-
-
-def _trained_outside_adapters(model: nn.Module) -> list[str]:
-    """Names of trained parameters that stay in place when the adapters are switched off."""
-    switched_off = _in_adapters(model)
-    named = model.named_parameters()
-    return [name for name, p in named if p.requires_grad and id(p) not in switched_off]

@@ -56,6 +56,7 @@ def encode_prompts(
     encoding: Encoding | None = None,
     *,
     overlap: float = 0.25,
+    names: Sequence[str] | None = None,
     **options: Any,
 ) -> tuple[list[Encoded], list[int]]:
     """Encode many prompts against one response.
@@ -67,6 +68,7 @@ def encode_prompts(
         encoding: As in `encode`. With `overflow="window"` a prompt beyond `max_length` is cut into
             windows; with "error" it is refused. See `context_length` for `max_length`.
         overlap: As in `encode_windows`.
+        names: What error messages call the prompts; None for "prompts[0]" and so on.
         **options: As in `encode`.
 
     Returns:
@@ -90,7 +92,7 @@ def encode_prompts(
     items: list[Encoded] = []
     owners: list[int] = []
     for index, prompt in enumerate(prompts):
-        with located(f"prompts[{index}]"):
+        with located(names[index] if names is not None else f"prompts[{index}]"):
             pieces = _windows(encoder, prompt, overlap) if cut else [encoder(prompt)]
         items.extend(pieces)
         owners.extend([index] * len(pieces))

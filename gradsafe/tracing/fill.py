@@ -1,49 +1,50 @@
-"""Computes what an index lacks: shard by shard, batch by batch, each kept at once."""
+"""Computes the missing shards of an index, batch by batch; each batch is kept at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from gradsafe._io.processes import Processes
-from gradsafe._io.progress import SharedProgress
+from gradsafe._io.processes import Processes, SharedProgress
 from gradsafe.models import Encoded, pad_token_id
-from gradsafe.tracing.examples import Encoding, Example, ExampleEncoder
-from gradsafe.tracing.folder import IndexFolder, Shard, ShardPlan, batch_key
+from gradsafe.tracing.config import check_count
+from gradsafe.tracing.examples import Example, ExampleEncoder
+from gradsafe.tracing.folder import IndexFolder, Shard, ShardPlan
 from gradsafe.tracing.signature import SignaturePass, check_finite
 
 
+@dataclass(frozen=True)
+class Job:
+    """The model, its tokenizer and the settings of one call of `build` or `extend`."""
+
+    model: nn.Module
+    tokenizer: Any
+    batch_tokens: int
+    progress: bool
+    processes: Processes
+
+    def __post_init__(self) -> None:
+        check_count("batch_tokens", self.batch_tokens)
+        self.processes.next_job()
+
+
 def fill(
-    folder: IndexFolder,
-    model: nn.Module,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    part: int,
-    batch_tokens: int,
-    progress: bool,
-    processes: Processes,
+    job: Job, folder: IndexFolder, examples: Sequence[Example], part: int, encode: ExampleEncoder
 ) -> None:
     """Compute the missing shards of one part.
 
-    A shard is computed by one process, in the batches that it always has, so its bytes depend
-    neither on the number of processes nor on which of them gets it. The first process alone writes
-    the manifest; the others tell it what they finished.
-
-    Args:
-        folder: The index, the same in all processes.
-        model: The model it belongs to, whole in every process.
-        tokenizer: Its tokenizer.
-        examples: The samples of the part.
-        part: Number of the part.
-        batch_tokens: Padded tokens per batch. A build that goes on with another value computes the
-            unfinished shards anew, and their rows agree with the others to rounding only.
-        progress: Show a bar over the samples, in the first process.
-        processes: The processes, all of which call this.
+    One process computes a shard, in batches that depend on the shard alone, so its bytes do not
+    depend on the number of processes. The first process alone writes the manifest; the others send
+    it the checksums of their shards. With another `batch_tokens` than before, unfinished shards are
+    computed from their start, and their rows agree with the others to rounding only.
     """
+    processes = job.processes
     if processes.first:
         folder.sweep()
     before = sum(entry["count"] for entry in folder.metadata["parts"][:part])
@@ -51,35 +52,40 @@ def fill(
     if not wanted:
         return
     processes.wait("the folder is swept")
-    encode = ExampleEncoder(model, tokenizer, Encoding(**folder.metadata["settings"]["encoding"]))
-    runner = SignaturePass(model, [folder.metadata["layer"]], pad_token_id(tokenizer))
-    left = sum(shard.count for shard in wanted)
+    runner = SignaturePass(job.model, [folder.metadata["layer"]], pad_token_id(job.tokenizer))
     with tqdm(
         total=len(examples),
-        initial=len(examples) - left,
+        initial=len(examples) - sum(shard.count for shard in wanted),
         desc="signatures",
         unit="sample",
-        disable=not (progress and processes.first),
+        disable=not (job.progress and processes.first),
     ) as bar:
         shared = SharedProgress(bar, processes, "samples")
 
-        def show(samples: int = 0) -> None:
+        def show(samples: int) -> None:
             processes.check()
             shared(samples)
 
         def list_finished() -> None:
-            show()
+            show(0)
             if processes.first and (told := processes.heard()):
                 folder.list_shards(dict(told))
 
         for plan in processes.deal(wanted):
-            own = examples[plan.first - before : plan.first - before + plan.count]
+            own = examples[plan.first - before :][: plan.count]
             items, owners = encode.all(own)
             names = [own[owner].where for owner in owners]
-            values = _signatures(folder, plan, runner, items, names, batch_tokens, show)
-            shard = Shard(
-                values, torch.tensor(owners) + plan.first, [example.id for example in own], items
-            )
+            rows: list[Tensor] = [torch.empty(0)] * len(items)
+            done = shown = 0
+            for indices, values in _signatures(job, folder, plan, runner, items, names):
+                for index, row in zip(indices, values, strict=True):
+                    rows[index] = row
+                done += len(indices)
+                # A sample may have several items; the bar counts samples.
+                show(plan.count * done // len(items) - shown)
+                shown = plan.count * done // len(items)
+            ids = [example.id for example in own]
+            shard = Shard(torch.stack(rows), torch.tensor(owners) + plan.first, ids, items)
             processes.tell([plan.name, folder.write_shard(plan, shard)])
             list_finished()
         processes.wait("all shards are written", list_finished)
@@ -88,33 +94,21 @@ def fill(
 
 
 def _signatures(
+    job: Job,
     folder: IndexFolder,
     plan: ShardPlan,
     runner: SignaturePass,
     items: list[Encoded],
     names: list[str],
-    batch_tokens: int,
-    show: Callable[[int], None],
-) -> Tensor:
-    samples = f"{plan} {folder.metadata['parts']}"
-    signatures: Tensor | None = None
-    counted = 0
-    done = 0
-    for number, indices in enumerate(runner.plan(items, batch_tokens)):
-        key = batch_key(indices, samples)
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Numbers and signatures of the items of each batch, computed or from an earlier run."""
+    for number, indices in enumerate(runner.plan(items, job.batch_tokens)):
+        rows = f"{plan} {folder.metadata['parts']} {indices}"
+        key = hashlib.sha256(rows.encode()).hexdigest()
         values = folder.read_batch(plan, number, key)
         if values is None:
             (values,) = runner.batch([items[i] for i in indices]).values()
             values = values.float().contiguous()
             check_finite(values, [names[i] for i in indices])
             folder.write_batch(plan, number, key, values)
-        if signatures is None:
-            signatures = torch.empty(len(items), values.shape[1])
-        signatures[indices] = values
-        done += len(indices)
-        # Windows of one sample are rows of their own; the bar counts samples.
-        reached = plan.count * done // len(items)
-        show(reached - counted)
-        counted = reached
-    assert signatures is not None
-    return signatures
+        yield indices, values

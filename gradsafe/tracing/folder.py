@@ -1,19 +1,22 @@
-"""The folder of an index: a manifest, shards, and the batches of the shard being built."""
+"""The folder of an index: a manifest, shards, and the batches of shards that are being built."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gradsafe._io.artifacts import (
+    MANIFEST,
     PARTIAL,
     StorageError,
     check_destination,
@@ -26,13 +29,47 @@ from gradsafe._io.artifacts import (
     write_tensors,
 )
 from gradsafe._io.processes import Processes
+from gradsafe.models import Encoded
 from gradsafe.tracing.examples import Id
 from gradsafe.tracing.lock import LOCK, building_alone
-from gradsafe.tracing.manifest import check_metadata
-from gradsafe.tracing.shard import Shard, ShardPlan, parse_ids
 
 KIND = "trace-index"
 WORK = ".work-"  # begins the name of a folder with the batches of an unfinished shard
+FAISS = "faiss-"  # begins the names of the files of `approximate`
+_MISSING = object()
+_METADATA: dict[str, Any] = {
+    "settings": {"model": str, "tokenizer": str, "layer": (int, str), "encoding": dict},
+    "layer": int,
+    "layer_curve": (list, type(None)),
+    "part_norm": str,
+    "shard_samples": int,
+    "parts": [{"examples": str, "count": int}],
+}
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The samples of a shard, `[first, first + count)`, and its file."""
+
+    name: str
+    first: int
+    count: int
+
+
+class Shard(NamedTuple):
+    """Contents of one shard of R rows; a sample that was cut into windows has several rows.
+
+    Attributes:
+        signatures: `[R, 2d]` float32, as computed.
+        owners: `[R]` int64, number of the sample of each row.
+        ids: Ids of its samples, in order.
+        items: Token ids of each row.
+    """
+
+    signatures: Tensor
+    owners: Tensor
+    ids: list[Id]
+    items: list[Encoded]
 
 
 class IndexFolder:
@@ -41,7 +78,7 @@ class IndexFolder:
     Attributes:
         path: The folder.
         metadata: JSON values of the manifest; `write_manifest` saves changes.
-        files: Shards that are complete, each with its checksum.
+        files: Name to checksum of every complete shard.
     """
 
     def __init__(
@@ -53,16 +90,7 @@ class IndexFolder:
 
     @classmethod
     def create(cls, path: Path, metadata: dict[str, Any]) -> IndexFolder:
-        """Start a folder.
-
-        Raises:
-            FileNotFoundError: The parent folder does not exist.
-            FileExistsError: `path` exists and is not empty.
-        """
-        if not path.resolve().parent.is_dir():
-            raise FileNotFoundError(f"cannot build {path}: no such folder {path.parent}")
-        if path.exists() and not is_blank(path):
-            raise FileExistsError(f"cannot build {path}: it exists and is no index; choose another")
+        """Write the manifest of a new index."""
         path.mkdir(exist_ok=True)
         folder = cls(path, metadata, {})
         folder.write_manifest()
@@ -70,18 +98,24 @@ class IndexFolder:
 
     @classmethod
     def open(cls, path: Path) -> IndexFolder:
-        """Read the manifest; the shards stay untouched.
-
-        Raises:
-            StorageError: No index, a malformed one, or one of a newer version.
-        """
+        """Read the manifest, and no shard; raises StorageError if that is impossible."""
         manifest = read_manifest(path, KIND)
-        check_metadata(path, manifest["metadata"])
-        return cls(path, manifest["metadata"], dict(manifest["files"]))
+        metadata = manifest["metadata"]
+        place = f"{path / MANIFEST} is malformed"
+        _check(place, "metadata", metadata, _METADATA)
+        if not metadata["parts"] or min(part["count"] for part in metadata["parts"]) < 1:
+            raise StorageError(f"{place}: it has a part without samples")
+        if metadata["shard_samples"] < 1:
+            raise StorageError(f"{place}: 'shard_samples' must be at least 1")
+        return cls(path, metadata, dict(manifest["files"]))
+
+    def write_manifest(self) -> None:
+        """Replace the manifest."""
+        write_manifest(self.path, KIND, self.metadata, dict(sorted(self.files.items())))
 
     @property
     def plan(self) -> list[ShardPlan]:
-        """All shards of the finished index."""
+        """All shards of the complete index."""
         step = self.metadata["shard_samples"]
         plan: list[ShardPlan] = []
         begin = 0
@@ -95,7 +129,7 @@ class IndexFolder:
 
     @property
     def present(self) -> list[ShardPlan]:
-        """The shards that are complete."""
+        """The complete shards."""
         return [shard for shard in self.plan if shard.name in self.files]
 
     @property
@@ -103,182 +137,169 @@ class IndexFolder:
         """The shards that are still to be computed."""
         return [shard for shard in self.plan if shard.name not in self.files]
 
-    def write_manifest(self) -> None:
-        """Replace the manifest."""
-        write_manifest(self.path, KIND, self.metadata, dict(sorted(self.files.items())))
-
     def write_shard(self, plan: ShardPlan, shard: Shard) -> dict[str, Any]:
         """Write a shard and return its record for `list_shards`."""
-        write_tensors(self.path / plan.name, shard.tensors())
+        flat = [token for item in shard.items for token in item.input_ids]
+        ids = json.dumps(shard.ids).encode()
+        tensors = {
+            "signatures": shard.signatures.float(),
+            "owners": shard.owners,
+            "ids": torch.frombuffer(bytearray(ids), dtype=torch.uint8),
+            "tokens": torch.tensor(flat, dtype=torch.int32),
+            "lengths": torch.tensor([len(item) for item in shard.items]),
+            "prompt_lengths": torch.tensor([item.prompt_length for item in shard.items]),
+        }
+        write_tensors(self.path / plan.name, tensors)
         return file_record(self.path / plan.name)
 
     def list_shards(self, records: Mapping[str, dict[str, Any]]) -> None:
-        """Enter shards into the manifest; only then drop the batches that could restore them.
-
-        Args:
-            records: Name of the file to its record.
-        """
+        """Add shards to the manifest, then remove their batches."""
         self.files.update(records)
         self.write_manifest()
         for name in records:
             shutil.rmtree(self._work(name), ignore_errors=True)
 
-    def sweep(self) -> None:
-        """Remove what a killed run left and nothing needs."""
-        kept = {self._work(shard.name).name for shard in self.missing}
-        for entry in self.path.iterdir():
-            if entry.name.startswith(WORK) and entry.name not in kept:
-                shutil.rmtree(entry)
-            elif entry.name.endswith(PARTIAL):
-                entry.unlink()
-
-    def copy_to(self, path: Path) -> None:
-        """Copy what is complete to another folder, atomically; an index there is replaced.
-
-        Raises:
-            FileNotFoundError: The parent folder does not exist.
-            FileExistsError: `path` exists and is not an index.
-            BusyFolderError: A build works in the index that is there.
-            StorageError: A shard is damaged.
-        """
-        check_destination(path, KIND, _is_left_by_a_build)
-        target = path.resolve()
-        alone = building_alone(target, Processes()) if target.exists() else nullcontext()
-        with alone, replacing_folder(target) as scratch:
-            copy = IndexFolder(scratch, self.metadata, self.files)
-            for shard in self.present:
-                self._verify(shard)
-                shutil.copyfile(self.path / shard.name, copy.path / shard.name)
-                flush_to_disk(copy.path / shard.name)
-            copy.write_manifest()
-
     def write_batch(self, plan: ShardPlan, number: int, key: str, values: Tensor) -> None:
         """Keep the signatures of one batch of an unfinished shard."""
         work = self._work(plan.name)
         work.mkdir(exist_ok=True)
-        # The checksum, not a forced write to disk, guards against a torn file.
-        note = {"key": key, "sha256": _digest(values)}
-        write_tensors(
-            work / f"{number:06d}.safetensors", {"signatures": values}, note, durable=False
-        )
+        # Not flushed to disk: the checksum detects a torn file.
+        note = {"key": key, "sha256": digest(values)}
+        path = work / f"{number:06d}.safetensors"
+        write_tensors(path, {"signatures": values}, note, durable=False)
 
     def read_batch(self, plan: ShardPlan, number: int, key: str) -> Tensor | None:
-        """The signatures of a batch that an earlier run left, None if there are none to use."""
+        """The signatures of a batch from an earlier run; None if there are none to use."""
         path = self._work(plan.name) / f"{number:06d}.safetensors"
         if not path.is_file():
             return None
         try:
             with safe_open(path, "pt") as file:
-                note, values = file.metadata(), file.get_tensor("signatures")
+                note, values = file.metadata() or {}, file.get_tensor("signatures")
         except SafetensorError:
-            return None  # torn by a crash of the machine: it is computed again
-        if note is None or note.get("key") != key or note.get("sha256") != _digest(values):
-            return None
-        return values
+            return None  # torn by a crash of the machine
+        return values if note == {"key": key, "sha256": digest(values)} else None
+
+    def sweep(self) -> None:
+        """Remove the files of a killed run that no build needs."""
+        kept = {self._work(shard.name) for shard in self.missing}
+        for entry in self.path.iterdir():
+            if entry.name.startswith(WORK) and entry not in kept:
+                shutil.rmtree(entry)
+            elif entry.name.endswith(PARTIAL):
+                entry.unlink(missing_ok=True)  # a query may have finished it
+
+    def copy_to(self, path: Path) -> None:
+        """Copy the complete shards to another folder, atomically, see `TraceIndex.save`."""
+        check_destination(path, KIND, _is_unlisted)
+        target = path.resolve()
+        alone = building_alone(target, Processes()) if target.exists() else nullcontext()
+        with alone, replacing_folder(target) as scratch:
+            self.verify()
+            for name in [*(shard.name for shard in self.present), *self.faiss()]:
+                shutil.copyfile(self.path / name, scratch / name)
+                flush_to_disk(scratch / name)
+            IndexFolder(scratch, self.metadata, self.files).write_manifest()
 
     def verify(self) -> None:
-        """Check every shard against the manifest.
+        """Raise StorageError for the first damaged shard."""
+        for error in filter(None, map(self._damage, self.present)):
+            raise error
 
-        Raises:
-            StorageError: Names the first damaged shard, its samples and the way out.
-        """
-        for shard in self.present:
-            self._verify(shard)
-
-    def drop_damaged(self) -> list[ShardPlan]:
-        """Strike damaged shards from the manifest and remove them; returns them."""
-        damaged = [shard for shard in self.present if self._is_damaged(shard)]
-        for shard in damaged:
-            del self.files[shard.name]
-        self.write_manifest()
-        for shard in damaged:
-            (self.path / shard.name).unlink(missing_ok=True)
-        return damaged
-
-    def drop_unstarted(self) -> list[ShardPlan]:
-        """Strike the last extensions from the manifest as long as none of their shards is complete.
-
-        Returns:
-            The shards that they lacked; `extend` with the same samples promises them again.
-        """
+    def repair(self) -> list[str]:
+        """Remove what cannot be used, see `TraceIndex.repair`; returns the names of its shards."""
         before = self.plan
         parts = self.metadata["parts"]
         while len(parts) > 1 and not any(
             shard.first >= sum(part["count"] for part in parts[:-1]) for shard in self.present
         ):
             del parts[-1]
+        unstarted = [shard.name for shard in before[len(self.plan) :]]
+        damaged = [shard.name for shard in self.present if self._damage(shard)]
+        for name in damaged:  # after the extensions: one with a damaged shard is kept
+            del self.files[name]
         self.write_manifest()
+        for name in [*damaged, *(self.faiss() if damaged else ())]:
+            (self.path / name).unlink(missing_ok=True)
         self.sweep()
-        return before[len(self.plan) :]
+        return damaged + unstarted
 
-    def read(self, plan: ShardPlan) -> Shard:
-        """Read one shard."""
-        with _reading(self.path / plan.name) as path:
-            return Shard.from_tensors(load_file(path))
+    def faiss(self) -> list[str]:
+        """Names of the files of `Candidates`."""
+        return sorted(path.name for path in self.path.glob(f"{FAISS}*"))
 
-    def read_ids(self, plan: ShardPlan) -> tuple[list[Id], Tensor]:
-        """Ids and owners of one shard."""
-        with _reading(self.path / plan.name) as path, safe_open(path, "pt") as file:
+    def ids(self, plan: ShardPlan) -> tuple[list[Id], Tensor]:
+        """Ids of the samples of one shard, and the number of the sample of each row."""
+        with _reading(self.path / plan.name) as file:
             ids, owners = file.get_tensor("ids"), file.get_tensor("owners")
-        return parse_ids(ids), owners
+        return json.loads(bytes(ids.numpy()).decode()), owners
 
-    def signatures(self) -> Iterator[Tensor]:
-        """The signatures of the complete shards, one shard in memory at a time."""
-        for shard in self.present:
-            with _reading(self.path / shard.name) as path, safe_open(path, "pt") as file:
-                values = file.get_tensor("signatures")
-            yield values
+    def item(self, plan: ShardPlan, row: int) -> Encoded:
+        """Token ids of one row of a shard."""
+        with _reading(self.path / plan.name) as file:
+            ends = file.get_tensor("lengths").cumsum(0).tolist()
+            tokens = file.get_tensor("tokens")[ends[row - 1] if row else 0 : ends[row]]
+            return Encoded(tokens.tolist(), int(file.get_tensor("prompt_lengths")[row]))
 
-    def signature_rows(self, plan: ShardPlan, rows: Tensor) -> Tensor:
-        """Some rows of a shard's signatures; the file is mapped, and the others are not read."""
-        with _reading(self.path / plan.name) as path, safe_open(path, "pt") as file:
+    def signatures(self, shards: Sequence[ShardPlan] | None = None) -> Iterator[Tensor]:
+        """The signatures of some or all complete shards, one shard in memory at a time."""
+        for shard in self.present if shards is None else shards:
+            yield self.signature_rows(shard)
+
+    def signature_rows(self, plan: ShardPlan, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Some rows of a shard's signatures; the file is mapped, and only these are read."""
+        with _reading(self.path / plan.name) as file:
             signatures: Tensor = file.get_tensor("signatures")
             return signatures[rows]
 
-    def _verify(self, plan: ShardPlan) -> None:
+    def _damage(self, plan: ShardPlan) -> StorageError | None:
         try:
             verify_file(self.path / plan.name, self.files[plan.name])
         except StorageError as error:
-            raise StorageError(
+            return StorageError(
                 f"{error} (samples {plan.first} to {plan.first + plan.count - 1}); "
-                f"gradsafe trace repair {self.path} (gradsafe.TraceIndex.repair) drops damaged "
+                f"gradsafe trace repair {self.path} (gradsafe.TraceIndex.repair) removes damaged "
                 "shards and keeps the rest, and the same build or extend computes them again"
-            ) from error
-
-    def _is_damaged(self, plan: ShardPlan) -> bool:
-        try:
-            self._verify(plan)
-        except StorageError:
-            return True
-        return False
+            )
+        return None
 
     def _work(self, name: str) -> Path:
         return self.path / (WORK + Path(name).stem)
 
 
 def is_blank(path: Path) -> bool:
-    """Whether a folder is empty but for a lock and a manifest that was never finished."""
+    """Whether a folder is empty, apart from locks and a manifest that was never finished."""
     return path.is_dir() and all(
-        entry.name == LOCK or entry.name.endswith(PARTIAL) for entry in path.iterdir()
+        entry.name.startswith(LOCK) or entry.name.endswith(PARTIAL) for entry in path.iterdir()
     )
 
 
-def _is_left_by_a_build(name: str) -> bool:
-    return name == LOCK or name.startswith(WORK) or name.endswith(PARTIAL)
+def digest(values: Tensor) -> str:
+    """SHA-256 of the values of a tensor."""
+    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _is_unlisted(name: str) -> bool:
+    """Whether gradsafe writes a file of this name that the manifest does not list."""
+    return name.startswith((LOCK, WORK, FAISS)) or name.endswith(PARTIAL)
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[Path]:
+def _reading(path: Path) -> Iterator[Any]:
     try:
-        yield path
+        with safe_open(path, "pt") as file:
+            yield file
     except (SafetensorError, FileNotFoundError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
 
 
-def batch_key(indices: Sequence[int], samples: str) -> str:
-    """What a batch file must say to be used: which rows it holds, of which shard."""
-    return hashlib.sha256(f"{samples} {list(indices)}".encode()).hexdigest()
-
-
-def _digest(values: Tensor) -> str:
-    return hashlib.sha256(values.contiguous().numpy().tobytes()).hexdigest()
+def _check(place: str, name: str, found: Any, expected: Any) -> None:
+    """Raises StorageError where a JSON value lacks an entry or has one of another type."""
+    if isinstance(expected, list):
+        for entry in found if isinstance(found, list) else (None,):
+            _check(place, name, entry, expected[0])
+    elif not isinstance(found, dict if isinstance(expected, dict) else expected):
+        raise StorageError(f"{place}: {name!r} is missing or of the wrong type")
+    elif isinstance(expected, dict):
+        for key, kind in expected.items():
+            _check(place, key, found.get(key, _MISSING), kind)

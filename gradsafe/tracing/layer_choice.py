@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,11 @@ from torch.nn import functional
 from gradsafe.models import Encoded, collate, plan_batches
 from gradsafe.models.inspection import forward_parameters, input_device
 from gradsafe.models.modes import evaluating
+from gradsafe.tracing.config import RULES, LayerRule
+from gradsafe.tracing.response_pass import model_inputs
 
-LayerRule = Literal["auto", "auto-lower", "auto-single"]
-RULES: tuple[str, ...] = get_args(LayerRule)
 PROBES = 32
-TIE = 1e-6  # similarities closer than this are no unique minimum
+TIE = 1e-6  # a minimum is unique if no other similarity is closer to it than this
 
 
 @dataclass(frozen=True)
@@ -91,21 +90,14 @@ def similarity_curve(
 
 def _prompt_states(model: nn.Module, probes: Sequence[Encoded], pad_id: int) -> Tensor:
     """Hidden states at the last prompt token, `[L + 1, B, d]` float64 on the CPU."""
-    # One response token is all that a batch needs; the states before it do not see it.
+    # Attention is causal: the first response token, which a batch needs, does not change them.
     cut = [Encoded(p.input_ids[: p.prompt_length + 1], p.prompt_length) for p in probes]
-    batch = collate(cut, pad_id, "left").to(input_device(model) or "cpu")
     accepted = forward_parameters(model)
-    arguments: dict[str, Any] = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "use_cache": False,
-        "output_hidden_states": True,
-    }
-    if "position_ids" in accepted:
-        arguments["position_ids"] = batch.position_ids
+    device = input_device(model) or torch.device("cpu")
+    arguments = model_inputs(accepted, collate(cut, pad_id, "left"), device)
     if "logits_to_keep" in accepted:
         arguments["logits_to_keep"] = 1
-    states = model(**arguments).hidden_states
+    states = model(**arguments, use_cache=False, output_hidden_states=True).hidden_states
     return torch.stack([state[:, -2].double().cpu() for state in states])
 
 

@@ -1,20 +1,20 @@
-"""How alike two signatures are: the weighing of their two parts, and the best rows of an index."""
+"""How similar two signatures are, and the best rows of an index."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradsafe.ops.cosine_topk import MAX_K, TopK, cosine_topk, merge_topk
+from gradsafe.tracing.config import PartNorm, check_weighing
 
-PartNorm = Literal["none", "unit", "zscore"]
 EQUAL = 0.5
-BLOCK = 256  # rows prepared at once, so that their float64 copy stays small
+BLOCK = 256  # rows prepared at once: limits the size of their float64 copy
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Metric:
     """Cosine of signatures `[h ; g]` after their parts were made comparable.
 
     Attributes:
-        part_norm: "none": as they are, the published procedure, which ranks by h alone where |h| is
-            hundreds of times |g|. "unit": each part divided by its norm. "zscore": each feature
-            minus its mean over the index, divided by its standard deviation.
-        gradient_weight: w in [0, 1] for "unit" and "zscore": h counts sqrt(1 - w) times, g sqrt(w)
-            times, so "unit" gives (1 - w) cos_h + w cos_g. Not for "none".
+        part_norm: "none": as they are. This is the published procedure, which ranks by h alone
+            where |h| is hundreds of times |g|. "unit": each part divided by its norm. "zscore":
+            each feature minus its mean over the index, divided by its standard deviation.
+        gradient_weight: w in [0, 1] for "unit" and "zscore": h is scaled by sqrt(1 - w), g by
+            sqrt(w), so that "unit" gives (1 - w) cos_h + w cos_g. None for 0.5.
 
     Raises:
-        TypeError: A weight that is no number.
+        TypeError: The weight is not a number.
         ValueError: An unknown `part_norm`, or a weight that is out of range or does not apply.
     """
 
@@ -37,33 +37,12 @@ class Metric:
     gradient_weight: float | None = None
 
     def __post_init__(self) -> None:
-        if self.part_norm not in get_args(PartNorm):
-            raise ValueError(
-                f'gradsafe.TraceIndex: expected part_norm "none", "unit" or "zscore", got '
-                f"{self.part_norm!r}"
-            )
-        weight = self.gradient_weight
-        if weight is None:
-            return
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-            raise TypeError(
-                "gradsafe.TraceIndex: expected gradient_weight to be a number, got "
-                f"{type(weight).__name__}"
-            )
-        if self.part_norm == "none":
-            raise ValueError(
-                'gradsafe.TraceIndex: gradient_weight needs part_norm "unit" or "zscore"; "none" '
-                "takes the parts as they are"
-            )
-        if not 0 <= weight <= 1:
-            raise ValueError(
-                f"gradsafe.TraceIndex: expected gradient_weight between 0 and 1, got {weight}"
-            )
+        check_weighing(self.part_norm, self.gradient_weight)
 
     def prepare(self, rows: Tensor, moments: FeatureMoments | None) -> Tensor:
         """Make `[n, 2d]` signatures comparable by their cosine.
 
-        A part without length stays zero, and so does a feature that is the same in every row of
+        A part of length zero stays zero, and so does a feature that is the same in every row of
         the index.
         """
         if self.part_norm == "none":
@@ -85,8 +64,7 @@ class Metric:
         return prepared
 
 
-@dataclass(frozen=True)
-class FeatureMoments:
+class FeatureMoments(NamedTuple):
     """Mean and 1 / standard deviation of every feature over an index, `[2d]` float64."""
 
     mean: Tensor
@@ -146,7 +124,7 @@ def best_rows(
 def best_samples(
     found: TopK, row_owners: Tensor, query_owners: list[int], queries: int, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Reduce windows to samples: a query or sample with several counts by its most similar pair.
+    """Reduce windows to samples: of several windows, the most similar pair decides.
 
     Args:
         found: Best rows of each query window.
@@ -167,16 +145,20 @@ def best_samples(
         lists[owner].extend(zip(values, places, strict=True))
     for query, candidates in enumerate(lists):
         candidates.sort(key=lambda pair: (-pair[0], pair[1]))
-        kept = list(_first_of_each(candidates, row_owners))[:k]
+        best: dict[int, tuple[float, int]] = {}
+        for score, row in candidates:
+            best.setdefault(int(row_owners[row]), (score, row))
+        kept = list(best.values())[:k]
         scores[query] = torch.tensor([score for score, _ in kept])
         rows[query] = torch.tensor([row for _, row in kept])
     return scores, rows
 
 
 def rows_needed(k: int, row_owners: Tensor) -> int:
-    """How many of the best rows hold the best k samples for sure.
+    """How many of the best rows are certain to include the best k samples.
 
-    At worst they are all windows of the k - 1 samples that have most of them, and one row more.
+    In the worst case the best rows are all windows of the k - 1 samples with the most windows, and
+    one row more.
 
     Args:
         k: Samples per query, at most as many as there are.
@@ -190,17 +172,7 @@ def rows_needed(k: int, row_owners: Tensor) -> int:
     if needed[k - 1] > MAX_K:
         raise ValueError(
             f"gradsafe.TraceIndex.query: expected k of at most {int((needed <= MAX_K).sum())} (one "
-            f"search finds {MAX_K} rows, among them all windows of the samples before), got {k}"
+            f"search finds {MAX_K} rows, and samples that were cut into windows have several), got "
+            f"{k}"
         )
     return int(needed[k - 1])
-
-
-def _first_of_each(
-    candidates: list[tuple[float, int]], row_owners: Tensor
-) -> Iterator[tuple[float, int]]:
-    seen: set[int] = set()
-    for score, row in candidates:
-        owner = int(row_owners[row])
-        if owner not in seen:
-            seen.add(owner)
-            yield score, row

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from gradsafe.models import Encoded
 from gradsafe.ops.cosine_topk import TopK, cosine_topk
 from gradsafe.tracing.approximate import Candidates
+from gradsafe.tracing.examples import Id
 from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.matching import FeatureMoments, Metric, best_rows, feature_moments
 
@@ -17,22 +19,39 @@ TOGETHER = 64  # queries whose candidates are in memory at once
 
 
 class Search:
-    """One state of an index, and what several queries of it need; nothing else is kept in memory.
+    """The complete shards of an index at one time, and what several queries of them need.
+
+    Attributes:
+        ids: Number of each sample to its id, in order.
+        owners: `[N]` number of the sample of each row.
 
     Args:
         folder: The index.
-        starts: First row of each complete shard.
-        rows: Rows of all of them.
     """
 
-    def __init__(self, folder: IndexFolder, starts: list[int], rows: int) -> None:
+    def __init__(self, folder: IndexFolder) -> None:
         self._folder = folder
-        self._starts = starts
-        self._rows = rows
+        self._shards = folder.present
+        self._starts: list[int] = []
         self._moments: FeatureMoments | None = None
         self._candidates: dict[Metric, Candidates] = {}
+        self.ids: dict[int, Id] = {}
+        owners = [torch.empty(0, dtype=torch.int64)]
+        for shard in self._shards:
+            ids, rows = folder.ids(shard)
+            self.ids.update(enumerate(ids, shard.first))
+            self._starts.append(sum(map(len, owners)))
+            owners.append(rows)
+        self.owners = torch.cat(owners)
 
-    def best_rows(self, queries: Tensor, k: int, metric: Metric, approximate: bool) -> TopK:
+    def best_rows(
+        self,
+        queries: Tensor,
+        k: int,
+        metric: Metric,
+        approximate: bool = False,
+        progress: bool = False,
+    ) -> TopK:
         """The k rows most similar to each of `[Q, 2d]` raw signatures, best first.
 
         Args:
@@ -40,43 +59,49 @@ class Search:
             k: Rows per query.
             metric: How to compare.
             approximate: Compare with the candidates of FAISS only; the scores are exact.
+            progress: Show a progress bar where an index of FAISS is built.
 
         Raises:
             ImportError: FAISS is asked for and not installed.
         """
+        candidates = self.candidates(metric, progress) if approximate else None
         if metric.part_norm == "zscore" and self._moments is None:
-            self._moments = feature_moments(self._folder.signatures)
-        if not approximate:
-            return best_rows(queries, self._folder.signatures(), k, metric, self._moments)
-        if metric not in self._candidates:
-            self._candidates[metric] = Candidates(lambda: self._prepared(metric), self._rows)
-        ready = metric.prepare(queries.float(), self._moments).contiguous()
+            self._moments = feature_moments(self._signatures)
+        if candidates is None:
+            return best_rows(queries, self._signatures(), k, metric, self._moments)
         found = []
-        for part in ready.split(TOGETHER):
-            proposed = self._candidates[metric](part, k)
+        for part in queries.float().split(TOGETHER):
+            proposed = candidates(part, k)
             union = torch.cat(proposed).unique()
             rows = metric.prepare(self._read(union), self._moments)
-            for query, own in zip(part, proposed, strict=True):
+            ready = metric.prepare(part, self._moments).contiguous()
+            for query, own in zip(ready, proposed, strict=True):
                 places = torch.searchsorted(union, own)
                 scores, indices = cosine_topk(query[None], rows[places], k)
                 found.append((scores, own[indices]))
         return TopK(*(torch.cat(column) for column in zip(*found, strict=True)))
 
-    def shard_of(self, row: int) -> tuple[int, int]:
-        """Number of the complete shard that holds a row, and the row's place in it."""
-        shard = bisect.bisect_right(self._starts, row) - 1
-        return shard, row - self._starts[shard]
+    def candidates(self, metric: Metric, progress: bool) -> Candidates:
+        """FAISS's candidates for a metric: those that are saved, with the rows they lack."""
+        if metric not in self._candidates:
+            found = Candidates(self._folder, metric, len(self.owners), progress)
+            self._candidates[metric] = found
+            self._moments = found.moments or self._moments
+        return self._candidates[metric]
 
-    def _prepared(self, metric: Metric) -> Iterator[Tensor]:
-        for rows in self._folder.signatures():
-            yield metric.prepare(rows, self._moments)
+    def item(self, row: int) -> Encoded:
+        """Token ids of a row."""
+        shard = bisect.bisect_right(self._starts, row) - 1
+        return self._folder.item(self._shards[shard], row - self._starts[shard])
+
+    def _signatures(self) -> Iterator[Tensor]:
+        return self._folder.signatures(self._shards)
 
     def _read(self, rows: Tensor) -> Tensor:
         """Raw signatures of ascending row numbers; no other row is read."""
         parts = []
-        present = self._folder.present
         shards = torch.bucketize(rows, torch.tensor(self._starts), right=True) - 1
         for shard in shards.unique().tolist():
             places = rows[shards == shard] - self._starts[shard]
-            parts.append(self._folder.signature_rows(present[shard], places))
+            parts.append(self._folder.signature_rows(self._shards[shard], places))
         return torch.cat(parts)

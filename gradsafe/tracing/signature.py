@@ -12,10 +12,9 @@ from tqdm.auto import tqdm
 
 from gradsafe.models import Encoded, plan_batches
 from gradsafe.models.decoder import decoder_blocks
-from gradsafe.models.modes import evaluating, frozen
-from gradsafe.tracing.response_pass import LayerView, ResponsePass
+from gradsafe.tracing.config import LAST
+from gradsafe.tracing.response_pass import ResponsePass
 
-LAST = "last"
 # Responses whose lengths differ by less share a batch: the backward pass runs over them.
 RESPONSE_STEP = 16
 
@@ -53,52 +52,30 @@ def resolve_layer(model: nn.Module, layer: int | Literal["last"]) -> int:
     return index % (depth + 1)
 
 
-class SignaturePass:
+class SignaturePass(ResponsePass):
     """Signatures of batches at one or several layers.
 
     Signature of (prompt, response) at layer l: `[h ; g]`, 2d values, h the hidden state at the last
     prompt token and g the gradient of the mean NLL of the response with respect to it
-    (arXiv 2510.02334). The parts are concatenated as they are; `matching` weighs them later.
-
-    Args:
-        model: A causal language model of transformers, PEFT wrapper or not. Its weights are frozen
-            and dropout is off while a batch runs; all flags are restored.
-        layers: See `resolve_layer`.
-        pad_id: Token id of the padding.
+    (arXiv 2510.02334). The parts are concatenated unscaled; `Metric` scales them later.
     """
-
-    def __init__(self, model: nn.Module, layers: Sequence[int], pad_id: int) -> None:
-        self.model = model
-        self.layers = list(layers)
-        self._pass = ResponsePass(model, self.layers, pad_id)
 
     def plan(self, items: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
         """Group samples under a budget of padded tokens, the largest batches first.
 
-        Args:
-            items: Encoded samples.
-            batch_tokens: `B * (columns of the prompts + columns of the responses)` per batch; a
-                sample above it is a batch of its own.
-
-        Returns:
-            Batches of indices into `items`; every index occurs once.
+        A batch takes `B * (columns of the prompts + columns of the responses)`; a sample above the
+        budget is a batch of its own. Every index into `items` occurs once.
         """
-        if self._pass.prompt_only:
+        if self.prompt_only:
             return plan_batches([item.prompt_length for item in items], batch_tokens)
         return _plan_pairs(items, batch_tokens)
 
     def batch(self, items: Sequence[Encoded]) -> dict[int, Tensor]:
         """Signatures `[B, 2d]` per layer, on the CPU, float32 (float64 for a float64 model)."""
-        with frozen(self.model), evaluating(self.model, ()):
-            views = self._pass.signature_views(items)
+        views = self.views(items, first_only=True)
         return {
             layer: torch.cat([view.state, view.gradients[:, 0]], 1) for layer, view in views.items()
         }
-
-    def views(self, items: Sequence[Encoded]) -> dict[int, LayerView]:
-        """States and the gradients at every position that predicts a response token, per layer."""
-        with frozen(self.model), evaluating(self.model, ()):
-            return self._pass.views(items)
 
 
 def signatures(

@@ -1,7 +1,7 @@
 """`gradsafe`, but the process that is to score a certain prompt or sample dies of it.
 
-python failing_gradsafe.py HOW WHICH detect ...; HOW is kill, interrupt or error; WHICH is a prompt
-of `detect`, or for `trace build` the place of a sample in its file.
+python failing_gradsafe.py HOW WHICH detect ...; HOW is kill, interrupt or error; WHICH is
+the place of a prompt or sample in its file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import sys
 import time
 from typing import Any
 
-from gradsafe import Detector, cli
+from gradsafe import Detector
+from gradsafe._cli import main
 from gradsafe.tracing import fill
 from gradsafe.tracing.signature import check_finite
 
@@ -29,8 +30,8 @@ def die() -> None:
     raise ValueError("the gradient holds NaN")
 
 
-def failing(self: Detector, prompts: list[str], *args: Any, **options: Any) -> Any:
-    if fatal in prompts:
+def failing(self: Detector, prompts: Any, *args: Any, **options: Any) -> Any:
+    if fatal in prompts.names:
         die()
     return score(self, prompts, *args, **options)
 
@@ -43,4 +44,4 @@ def failing_check(values: Any, names: list[str]) -> None:
 
 Detector.score = failing  # type: ignore[method-assign]
 fill.check_finite = failing_check
-sys.exit(cli.main(sys.argv[3:]))
+sys.exit(main(sys.argv[3:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,7 +122,8 @@ class TestDetect:
 
 
 def fixed_threshold(detector: Detector, *_: object, **__: object) -> None:
-    detector.calibration = Calibration(0.5, 0.01, 0.0, (0.0, 0.1), 10)
+    calibration = Calibration(0.5, 0.01, 0.0, (0.0, 0.1), 10)
+    detector.state = replace(detector.state, calibration=calibration)
 
 
 class TestSavedDetector:
@@ -140,7 +142,7 @@ class TestSavedDetector:
         for option in (("--method", "nll"), ("--reference-dtype", "float32")):
             status, _, err = detect("--detector", "saved", *option, references=False)
             assert status == 2
-            assert f"leave out {option[0]}" in err
+            assert f"leave out {option[0].replace('-d', '_d')}" in err
 
     def test_refuses_a_foreign_folder(self, detect: Run, model: Path) -> None:
         status, _, err = detect("--detector", str(model), references=False)

@@ -14,9 +14,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradsafe import Detector, Explanation
 from gradsafe._cli import main
-from gradsafe._cli.explain import COMPONENTS
-from gradsafe._cli.explain_view import full_scale, pieces, signed
-from gradsafe._cli.markup import visible
+from gradsafe._cli.render.explain import SAFE as BLUE
+from gradsafe._cli.render.explain import UNSAFE as RED
+from gradsafe._cli.render.explain import full_scale, page, pieces, signed, verdict, write
+from gradsafe._cli.render.tables import visible
+from gradsafe._cli.show import COMPONENTS
+from gradsafe._jobs.explain import ExplainResult
 
 # A random model refuses nothing, which every fit warns of.
 pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGapWarning")
@@ -109,20 +112,24 @@ class TestText:
         monkeypatch.delenv("NO_COLOR", raising=False)
         out = explain(PROMPT)[1]
         assert CHAT.replace("\n", "↵\n") in ESCAPES.sub("", out)
-        assert out.count("\x1b[0m") == out.count("\x1b[48;5;")
-        assert not re.search(r"\x1b\[48[^\x1b]*\n", out)  # no color runs on to the next line
+        assert out.count("\x1b[0m") == len(re.findall(r"\x1b\[38;5;16;48;5;", out))
+        assert not re.search(r"\x1b\[38[^\x1b]*\n", out)  # no color runs on to the next line
         for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
             with monkeypatch.context() as patch:
                 patch.setenv(name, value)
                 assert "\x1b" not in explain(PROMPT)[1]
 
-    def test_the_color_says_the_sign(self) -> None:
-        from gradsafe._cli.explain_text import SAFE, UNSAFE, report
-
-        text = report(made_up(["t", "a", "b", "c", "r"], [9, 2, -1, 0, 0]), "m", 2, color=True)
-        assert f"\x1b[48;5;{UNSAFE[-1]};38;5;16mt\x1b[0m" in text
-        assert f"\x1b[48;5;{UNSAFE[-1]};38;5;16ma\x1b[0m" in text
-        assert f"\x1b[48;5;{SAFE[2]};38;5;16mb\x1b[0mcr\n" in text
+    def test_the_color_says_the_sign(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.delenv("NO_COLOR", raising=False)
+        made = made_up(["t", "a", "b", "c", "r"], [9, 2, -1, 0, 0])
+        write(ExplainResult("m", made), 2)
+        text = capsys.readouterr().out
+        assert f"\x1b[38;5;16;48;5;{RED[-1]}mt" in text
+        assert f"\x1b[38;5;16;48;5;{BLUE[2]}mb\x1b[0mcr\n" in text
         assert text.index("\ntwo") < text.index("\none")
 
     def test_a_prompt_cannot_act_on_the_terminal(self, explain: Run) -> None:
@@ -135,9 +142,7 @@ class TestText:
         first = explain(*options, PROMPT)[1].splitlines()[0]
         assert re.fullmatch(r"gradcoo score [\d.]+; threshold [\d.]+: (not )?flagged", first)
         high = made_up(["t", "a", "r"], [0, 1, 0], threshold=0.4, windows=3)
-        from gradsafe._cli.explain_view import verdict
-
-        assert verdict(high, "m") == (
+        assert verdict(ExplainResult("m", high)) == (
             "m score 0.5 (the highest of 3 windows); threshold 0.4: flagged"
         )
 
@@ -193,10 +198,8 @@ class TestHtml:
         assert not list(Path().glob(".*"))
 
     def test_markup_in_a_prompt_is_text(self) -> None:
-        from gradsafe._cli.explain_html import page
-
         attack = "</span><script>alert('1')</script>\"\x00\u202e{style}"
-        text = page(made_up(["<s>", attack, "Sure"], [1.0, -2.0, 0.0]), "gradcoo")
+        text = page(ExplainResult("gradcoo", made_up(["<s>", attack, "Sure"], [1.0, -2.0, 0.0])))
         found = Page(text)
         assert "script" not in found.tags
         assert found.shown == f"<s>{visible(attack)}Sure"
@@ -206,7 +209,7 @@ class TestHtml:
         Path("page.html").write_text("mine")
         status, _, err = explain("--html", "page.html", PROMPT)
         assert status == 2
-        assert "--html page.html exists: give --overwrite" in err
+        assert "page.html exists: choose resume, overwrite, or another file" in err
         assert Path("page.html").read_text() == "mine"
         Path("old.html").hardlink_to("page.html")
         assert explain("--html", "page.html", "--overwrite", PROMPT)[0] == 0
@@ -248,14 +251,14 @@ class TestPieces:
 class TestRefusedAtOnce:
     @pytest.fixture(autouse=True)
     def no_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("gradsafe._cli.model.load_model", lambda *_: pytest.fail("too late"))
+        monkeypatch.setattr("gradsafe._jobs.model.load_model", lambda *_: pytest.fail("too late"))
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ((), "give either PROMPT or --prompt-file FILE"),
+            ((), "give either PROMPT or --prompt_file FILE"),
             (("x", "--prompt-file", "prompts.jsonl"), "give either PROMPT or"),
-            (("x", "--line", "2"), "--line needs --prompt-file FILE"),
+            (("x", "--line", "2"), "--line needs --prompt_file FILE"),
             (("--prompt-file", "gone.txt"), "no such file: gone.txt"),
             (("--prompt-file", "prompts.jsonl", "--line", "99"), "prompts.jsonl:99: no prompt in"),
             (("x", "--overwrite"), "--overwrite needs --html FILE"),
@@ -264,7 +267,7 @@ class TestRefusedAtOnce:
             (("x", "--method", "nll"), "gradsafe.Detector.explain: method='nll' has no exact"),
             (("x", "--relative", "ratio"), "gradsafe.Detector.explain: relative='ratio' has no"),
             (("x", "--calibrate", "gone.txt"), "no such file: gone.txt"),
-            (("x", "--detector", "gone"), "--detector gone was fitted already"),
+            (("x", "--detector", "gone"), "--detector gone is fitted already"),
             (("half \udcff",), "PROMPT is not valid text"),
         ],
     )

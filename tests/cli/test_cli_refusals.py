@@ -13,7 +13,7 @@ from tiny_model import Run, build
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test if a mistake is only found after the model was loaded."""
-    monkeypatch.setattr("gradsafe._cli.model.load_model", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("gradsafe._jobs.model.load_model", lambda *_: pytest.fail("too late"))
 
 
 @pytest.mark.usefixtures("no_model")
@@ -28,14 +28,14 @@ class TestRefusedAtOnce:
             (("--resume",), "--resume and --overwrite need -o FILE"),
             (("--save-detector", "taken"), "refusing to replace taken"),
             (("--save-detector", "nowhere/saved"), "cannot save nowhere/saved: no such folder"),
-            (("--detector", "gone"), "--detector gone was fitted already: leave out --unsafe"),
+            (("--detector", "gone"), "--detector gone is fitted already: leave out --unsafe"),
             (("--calibrate", "gone.txt"), "no such file: gone.txt"),
-            (("--calibrate", "taken"), "taken: no prompts in this file"),
-            (("--calibrate", "prompts.jsonl"), "prompts.jsonl:2: labelled unsafe, expected harml"),
-            (("--calibrate-unsafe", "unsafe.txt"), "--calibrate-unsafe needs --method cascade"),
+            (("--calibrate", "taken"), "taken: no rows"),
+            (("--calibrate", "prompts.jsonl"), "prompts.jsonl:2: labelled unsafe, expected safe"),
+            (("--calibrate-unsafe", "unsafe.txt"), "--calibrate_unsafe needs --method cascade"),
             (
                 ("--method", "cascade", "--calibrate", "benign.txt"),
-                "--method cascade with --calibrate needs --calibrate-unsafe FILE too",
+                "--method cascade with --calibrate needs --calibrate_unsafe FILE too",
             ),
             (("--unsafe", "prompts.jsonl"), "prompts.jsonl:1: labelled safe, expected unsafe"),
         ],
@@ -53,9 +53,12 @@ class TestRefusedAtOnce:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ('{"prompt": 3}', "bad.jsonl:2: the field 'prompt' must be text, got int"),
+            (
+                '{"prompt": 3}',
+                "bad.jsonl:2: the field 'prompt' must be text or a list of",
+            ),
             ('{"prompt": "x", "label": "odd"}', 'bad.jsonl:2: label "odd" is not one of'),
-            ('{"prompt": "x"}', "bad.jsonl:2: no label, though other records have one"),
+            ('{"prompt": "x"}', "bad.jsonl:2: no label, but other rows have one"),
             ("{", "bad.jsonl:2: not valid JSON"),
         ],
     )
@@ -76,21 +79,25 @@ class TestRefusedAtOnce:
             detect("--debug", prompts="gone.jsonl")
 
     @pytest.mark.parametrize(
-        "options",
+        ("options", "message"),
         [
-            ("--limit", "0"),
-            ("--limit", "x"),
-            ("--max-fpr", "1"),
-            ("--method", "magic"),
-            ("--methods", "nll"),
-            ("--meth", "nll"),
-            ("-o", "x", "--resume", "--overwrite"),
+            (("--limit", "0"), "--limit must be at least 1, got 0"),
+            (("--limit", "x"), "limit must be a whole number, got x"),
+            (("--max-fpr", "1"), "--max_fpr must be between 0 and 1, got 1"),
+            (("--method", "magic"), "method must be one of gradcoo, gradsafe, cascade, nll, grad"),
+            (("--methods", "nll"), "unknown option --methods, did you mean --method?"),
+            (("--meth", "nll"), "unknown option --meth, did you mean --method?"),
+            (("--layers", "x"), "layers must be a whole number or a list of whole numbers, got x"),
+            (("--row-fraction", "2"), "gradsafe.Detector: expected 0 < row_fraction <= 1, got 2"),
+            (("-o", "x", "--resume", "--overwrite"), "resume and overwrite exclude each other"),
+            (("--device-map", "auto", "--device", "cpu"), "--device_map places the model itself"),
         ],
     )
-    def test_bad_usage_exits_with_2(self, detect: Run, options: tuple[str, ...]) -> None:
-        with pytest.raises(SystemExit) as caught:
-            detect(*options)
-        assert caught.value.code == 2
+    def test_bad_usage(self, detect: Run, options: tuple[str, ...], message: str) -> None:
+        status, _, err = detect(*options)
+        assert status == 2
+        assert err.startswith(f"gradsafe: error: {message}")
+        assert err.count("\n") == 1
 
 
 class TestModelFolder:
@@ -101,7 +108,9 @@ class TestModelFolder:
         return err
 
     def test_missing(self, detect: Run) -> None:
-        assert "expected 'testbed' or a model folder" in self.refused(detect, "no/such")
+        err = self.refused(detect, "no/such")
+        assert "--model no/such: no such folder, and no such model in the local cache or on" in err
+        assert "`hf download no/such`" in err
 
     def test_missing_weights_are_never_made_up(self, detect: Run, place: Path) -> None:
         build(place / "broken")

@@ -9,14 +9,15 @@ import pytest
 from tiny_model import PROMPTS, Run, records
 
 from gradsafe import Detector
+from gradsafe._io.records import part_paths
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, prompt: str, error: BaseException) -> None:
     """Makes the detector raise as soon as it meets a prompt."""
     score = Detector.score
 
-    def failing(self: Detector, prompts: list[str], *args: Any, **options: Any) -> Any:
-        if prompt in prompts:
+    def failing(self: Detector, prompts: Any, *args: Any, **options: Any) -> Any:
+        if f"prompts.jsonl:{PROMPTS.index(prompt) + 1}" in prompts.names:
             raise error
         return score(self, prompts, *args, **options)
 
@@ -24,7 +25,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, prompt: str, error: BaseException) 
 
 
 def test_an_interrupted_run_goes_on(detect: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gradsafe._cli.detect.SLICE", 3)
+    monkeypatch.setattr("gradsafe._jobs.detect.SLICE", 3)
     detect("-o", "whole.jsonl")
     with monkeypatch.context() as patch:
         fail_at(patch, PROMPTS[7], KeyboardInterrupt())
@@ -32,11 +33,12 @@ def test_an_interrupted_run_goes_on(detect: Run, monkeypatch: pytest.MonkeyPatch
     assert status == 130
     assert out == ""
     assert err.endswith(
-        "gradsafe: interrupted: 6 of 10 scores are in out.jsonl; the same command with --resume "
-        "goes on from there\n"
+        "gradsafe: interrupted: 6 of 10 records are in out.jsonl.part-*; run the same command with "
+        "--resume to continue\n"
     )
-    assert len(records()) == 6
-    with Path("out.jsonl").open("a") as file:
+    (part,) = part_paths("out.jsonl")
+    assert len(records(str(part))) == 6
+    with part.open("a") as file:
         file.write('{"index": 6, "prom')
     status, out, _ = detect("-o", "out.jsonl", "--resume")
     assert status == 0
@@ -47,21 +49,21 @@ def test_an_interrupted_run_goes_on(detect: Run, monkeypatch: pytest.MonkeyPatch
 def test_a_slice_cut_short_is_scored_as_a_whole(
     detect: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gradsafe._cli.detect.SLICE", 4)
+    monkeypatch.setattr("gradsafe._jobs.detect.SLICE", 4)
     detect("-o", "out.jsonl")
     whole = Path("out.jsonl").read_bytes()
     scored = []
     score = Detector.score
 
-    def watched(self: Detector, prompts: list[str], *args: Any, **options: Any) -> Any:
-        scored.append(prompts)
+    def watched(self: Detector, prompts: Any, *args: Any, **options: Any) -> Any:
+        scored.append(len(prompts))
         return score(self, prompts, *args, **options)
 
     monkeypatch.setattr(Detector, "score", watched)
     lines = whole.splitlines(keepends=True)
     Path("out.jsonl").write_bytes(b"".join(lines[:6]))
     assert detect("-o", "out.jsonl", "--resume")[0] == 0
-    assert scored == [PROMPTS[4:8], PROMPTS[8:]]
+    assert scored == [4, 2]
     assert Path("out.jsonl").read_bytes() == whole
 
 
@@ -140,8 +142,9 @@ def test_a_prompt_that_fails_is_named_and_those_before_it_are_kept(
     status, _, err = detect("-o", "out.jsonl")
     assert status == 2
     assert "gradsafe: error: prompts.jsonl:6: the gradient holds NaN" in err
-    assert "5 of 10 scores are in out.jsonl" in err
-    assert len(records()) == 5
+    assert "5 of 10 records are in out.jsonl.part-*" in err
+    (part,) = part_paths("out.jsonl")
+    assert len(records(str(part))) == 5
 
 
 def test_overwriting_spares_the_old_file_until_there_is_a_new_score(

@@ -84,7 +84,7 @@ def test_after_an_interruption_two_go_on(command: list[str]) -> None:
     done = failing("interrupt", command)
     assert done.returncode != 0
     said = [line for line in messages(done) if "interrupted" in line]
-    assert said == ["gradsafe: interrupted: the same command goes on from there"]
+    assert said == ["gradsafe: interrupted: run the same command to continue"]
     done = torchrun(2, "-m", "gradsafe", *command, "--index", "index")
     assert done.returncode == 0, done.stderr
     assert files("index") == files("whole")

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from gradsafe import Detector
-from gradsafe.detection.cascade import Band, choose_band
+from gradsafe.detection.calibration import Band, choose_band
 
 UNSAFE, SAFE = ["how to hurt", "steal it now please"], ["bake a cake", "sing"]
 PROMPTS = [f"prompt {i} " + "word " * (i % 5) for i in range(24)]
@@ -71,7 +72,7 @@ def test_a_saved_cascade_keeps_its_band(model, tokenizer, tmp_path):
     assert torch.equal(
         loaded.score(PROMPTS, progress=False).values, detector.score(PROMPTS, progress=False).values
     )
-    detector.band = Band(-math.inf, 3.0)
+    detector.state = dataclasses.replace(detector.state, band=Band(-math.inf, 3.0))
     detector.save(tmp_path / "detector")
     assert Detector.load(tmp_path / "detector", model, tokenizer).band == Band(-math.inf, 3.0)
 
@@ -89,7 +90,7 @@ def test_the_band_keeps_its_promises_on_fresh_prompts():
     for _ in range(trials):
         benign = torch.randn(150, generator=generator)
         unsafe = torch.randn(150, generator=generator) + 2
-        band = choose_band(benign[:-50], unsafe[:-50], 0.05, 0.1)
+        band = choose_band(benign[:-50], unsafe[:-50], max_fpr=0.05, max_fnr=0.1)
         called += int((benign[-50:] > band.high).sum())
         cleared += int((unsafe[-50:] < band.low).sum())
     # Expected: at most 5 % and 10 % on average; the sampling error of both is about 0.4 points.
@@ -98,7 +99,9 @@ def test_the_band_keeps_its_promises_on_fresh_prompts():
 
 
 def test_a_loss_that_separates_leaves_a_band_between_the_kinds():
-    band = choose_band(torch.linspace(0, 1, 100), torch.linspace(5, 6, 100), 0.05, 0.05)
+    band = choose_band(
+        torch.linspace(0, 1, 100), torch.linspace(5, 6, 100), max_fpr=0.05, max_fnr=0.05
+    )
     assert 0.9 < band.low <= 1
     assert 5 <= band.high < 5.1
     assert band.unsure(torch.tensor([0.5, 3.0, 7.0, math.nan])).tolist() == [
@@ -111,16 +114,15 @@ def test_a_loss_that_separates_leaves_a_band_between_the_kinds():
 
 def test_too_few_unsafe_prompts_clear_nothing():
     with pytest.warns(UserWarning, match="at least 99 are needed"):
-        band = choose_band(torch.randn(300), torch.randn(50), 0.05, 0.01)
+        band = choose_band(torch.randn(300), torch.randn(50), max_fpr=0.05, max_fnr=0.01)
     assert band.low == -math.inf
-    assert Band.from_json(band.to_json()) == band
 
 
 def test_bad_input_is_refused(model, tokenizer):
     cascade = fit(model, tokenizer, method="cascade")
     with pytest.raises(ValueError, match=r"needs unsafe_prompts=\["):
         cascade.calibrate(BENIGN, 0.2, progress=False)
-    with pytest.raises(ValueError, match="not for 'gradcoo'"):
+    with pytest.raises(ValueError, match=r"other methods take none.*'gradcoo'"):
         fit(model, tokenizer).calibrate(BENIGN, 0.2, progress=False, unsafe_prompts=HARMFUL)
     with pytest.raises(ValueError, match="0 < max_fnr < 1"):
         cascade.calibrate(BENIGN, 0.2, progress=False, unsafe_prompts=HARMFUL, max_fnr=0)

@@ -77,7 +77,7 @@ def slices(detector: Detector, gradients: dict[str, Tensor]) -> list[Tensor]:
     granularity, parts = detector.config.granularity, []
     for layer in detector.layers.scored:
         g = gradients[layer.name]
-        g = g[..., detector.rows[layer.name], :] if detector.rows else g
+        g = g[..., detector.state.rows[layer.name], :] if detector.state.rows else g
         g = g.abs() if detector.config.absolute == "before" else g
         if granularity == "expert" and layer.experts:
             parts += list(g)

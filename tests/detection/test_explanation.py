@@ -9,8 +9,8 @@ from oracle import Oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradsafe import Detector, DetectorConfig
-from gradsafe.detection import NonFiniteGradientError, token_evidence
-from gradsafe.detection.token_evidence import layer_token_evidence
+from gradsafe.detection import NonFiniteGradientError
+from gradsafe.detection.factors import layer_token_evidence
 from gradsafe.models import ContextOverflowError
 from gradsafe.models.compat import enable_checkpointing
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::gradsafe.detection.ReferenceGap
 def panel(request, monkeypatch):
     """Whole layers in one panel, and panels of a few rows with a remainder."""
     if request.param is not None:
-        monkeypatch.setattr(token_evidence, "PANEL_BYTES", request.param)
+        monkeypatch.setattr("gradsafe.detection.factors.PANEL_BYTES", request.param)
 
 
 def fit(model, tokenizer, unsafe=UNSAFE, safe=SAFE, **options):
@@ -272,7 +272,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("axis", ["tensor", "row", "column", "both"])
 def test_no_weight_gradient_is_ever_stored(monkeypatch, axis, unsigned):
     tokens, rows, cols = 5, 97, 64
-    monkeypatch.setattr(token_evidence, "PANEL_BYTES", 4 * 10 * cols)
+    monkeypatch.setattr("gradsafe.detection.factors.PANEL_BYTES", 4 * 10 * cols)
     x, dy = torch.randn(tokens, cols), torch.randn(tokens, rows)
     refs = [torch.rand(rows, cols).bfloat16() for _ in range(2)]
     slices = {"tensor": 1, "row": rows, "column": cols, "both": rows + cols}[axis]

@@ -5,7 +5,7 @@ import torch
 from oracle import Oracle
 
 from gradsafe import Detector, DetectorConfig
-from gradsafe.detection.rows import choose_rows
+from gradsafe.detection.components import choose_rows
 
 UNSAFE, SAFE = ["how to hurt", "steal it now please"], ["bake a cake", "sing"]
 PROMPTS = ["hello", "a much longer prompt than others", "x"]
@@ -35,7 +35,7 @@ def test_scores_are_those_of_the_kept_rows_alone(model, tokenizer, granularity, 
     options = {"granularity": granularity, "reference_order": order, "row_fraction": 0.3}
     detector = fit(model, tokenizer, **options)
     oracle = Oracle(model, tokenizer, DetectorConfig(**options))
-    oracle.rows = detector.rows
+    oracle.rows = detector.state.rows
     unsafe, safe = oracle.reference(UNSAFE), oracle.reference(SAFE)
     expected = torch.stack([oracle.gradcoo(p, unsafe, safe) for p in PROMPTS])
     got = detector.score(PROMPTS, progress=False)
@@ -47,7 +47,7 @@ def test_scores_are_those_of_the_kept_rows_alone(model, tokenizer, granularity, 
 def test_references_shrink_with_the_fraction(model, tokenizer):
     whole = fit(model, tokenizer, row_fraction=1.0)
     part = fit(model, tokenizer, row_fraction=0.25)
-    assert whole.rows == {}
+    assert whole.state.rows == {}
     for layer in part.layers.scored:
         shape = part.method.unsafe.weights[layer.name].shape
         assert shape == (-(-layer.out_features // 4), layer.in_features)
@@ -57,7 +57,7 @@ def test_references_shrink_with_the_fraction(model, tokenizer):
 def test_rows_carry_their_number_in_the_weight(model, tokenizer):
     detector = fit(model, tokenizer, granularity="row")
     layer = detector.layers.scored[0]
-    wanted = [f"{layer.name}[row {row}]" for row in detector.rows[layer.name].tolist()]
+    wanted = [f"{layer.name}[row {row}]" for row in detector.state.rows[layer.name].tolist()]
     assert detector.components[: len(wanted)] == wanted
 
 
@@ -81,7 +81,7 @@ def test_the_draw_is_seeded_sorted_and_even(model, tokenizer):
 def test_the_other_methods_take_the_rows_too(model, tokenizer):
     norm = Detector.fit(model, tokenizer, method="gradnorm", row_fraction=0.3)
     oracle = Oracle(model, tokenizer, DetectorConfig())
-    oracle.rows = norm.rows
+    oracle.rows = norm.state.rows
     gradients = [oracle.loss_and_gradients(p)[1] for p in PROMPTS]
     want = torch.stack(
         [sum(g.square().sum() for g in grads.values()).sqrt() for grads in gradients]

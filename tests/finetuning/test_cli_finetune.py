@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from gradsafe._cli import main
-from gradsafe._cli.finetune_config import read_settings
 from gradsafe.finetuning import SFTAlignment
 
 Finetune = Callable[..., tuple[int, str, str]]
@@ -86,7 +85,7 @@ def test_both_names_of_activation_checkpointing(finetune: Finetune) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error", FutureWarning)
             status, _, err = finetune(
-                lora=False, safegrad={"loss": "sft"}, training=training, output=name
+                full=True, safegrad={"loss": "sft"}, training=training, output=name
             )
         assert status == 0, err
         files.append(Path(name, "model.safetensors").read_bytes())
@@ -94,11 +93,11 @@ def test_both_names_of_activation_checkpointing(finetune: Finetune) -> None:
     both = {**training, "activation_checkpointing": False}
     status, _, err = finetune(training=both)
     assert status == 2
-    assert re.search(r"run\.yaml:\d+: training: '\w+' is the same as '\w+'", err), err
+    assert re.search(r"run\.yaml:\d+: training\.\w+ is the same as \w+:", err), err
 
 
 def test_trains_all_weights_against_a_second_model(finetune: Finetune) -> None:
-    status, _, err = finetune(lora=False, safegrad={"reference": "model", "rho": 0.5})
+    status, _, err = finetune(full=True, safegrad={"reference": "model", "rho": 0.5})
     assert status == 0, err
     tuned = LlamaForCausalLM.from_pretrained("tuned").state_dict()
     start = LlamaForCausalLM.from_pretrained("model").state_dict()
@@ -122,7 +121,7 @@ def test_warns_if_no_step_was_taken(finetune: Finetune, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(SFTAlignment, "__call__", broken)
     model = LlamaForCausalLM.from_pretrained("model").state_dict()
-    status, out, err = finetune(lora=False, safegrad={"loss": "sft"})
+    status, out, err = finetune(full=True, safegrad={"loss": "sft"})
     assert status == 0, err
     assert "3 steps, 3 skipped; written to tuned" in out
     assert "warning: all 3 steps were skipped" in err
@@ -131,57 +130,46 @@ def test_warns_if_no_step_was_taken(finetune: Finetune, monkeypatch: pytest.Monk
 
 
 def test_the_cross_entropy_is_not_called_kl(finetune: Finetune) -> None:
-    status, out, err = finetune(lora=False, safegrad={"loss": "sft"}, output="sft")
+    status, out, err = finetune(full=True, safegrad={"loss": "sft"}, output="sft")
     assert status == 0, err
     assert ", alignment loss " in out
     assert "KL" not in out
-
-
-def test_numbers_as_in_yaml_1_2(place: Path) -> None:
-    Path("run.yaml").write_text(
-        "model: m\ntrain: t\nalignment: a\noutput: o\ntraining:\n  learning_rate: 1e-5\n"
-    )
-    assert read_settings("run.yaml").training.values == {"learning_rate": 1e-5}
 
 
 class TestRefused:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"trian": "x"}, "run.yaml:13: unknown key 'trian', did you mean 'train'?"),
-            ({"alignment": None}, "run.yaml:1: the key 'alignment' is missing"),
-            ({"model": 3}, "run.yaml:1: model must be text, got 3"),
+            ({"trian": "x"}, "run.yaml:13: unknown key 'trian', did you mean train?"),
+            ({"alignment": None}, "error: --alignment is missing"),
+            ({"model": [3]}, "run.yaml:1: model must be text, got [3]"),
             ({"dtype": "float8"}, "run.yaml:13: dtype must be one of float32, bfloat16, float16"),
             ({"lora": {"rank": 8}}, "run.yaml:14: lora: unknown key 'rank', expected one of"),
-            ({"lora": {"r": "8"}}, "run.yaml:14: lora: r must be a whole number, got '8'"),
-            ({"lora": {"targets": ["w"]}}, "run.yaml:13: lora: Target modules {'w'} not found"),
-            ({"lora": True}, "run.yaml:13: lora must be a section of keys and values"),
-            ({"safegrad": {"rho": -1}}, "run.yaml:14: safegrad: gradsafe.SafeGradConfig: expecte"),
-            ({"safegrad": {"rho": "a"}}, "run.yaml:14: safegrad: rho must be a number, got 'a'"),
-            ({"safegrad": {"roh": 1}}, "run.yaml:14: safegrad: unknown key 'roh', did you mean 'r"),
-            ({"training": {"output_dir": "x"}}, "run.yaml:7: training: output_dir is set by the k"),
-            ({"training": {"lerning_rate": 1}}, "training: unknown key 'lerning_rate', did you m"),
-            ({"training": {"max_steps": 1.5}}, "training: max_steps must be a whole number, got 1"),
-            ({"training": {"optim": "adamu"}}, "run.yaml:7: training: adamu is not a valid Opt"),
-            ({"training": {"fsdp": True}}, "run.yaml:7: training: fsdp shards over several proc"),
+            ({"lora": {"r": "x"}}, "run.yaml:14: lora.r must be a whole number, got x"),
+            ({"lora": {"targets": ["w"]}}, "run.yaml:14: lora.targets: Target modules {'w'} not"),
+            ({"safegrad": {"rho": -1}}, "run.yaml:14: gradsafe.SafeGradConfig: expected rho"),
+            ({"safegrad": {"rho": "a"}}, "run.yaml:14: safegrad.rho must be a number, got a"),
+            ({"safegrad": {"roh": 1}}, "run.yaml:14: safegrad: unknown key 'roh', did you mean r"),
+            ({"training": {"output_dir": "x"}}, "run.yaml:7: training.output_dir is set by --out"),
+            ({"training": {"lerning_rate": 1}}, "training.lerning_rate: unknown key, did you mean"),
+            ({"training": {"max_steps": 1.5}}, "run.yaml:7: training.max_steps: Expected a <class"),
+            ({"training": {"optim": "adamu"}}, "run.yaml:7: training.optim: adamu is not a valid"),
+            ({"training": {"fsdp": True}}, "run.yaml:7: training.fsdp: fsdp needs several proc"),
             ({"train": "gone.jsonl"}, "no such file: gone.jsonl"),
             ({"alignment": "bad.jsonl"}, "bad.jsonl:2: the field 'response' is missing"),
-            ({"train": "empty.jsonl"}, "empty.jsonl: no rows in this file"),
+            ({"train": "empty.jsonl"}, "empty.jsonl: no rows"),
             ({"output": "a/b"}, "cannot write a/b: no such folder a"),
             ({"output": "model"}, "model is not empty: choose --resume or another output"),
-            ({"model": "gone"}, "error: model: gone: expected 'testbed' or a model folder"),
-            ({"safegrad": {"reference": "gone"}}, "error: safegrad: reference: gone: expected 'te"),
+            ({"model": "gone"}, "error: --model gone: no such folder, and no such model in the"),
+            ({"safegrad": {"reference": "gone"}}, "error: --model gone: no such folder"),
+            ({"full": True}, "run.yaml:13: full needs safegrad.reference, a model folder"),
             (
-                {"lora": False},
-                "run.yaml:13: lora: false needs reference: a model folder (the start",
-            ),
-            (
-                {"lora": False, "safegrad": {"rho": 1.0, "reference": "cached"}},
-                "run.yaml:13: lora: false needs reference: a model folder",
+                {"full": True, "safegrad": {"rho": 1.0, "reference": "cached"}},
+                "run.yaml:13: full needs safegrad.reference, a model folder",
             ),
             (
                 {"alignment": "long.jsonl"},
-                "gradsafe.SafeGradTrainer: alignment_dataset[1] (line 2)",
+                "gradsafe.SafeGradTrainer: alignment_dataset[1] (long.jsonl:2)",
             ),
         ],
     )
@@ -197,21 +185,6 @@ class TestRefused:
         assert message in err
         assert err.count("gradsafe: error:") == 1
 
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("model: [", "run.yaml:1: not valid YAML"),
-            ("- model", "run.yaml:1: expected keys and values"),
-            ("", "run.yaml:1: expected keys and values"),
-            ("model: a\nmodel: b\n", "run.yaml:2: 'model' is given twice, first in line 1"),
-            ("model: !!python/name:os.system x\n", "run.yaml:1: not valid YAML"),
-        ],
-    )
-    def test_bad_files(self, finetune: Finetune, text: str, message: str) -> None:
-        status, _, err = finetune(text=text or "\n")
-        assert status == 2
-        assert message in err
-
     def test_bytes_that_are_no_text(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         for data, message in (
             (b"model: caf\xe9\n", "run.yaml: not UTF-8 at byte 10"),
@@ -224,13 +197,6 @@ class TestRefused:
             assert main(["finetune", "--config", "run.yaml"]) == 2
             assert message in capsys.readouterr().err
 
-    def test_a_long_list_of_keys_is_not_printed(self, finetune: Finetune) -> None:
-        status, _, err = finetune(training={"zzqx": 1})
-        assert status == 2
-        assert "unknown key 'zzqx', expected one of" in err
-        assert err.count("', '") == 9
-        assert "output_dir" not in err
-
     def test_nothing_to_resume(self, finetune: Finetune) -> None:
         status, _, err = finetune("--resume")
         assert status == 2
@@ -238,4 +204,4 @@ class TestRefused:
 
     def test_no_such_settings(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["finetune", "--config", "gone.yaml"]) == 2
-        assert "no such file: gone.yaml" in capsys.readouterr().err
+        assert "--config gone.yaml: no such file" in capsys.readouterr().err

@@ -27,7 +27,7 @@ from gradsafe._cli import main
 
 def destroy(*args):
     alive = [o for o in gc.get_objects() if isinstance(o, DistributedDataParallel)]
-    print("models in DDP at the end:", len(alive), file=sys.stderr)
+    sys.stderr.write(f"models in DDP at the end: {len(alive)}\\n")
     whole(*args)
 
 whole, distributed.destroy_process_group = distributed.destroy_process_group, destroy
@@ -42,7 +42,7 @@ def write_settings(output: str, batch: int, **training: Any) -> None:
         "alignment": "refusals.jsonl",
         "output": output,
         "device": "cpu",
-        "lora": False,
+        "full": True,
         "safegrad": {"loss": "sft"},
         "training": {
             "per_device_train_batch_size": batch,

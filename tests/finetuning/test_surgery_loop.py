@@ -315,11 +315,11 @@ class TestErrors:
             GradientSurgery([])
         with pytest.raises(ValueError, match="none of the 2 parameters requires"):
             GradientSurgery([p.requires_grad_(False) for p in self.params()])
-        with pytest.raises(ValueError, match=r"parameters\[2\] is there twice"):
+        with pytest.raises(ValueError, match=r"parameters\[2\] is listed twice"):
             GradientSurgery([*one, one[0]])
         with pytest.raises(TypeError, match=r"parameters\[0\] to be a tensor, got str"):
             GradientSurgery(["weight"])
-        with pytest.raises(TypeError, match="put a single one into a list"):
+        with pytest.raises(TypeError, match="put a single parameter into a list"):
             GradientSurgery(one[0])
         with pytest.raises(TypeError, match=r"parameters\[0\] of dtype .* got torch.float64"):
             GradientSurgery([nn.Parameter(torch.ones(2, dtype=torch.float64))])

@@ -3,10 +3,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -227,7 +230,7 @@ def test_several_evaluation_sets(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, eval_dataset=sets, max_steps=1)
     metrics = trainer.evaluate()
     assert {"eval_one_loss", "eval_two_loss"} <= set(metrics)
-    with pytest.raises(ValueError, match=r"eval_dataset\['two'\]\[0\] is text: pass processing_cl"):
+    with pytest.raises(ValueError, match=r"eval_dataset\['two'\]\[0\] is text; pass processing_cl"):
         make_trainer(tmp_path, eval_dataset={**sets, "two": [{"prompt": "a", "response": "b"}]})
 
 
@@ -270,10 +273,21 @@ class TestWarning:
     def test_of_a_cosine_near_zero(self, tmp_path: Path) -> None:
         (text,) = self.run(tmp_path, warn_cosine=1.0)
         assert "over 4 steps" in text
-        assert "another style" in text
+        assert "do not resemble the harmful data" in text
 
     def test_not_of_another(self, tmp_path: Path) -> None:
         assert not self.run(tmp_path, warn_cosine=0.0)
+
+
+def test_options_are_plain_values_without_torch() -> None:
+    assert SafeGradConfig(rho=np.float32(0.5), warn_steps=np.int64(3)).to_json() == {
+        **SafeGradConfig().to_json(),
+        "rho": 0.5,
+        "warn_steps": 3,
+    }
+    assert SafeGradConfig(reference=nn.Linear(1, 1)).to_json()["reference"] == "model"
+    code = "import sys, gradsafe.finetuning.config; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class TestRefused:
@@ -288,15 +302,15 @@ class TestRefused:
             ),
             (
                 {"alignment_dataset": [{"input_ids": [3, 4], "labels": [4]}]},
-                r"alignment_dataset\[0\] to have one label for each of 2 input_ids, got 1",
+                r"alignment_dataset\[0\]: expected one label for each of 2 input_ids, got 1",
             ),
             (
                 {"alignment_dataset": [{"prompt": "a", "answer": "b"}]},
-                r"alignment_dataset\[0\] to have prompt and response.*got \['answer', 'prompt'\]",
+                r"alignment_dataset\[0\]: the field 'response' is missing",
             ),
             (
                 {"alignment_dataset": [{"prompt": "a", "response": "b"}]},
-                r"alignment_dataset\[0\] is text: pass processing_class",
+                r"alignment_dataset\[0\] is text; pass processing_class",
             ),
             (
                 {"safegrad": SafeGradConfig(max_length=5)},
@@ -350,14 +364,14 @@ class TestRefused:
         model.is_distributed_loading_by_transformers = True  # as DistributedConfig has it
         if "is_distributed_loading_by_transformers" not in inspect.getsource(Trainer.__init__):
             pytest.skip("a newer transformers shards while loading")
-        with pytest.raises(ValueError, match="load it whole and set fsdp=True"):
+        with pytest.raises(ValueError, match="load it unsharded and set fsdp=True"):
             make_trainer(tmp_path, model)
 
     def test_parameters_that_the_optimizer_does_not_step(self, tmp_path: Path) -> None:
         model = make_model()
         some = [p for p in model.parameters() if p.requires_grad][1:]
         trainer = make_trainer(tmp_path, model, optimizers=(torch.optim.SGD(some, lr=0.1), None))
-        with pytest.raises(ValueError, match="but the optimizer does not step it"):
+        with pytest.raises(ValueError, match="but the optimizer does not update it"):
             trainer.train()
 
     @pytest.mark.parametrize(
@@ -366,13 +380,43 @@ class TestRefused:
             ({"rho": -0.1}, "SafeGradConfig: expected rho to be finite and >= 0, got -0.1"),
             ({"loss": "mse"}, "expected loss in"),
             ({"kl_tokens": "prompt"}, "expected kl_tokens in"),
-            ({"reference": "none"}, "expected reference in .* or a model, got 'none'"),
-            ({"alignment_batch_size": 0}, "expected alignment_batch_size >= 1, got 0"),
+            (
+                {"alignment_batch_size": 0},
+                "expected alignment_batch_size to be >= 1 or None, got 0",
+            ),
+            ({"max_length": 1}, "expected max_length to be >= 2 or None, got 1"),
+            ({"warn_cosine": math.nan}, "expected warn_cosine to be finite and >= 0, got nan"),
+            ({"warn_steps": 0}, "expected warn_steps to be >= 1, got 0"),
         ],
     )
     def test_config(self, options: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             SafeGradConfig(**options)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"reference": 3}, 'expected reference to be "adapter_off", .* or Hub id .*, got 3'),
+            ({"reference": ""}, "expected reference to be .*, got ''"),
+            ({"projection": "no"}, "expected projection to be True or False, got 'no'"),
+            ({"append_eos": 1}, "expected append_eos to be True or False, got 1"),
+            ({"warn_cosine": "a"}, "expected warn_cosine to be a number, got 'a'"),
+            ({"warn_steps": None}, "expected warn_steps to be a whole number, got None"),
+            ({"max_length": 2.5}, "expected max_length to be a whole number or None, got 2.5"),
+            ({"alignment_seed": True}, "expected alignment_seed to be a whole number or None"),
+            ({"template": 3}, "expected template to be a string or None, got 3"),
+            ({"system": b"x"}, "expected system to be a string or None"),
+        ],
+    )
+    def test_config_of_other_types(self, options: dict[str, Any], message: str) -> None:
+        with pytest.raises(TypeError, match=f"SafeGradConfig: {message}"):
+            SafeGradConfig(**options)
+
+    def test_the_place_of_a_reference_that_is_not_loaded(self, tmp_path: Path) -> None:
+        """The command line loads it; in Python, a model is expected."""
+        options = SafeGradConfig(reference="some/model")
+        with pytest.raises(ValueError, match=r"or a model .load it first.*got 'some/model'"):
+            make_trainer(tmp_path, safegrad=options)
 
 
 def test_a_user_row_without_labels_is_named(tmp_path: Path) -> None:
@@ -384,13 +428,13 @@ def test_a_user_row_without_labels_is_named(tmp_path: Path) -> None:
 def test_more_alignment_rows_than_one_batch_are_all_drawn(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, alignment_dataset=make_rows(10, seed=7), max_steps=5)
     drawn: list[Any] = []
-    collate = trainer._alignment_collator
+    collate = trainer._collate
 
     def spy(rows: Any, *args: Any) -> Any:
         drawn.extend(tuple(row["input_ids"]) for row in rows)
         return collate(rows, *args)
 
-    trainer._alignment_collator = spy
+    trainer._collate = spy
     trainer.train()
     assert len(drawn) == 20
     assert len(set(drawn[:10])) == len(set(drawn[10:])) == 10

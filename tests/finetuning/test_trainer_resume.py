@@ -59,7 +59,7 @@ def test_a_checkpoint_whose_saving_was_killed_is_passed_over(tmp_path: Path) -> 
 class TestRefused:
     def test_nothing_to_resume(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoint-2").mkdir()
-        with pytest.raises(ValueError, match="no whole checkpoint in"):
+        with pytest.raises(ValueError, match="no complete checkpoint in"):
             make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
     @pytest.fixture
@@ -72,7 +72,7 @@ class TestRefused:
         folder = checkpoint.parent
         other = make_trainer(folder, alignment_dataset=make_rows(12, seed=8))
         with pytest.raises(
-            ValueError, match=r"alignment_rows was '.*', now it is '.*'; set it bac"
+            ValueError, match=r"alignment_rows was '.*', now it is '.*'; restore it"
         ):
             other.train(str(checkpoint))
         other = make_trainer(folder, safegrad=SafeGradConfig(rho=2.0))

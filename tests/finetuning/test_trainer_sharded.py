@@ -71,4 +71,4 @@ def test_refused(ranks: list[dict[str, Any]]) -> None:
         refused = rank["refused"]
         assert "would use DDP instead; leave fsdp out" in refused["cpu"]
         assert "FSDP1 is not supported" in refused["version"]
-        assert "torch_compile=True does not go with FSDP2" in refused["compile"]
+        assert "torch_compile=True does not work with FSDP2" in refused["compile"]

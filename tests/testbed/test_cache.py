@@ -1,16 +1,18 @@
-import json
-import os
-import random
+import signal
+import subprocess
+import sys
 import threading
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import testbed
 from benchmarks.testbed import cache, corpus
 from benchmarks.testbed.training import Recipe
+from gradsafe._io.artifacts import MANIFEST, PARTIAL, read_manifest, write_manifest
 
 
 @pytest.fixture
@@ -59,7 +61,19 @@ def test_only_data_files(small: list[int], tmp_path: Path) -> None:
     files = {path.name for path in _folder(tmp_path).iterdir()}
     assert "model.safetensors" in files
     assert {Path(name).suffix for name in files} <= {".safetensors", ".json", ".jinja"}
-    assert [path.name for path in tmp_path.iterdir()] == [_folder(tmp_path).name]
+    folder = _folder(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, f".{folder.name}.lock"}
+
+
+def test_folder_is_a_model_folder(small: list[int], tmp_path: Path) -> None:
+    folder = testbed.folder(tmp_path, progress=False)
+    assert folder == _folder(tmp_path)
+    model, tokenizer = testbed.load(tmp_path, progress=False)
+    again = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template
+    assert len(small) == 1
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
@@ -88,9 +102,14 @@ def test_damage_is_found_and_trained_again(
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"files": {}}', '{"files": 3}', "\x00\xff"])
 def test_a_damaged_manifest(small: list[int], tmp_path: Path, text: str) -> None:
     testbed.load(tmp_path, progress=False)
-    (_folder(tmp_path) / cache.MANIFEST).write_text(text, encoding="latin-1")
+    (_folder(tmp_path) / MANIFEST).write_text(text, encoding="latin-1")
     testbed.load(tmp_path, progress=False)
     assert len(small) == 2
+
+
+def test_a_manifest_without_files_is_damaged(tmp_path: Path) -> None:
+    write_manifest(tmp_path, cache.KIND, {}, {})
+    assert cache.damage(tmp_path) == "the manifest lists no files"
 
 
 def test_an_empty_folder_is_damaged(small: list[int], tmp_path: Path) -> None:
@@ -102,82 +121,75 @@ def test_an_empty_folder_is_damaged(small: list[int], tmp_path: Path) -> None:
     assert cache.damage(folder) is None
 
 
-def test_a_kill_while_writing_leaves_no_testbed(
+def test_an_interrupted_training_leaves_no_testbed(
     small: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(folder: Path, facts: dict[str, object]) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(testbed, "seal", killed)
+        patch.setattr(cache, "write_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             testbed.load(tmp_path, progress=False)
-    assert not list(tmp_path.iterdir())
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
     testbed.load(tmp_path, progress=False)
     assert len(small) == 2
 
 
-def test_leftover_temporary_folders_go_when_old(small: list[int], tmp_path: Path) -> None:
-    testbed.load(tmp_path, progress=False)
-    name = _folder(tmp_path).name
-    old, young = tmp_path / f".{name}-old.tmp", tmp_path / f".{name}-young.tmp"
-    for path in (old, young):
-        path.mkdir()
-        (path / "model.safetensors").write_bytes(b"half")
-    past = time.time() - 2 * cache.STALE_SECONDS
-    os.utime(old, (past, past))
-    (_folder(tmp_path) / cache.MANIFEST).unlink()
-    testbed.load(tmp_path, progress=False)
-    assert not old.exists()
-    assert young.exists()  # may belong to a process that is still training
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from benchmarks.testbed import cache
+
+def fill(scratch):
+    (scratch / "model.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cache.ensure(Path(sys.argv[1]), fill)
+"""
 
 
-def _race(target: Path) -> list[BaseException]:
-    """Four threads that publish the same folder at the same time; returns what they raised."""
-    barrier = threading.Barrier(4)
-    errors: list[BaseException] = []
+def test_a_killed_training_neither_blocks_nor_stays(tmp_path: Path) -> None:
+    target = tmp_path / "testbed-x"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(target)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    (half,) = tmp_path.glob(f"*{PARTIAL}")
+    assert not target.exists()
+    cache.ensure(target, _fill)
+    assert cache.damage(target) is None
+    assert not half.exists()
 
-    def write(folder: Path) -> None:
-        (folder / "model.safetensors").write_bytes(b"weights")
-        cache.seal(folder, {})
-        barrier.wait()  # all have a finished folder before anyone renames
 
-    def run() -> None:
-        try:
-            cache.publish(target, write)
-        except BaseException as error:  # handed to the main thread
-            errors.append(error)
-
-    threads = [threading.Thread(target=run) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return errors
+def _fill(folder: Path) -> dict[str, object]:
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return {}
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-def test_a_race_ends_well_for_all(
+def test_of_several_at_once_one_trains_and_all_get_the_result(
     tmp_path: Path, damaged: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer, pauses = cache.damage, random.Random(0)
+    target = tmp_path / "testbed-x"
+    if damaged:
+        target.mkdir()
+        (target / "model.safetensors").write_bytes(b"half")
+    barrier, waiting, fills = threading.Barrier(4), threading.Event(), list[Path]()
+    monkeypatch.setattr(cache, "announce", lambda text: "waiting" in text and waiting.set())
 
-    def slow_to_act(folder: Path) -> str | None:
-        found = answer(folder)
-        time.sleep(pauses.random() / 1000)  # others change the folder before this is acted upon
-        return found
+    def slow_fill(folder: Path) -> dict[str, object]:
+        fills.append(folder)
+        assert waiting.wait(60)  # until another thread has announced that it waits
+        return _fill(folder)
 
-    monkeypatch.setattr(cache, "damage", slow_to_act)
-    for attempt in range(40):
-        root = tmp_path / str(attempt)
-        target = root / "testbed-x"
-        root.mkdir()
-        if damaged:
-            target.mkdir()
-            (target / "model.safetensors").write_bytes(b"half")
-        assert _race(target) == []
-        assert answer(target) is None
-        assert list(root.iterdir()) == [target]
+    def run(_: int) -> str | None:
+        barrier.wait()
+        cache.ensure(target, slow_fill)
+        return cache.damage(target)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(run, range(4))) == [None] * 4
+    assert len(fills) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".testbed-x.lock", "testbed-x"]
 
 
 def test_an_unwritable_cache_is_an_error(small: list[int], tmp_path: Path) -> None:
@@ -221,6 +233,6 @@ def test_load_leaves_the_global_random_state(small: list[int], tmp_path: Path) -
 
 def test_the_manifest_records_the_recipe(small: list[int], tmp_path: Path) -> None:
     testbed.load(tmp_path, progress=False)
-    manifest = json.loads((_folder(tmp_path) / cache.MANIFEST).read_text())
-    assert manifest["recipe"]["hidden"] == 16
-    assert manifest["seconds"] >= 0
+    facts = read_manifest(_folder(tmp_path), cache.KIND)["metadata"]
+    assert facts["recipe"]["hidden"] == 16
+    assert facts["seconds"] >= 0

@@ -5,39 +5,29 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from benchmarks import testbed
-from benchmarks.testbed import corpus, frames
-from benchmarks.testbed.reference_prompts import SAFE_REFERENCES, UNSAFE_REFERENCES
-from benchmarks.testbed.topics import phrases
-from benchmarks.testbed.vocabulary import SLOTS
+from benchmarks.testbed import corpus, texts
+from benchmarks.testbed.texts import FRAMES, REFERENCES, SLOTS, TOPICS, WRAPPERS
+from benchmarks.testbed.training import Recipe
 
 
-def _digest() -> str:
-    return hashlib.sha256(json.dumps(corpus.build(), sort_keys=True).encode()).hexdigest()
+def test_the_same_corpus_as_that_of_the_published_numbers() -> None:
+    # Also the same in every process: an iteration over a set would change it.
+    rows = [*corpus.build().values(), corpus.fresh_rows("heldout", 60, 30, 30)]
+    digest = hashlib.sha256(json.dumps([*rows, testbed.references(16)]).encode()).hexdigest()
+    assert digest == "a40c9649ffd4a1554aec7f3c6c7eb13264163adc92ae744916f1b8592ca4705d"
+    assert testbed._recipe_hash(Recipe()) == "4fb99f71fd4d9b1b"
 
 
-def test_the_same_corpus_twice() -> None:
-    assert corpus.build.__wrapped__() == corpus.build()
-
-
-@pytest.mark.slow
-def test_the_same_corpus_in_another_process() -> None:
-    # Another hash seed: an iteration over a set would show.
-    code = (
-        "import hashlib, json; from benchmarks.testbed import corpus;"
-        "print(hashlib.sha256(json.dumps(corpus.build(), sort_keys=True).encode()).hexdigest())"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONHASHSEED": "7"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == _digest()
+def test_import_needs_the_repository_root_only(tmp_path: Path) -> None:
+    root = str(Path(testbed.__file__).parents[2])
+    code = "import benchmarks.testbed as t; assert len(t.prompts('heldout')) == 600"
+    environment = {**os.environ, "PYTHONPATH": root}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
 
 
 def test_sizes() -> None:
@@ -55,7 +45,7 @@ def test_fresh_rows_are_unseen_elsewhere(monkeypatch: pytest.MonkeyPatch) -> Non
     known = {corpus.key(row["prompt"]) for split in corpus.build().values() for row in split}
     assert not drawn & known
     monkeypatch.setattr(corpus, "_draw", lambda *_: ("train", rows[0]))
-    with pytest.raises(RuntimeError, match="1 ordinary rows are missing"):
+    with pytest.raises(RuntimeError, match=r"too few different ordinary rows: {'heldout': 1}"):
         corpus.fresh_rows("heldout", 0, 0, 1)
 
 
@@ -84,7 +74,7 @@ def test_labels_follow_kinds_and_responses_follow_labels() -> None:
 
 def test_no_prompt_twice_and_all_sets_disjoint() -> None:
     everything = [row["prompt"] for rows in corpus.build().values() for row in rows]
-    everything += [*UNSAFE_REFERENCES, *SAFE_REFERENCES]
+    everything += [*REFERENCES["unsafe"], *REFERENCES["safe"]]
     assert len({corpus.key(prompt) for prompt in everything}) == len(everything)
 
 
@@ -95,17 +85,18 @@ def test_all_slots_and_frames_are_filled() -> None:
 
 
 def test_every_phrase_names_known_slots() -> None:
-    for topics in corpus.TOPICS.values():
-        assert len({topic.name for topic in topics}) == len(topics)
-        for topic in topics:
-            for phrase in topic.do + topic.write + topic.ask:
-                assert set(re.findall(r"\{(\w+)\}", phrase)) <= set(SLOTS), phrase
+    for topics in TOPICS.values():
+        for topic in topics.values():
+            assert {"answers"} < set(topic) <= {"answers", "do", "write", "ask"}
+            for form in set(topic) - {"answers"}:
+                for phrase in topic[form]:
+                    assert set(re.findall(r"\{(\w+)\}", phrase)) <= set(SLOTS), phrase
 
 
 def test_training_never_shows_reserved_frames_or_words() -> None:
     trained = " ".join(corpus.key(row["prompt"]) for row in corpus.build()["train"])
-    for reserved in (frames.DO_FRAMES, frames.WRITE_FRAMES, frames.NEUTRAL_WRAPPERS):
-        for frame in reserved.held_out:
+    for reserved in (FRAMES["do"], FRAMES["write"], WRAPPERS["neutral"]):
+        for frame in reserved["held_out"]:
             longest = max(re.split(r"\{\}", frame), key=len)
             assert corpus.key(longest) not in trained, frame
     reserved_words = {
@@ -150,7 +141,7 @@ def test_references() -> None:
     unsafe, safe = testbed.references()
     assert len(unsafe) == len(safe) == 2
     assert testbed.references(8)[0][:2] == unsafe
-    assert len(UNSAFE_REFERENCES) == len(SAFE_REFERENCES)
+    assert len(REFERENCES["unsafe"]) == len(REFERENCES["safe"])
 
 
 @pytest.mark.parametrize("pairs", [0, -1, 1000])
@@ -166,8 +157,8 @@ def test_wrong_words_are_refused() -> None:
         testbed.prompts("train", "bad")  # type: ignore[arg-type]
 
 
-def test_phrases_reports_slips() -> None:
-    assert phrases(" a  b |\n c ") == ("a b", "c")
-    for slip in ("a | | b", "a | a"):
-        with pytest.raises(ValueError, match="empty or repeated"):
-            phrases(slip)
+def test_mistakes_in_the_data_are_reported() -> None:
+    texts.check({"do": ["a", "b"], "write": ["a"]}, "topics")
+    for mistake in (["a", " "], ["a", "b", "a"]):
+        with pytest.raises(ValueError, match="repeated text in topics: insults: do"):
+            texts.check({"insults": {"do": mistake}}, "topics")

@@ -29,7 +29,7 @@ items = [Encoded([1, 2], 1)] * ROWS
 shard = Shard(torch.randn(ROWS, WIDTH), torch.arange(ROWS), list(range(ROWS)), items)
 folder.list_shards({plan.name: folder.write_shard(plan, shard)})
 queries = torch.randn(2 * QUERIES, WIDTH)
-search = Search(folder, [0], ROWS)
+search = Search(folder)
 found = [peak()]
 for count in (QUERIES, 2 * QUERIES):
     search.best_rows(queries[:count], 10, Metric("zscore"), approximate=False)

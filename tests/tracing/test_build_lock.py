@@ -47,7 +47,7 @@ def test_nothing_is_changed_while_another_build_works(model, tokenizer, index):
             lambda: index.extend(EXAMPLES[8:], progress=False),
             lambda: TraceIndex.repair(index.path),
         ):
-            with pytest.raises(BusyFolderError, match=f"another build works in {index.path}"):
+            with pytest.raises(BusyFolderError, match=f"another build uses {index.path}"):
                 call()
         assert index.query(EXAMPLES[3], 1).ids == [["s3"]]
         assert len(TraceIndex.load(index.path, model, tokenizer)) == 8
@@ -59,7 +59,7 @@ def test_nothing_is_changed_while_another_build_works(model, tokenizer, index):
 def test_an_index_that_grew_meanwhile_is_read_anew(model, tokenizer, index):
     other = TraceIndex.load(index.path, model, tokenizer)
     index.extend(EXAMPLES[8:12], progress=False)
-    with pytest.raises(ValueError, match="id 's9' is taken by the index"):
+    with pytest.raises(ValueError, match="id 's9' already belongs to the index"):
         other.extend(EXAMPLES[9:14], progress=False)
     other.extend(EXAMPLES[12:], progress=False)
     assert other.ids == [row["id"] for row in EXAMPLES]

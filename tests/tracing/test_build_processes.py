@@ -53,7 +53,7 @@ def test_where_one_fails_the_other_says_why(tmp_path):
 @pytest.mark.slow
 def test_other_samples_in_one_process_are_refused(tmp_path):
     first, second = two(tmp_path, "differ")
-    assert second.startswith("ValueError: gradsafe.TraceIndex: process 1 has another examples")
+    assert second.startswith("ValueError: gradsafe.TraceIndex: expected the examples of process 0")
     assert first == f"Stopped: process 1 failed: {second}"
 
 

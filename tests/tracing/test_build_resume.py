@@ -19,6 +19,7 @@ from trace_samples import EXAMPLES, QUERIES, build, files
 
 import gradsafe
 from gradsafe import TraceIndex
+from gradsafe._io import artifacts
 from gradsafe.tracing import IncompleteIndexWarning, folder
 from gradsafe.tracing.signature import SignaturePass
 
@@ -42,11 +43,11 @@ CHILD = """
                     result = step(*args, **options)
             return result
         return run
-    from gradsafe.tracing import folder
+    from gradsafe._io import artifacts
     from pathlib import Path
     os.replace = dying(os.replace)
-    folder.save_file = dying(folder.save_file)
-    folder.flush_to_disk = dying(folder.flush_to_disk)
+    artifacts.save_file = dying(artifacts.save_file)
+    artifacts.flush_to_disk = dying(artifacts.flush_to_disk)
     Path.write_text = dying(Path.write_text)
     build(model, make_tokenizer(), sys.argv[1])
 """
@@ -168,8 +169,8 @@ def test_death_at_any_step_of_the_disk_is_survived(
                 return run
 
             patch.setattr(os, "replace", dying(os.replace))
-            patch.setattr(folder, "save_file", dying(folder.save_file))
-            patch.setattr(folder, "flush_to_disk", dying(folder.flush_to_disk))
+            patch.setattr(artifacts, "save_file", dying(artifacts.save_file))
+            patch.setattr(artifacts, "flush_to_disk", dying(artifacts.flush_to_disk))
             patch.setattr(Path, "unlink", dying(Path.unlink))
             patch.setattr(folder.shutil, "rmtree", dying(folder.shutil.rmtree))
             try:
@@ -235,7 +236,7 @@ def test_a_full_disk_leaves_a_valid_index(
     error,
 ):
     whole = build(model, tokenizer, tmp_path / "whole")
-    save = folder.save_file
+    save = artifacts.save_file
 
     def full(tensors, path, note=None):
         if "shard-000001" in path.name:
@@ -244,11 +245,11 @@ def test_a_full_disk_leaves_a_valid_index(
         save(tensors, path, note)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "save_file", full)
+        patch.setattr(artifacts, "save_file", full)
         with pytest.raises(OSError, match=r"space|cannot write"):
             build(model, tokenizer, tmp_path / "a")
     assert not list((tmp_path / "a").glob("*.partial"))
-    with pytest.warns(IncompleteIndexWarning, match="holds 8 of 23 samples"):
+    with pytest.warns(IncompleteIndexWarning, match="has 8 of 23 samples"):
         part = TraceIndex.load(tmp_path / "a", model, tokenizer)
     assert part.query([EXAMPLES[3]], 1).ids == [["s3"]]
     build(model, tokenizer, tmp_path / "a")
@@ -298,7 +299,7 @@ def test_a_resumed_build_says_what_it_lacks(
         interrupt(patch, 0)
         with pytest.raises(Stop):
             build(model, tokenizer, tmp_path / "a")
-    with pytest.warns(IncompleteIndexWarning, match="holds 0 of 23"):
+    with pytest.warns(IncompleteIndexWarning, match="has 0 of 23"):
         empty = TraceIndex.load(tmp_path / "a", model, make_tokenizer())
-    with pytest.raises(ValueError, match="holds no complete sample yet: finish its build"):
+    with pytest.raises(ValueError, match="has no complete sample yet: finish its build"):
         empty.query(QUERIES, 1)

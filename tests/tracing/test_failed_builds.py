@@ -78,7 +78,7 @@ def test_repair_keeps_what_is_complete_or_of_the_build(model, tokenizer, tmp_pat
     before = files_only(index.path)
     assert TraceIndex.repair(index.path) == []
     assert files_only(index.path) == before
-    with pytest.warns(IncompleteIndexWarning, match="holds 16 of 23"):
+    with pytest.warns(IncompleteIndexWarning, match="has 16 of 23"):
         TraceIndex.load(index.path, model, tokenizer)
     with monkeypatch.context() as patch:
         spoil(patch, 0)

@@ -121,8 +121,16 @@ def test_samples_without_an_id_are_numbered(model, tokenizer, tmp_path):
         ([{"prompt": "a"}], ValueError, r"examples\[0\]: the field 'response' is missing"),
         ([EXAMPLES[0], {"prompt": "a", "response": ""}], ValueError, r"examples\[1\].*empty"),
         ([{"prompt": "a", "response": None}], ValueError, "'response' is missing"),
-        ([{"prompt": "a", "response": 3}], TypeError, "'response' must be text, got int"),
-        ([EXAMPLES[0], EXAMPLES[1], EXAMPLES[0]], ValueError, r"examples\[2\]: id 's0' is taken"),
+        (
+            [{"prompt": "a", "response": 3}],
+            TypeError,
+            "'response' must be text or a list of messages, got int",
+        ),
+        (
+            [EXAMPLES[0], EXAMPLES[1], EXAMPLES[0]],
+            ValueError,
+            r"examples\[2\]: id 's0' already belongs to examples\[0\]",
+        ),
         ([{"id": 1.5, "prompt": "a", "response": "b"}], TypeError, "'id' must be text"),
         (["text"], TypeError, r"examples\[0\]: expected a dict"),
         ({"prompt": "a", "response": "b"}, TypeError, "a list of dicts"),
@@ -217,7 +225,7 @@ def test_extending_equals_one_index_over_all(model, tokenizer, tmp_path):
     index.extend(EXAMPLES[11:], progress=False)
     build(model, tokenizer, tmp_path / "a", EXAMPLES[:11])
     assert files(index.path) == before
-    with pytest.raises(ValueError, match="id 's3' is taken by the index"):
+    with pytest.raises(ValueError, match="id 's3' already belongs to the index"):
         index.extend(EXAMPLES[3:5], progress=False)
     assert files(index.path) == before
 
@@ -229,17 +237,21 @@ def test_another_model_tokenizer_layer_or_file_is_refused(model, tokenizer, inde
     template = make_tokenizer(chat_template="{{ messages[0]['content'] }}>")
     changed = [*EXAMPLES[:-1], {**EXAMPLES[-1], "response": "else"}]
     before = files(index.path)
-    prints = r"\(it has fingerprint [0-9a-f]{16}, given fingerprint [0-9a-f]{16}\)"
+    prints = r"\(fingerprint [0-9a-f]{16}\), got fingerprint [0-9a-f]{16}; use the same "
     for arguments, options, message in [
-        ((other, tokenizer), {}, "another model or dtype " + prints),
-        ((model, template), {}, "another tokenizer " + prints),
-        ((model, tokenizer), {"layer": 1}, r"another layer \(it has 2, given 1\)"),
-        ((model, tokenizer), {"layer": "auto"}, r"another layer \(it has 2, given auto\)"),
-        ((model, tokenizer), {"append_eos": True}, "another encoding"),
+        (
+            (other, tokenizer),
+            {},
+            r"expected the model that \S+ was built with " + prints + "model and dtype",
+        ),
+        ((model, template), {}, r"expected the tokenizer .*" + prints + "tokenizer"),
+        ((model, tokenizer), {"layer": 1}, r"expected the layer .* \(2\), got 1"),
+        ((model, tokenizer), {"layer": "auto"}, r"expected the layer .* \(2\), got auto"),
+        ((model, tokenizer), {"append_eos": True}, "expected the encoding"),
         (
             (model, tokenizer),
             {"examples": changed},
-            r"other examples \(fingerprint [0-9a-f]{16}, 23 samples; given [0-9a-f]{16}, 23",
+            r"\(fingerprint \w{16}, 23 samples\), got fingerprint \w{16}, 23 samples.* extend",
         ),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -267,7 +279,7 @@ def test_a_damaged_shard_is_named_and_the_rest_stays_usable(model, tokenizer, bu
     with pytest.raises(StorageError, match=message):
         build(model, tokenizer, index.path)
     assert TraceIndex.repair(index.path) == ["shard-000001.safetensors"]
-    with pytest.warns(IncompleteIndexWarning, match="holds 15 of 23 samples"):
+    with pytest.warns(IncompleteIndexWarning, match="has 15 of 23 samples"):
         rest = TraceIndex.load(index.path, model, tokenizer)
     assert rest.ids == [row["id"] for i, row in enumerate(EXAMPLES) if not 8 <= i < 16]
     hits = rest.query([EXAMPLES[20], EXAMPLES[3]], 15)

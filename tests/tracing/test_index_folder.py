@@ -81,7 +81,7 @@ def test_saving_replaces_an_index_that_a_killed_build_left(index, tmp_path):
     (tmp_path / "copy" / "shard-000009.safetensors.partial").touch()
     with (
         building_alone(tmp_path / "copy", Processes()),
-        pytest.raises(BusyFolderError, match="another build works in"),
+        pytest.raises(BusyFolderError, match="another build uses"),
     ):
         index.save(tmp_path / "copy")
     (tmp_path / "copy" / ".lock").touch()

@@ -71,7 +71,7 @@ def test_an_index_keeps_the_curve_of_its_choice(tokenizer, tmp_path):
     loaded = TraceIndex.load(tmp_path / "a", model, tokenizer)
     assert (loaded.layer, loaded.layer_curve) == (index.layer, index.layer_curve)
     build(model, tokenizer, tmp_path / "a", EXAMPLES[:9], layer="auto")
-    with pytest.raises(ValueError, match="another layer"):
+    with pytest.raises(ValueError, match="expected the layer"):
         build(model, tokenizer, tmp_path / "a", EXAMPLES[:9], layer="auto-lower")
 
 

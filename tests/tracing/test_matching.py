@@ -43,7 +43,7 @@ def test_an_index_with_more_windows_than_one_search_finds_answers():
     tokenizer = make_tokenizer()
     rows = [{"prompt": f"{i}" + "x" * 900, "response": f"so {i}"} for i in range(45)]
     index = build(model, tokenizer, None, rows, overflow="window", max_length=40)
-    assert len(index._owners) - len(index) > MAX_K
+    assert len(index._search.owners) - len(index) > MAX_K
     hits = index.query([*QUERIES, rows[17]], 3)
     assert hits.ids[3][0] == 17
     assert all(len(set(ids)) == 3 for ids in hits.ids)

@@ -8,7 +8,7 @@ from trace_samples import EXAMPLES, QUERIES, build
 
 from gradsafe.models import encode, token_texts
 from gradsafe.tracing import similarity_curve
-from gradsafe.tracing.tokens import token_influence, unit_gradients
+from gradsafe.tracing.hits import token_influence, unit_gradients
 
 
 @pytest.mark.parametrize("layer", [0, 2, 3])
@@ -32,7 +32,7 @@ def test_influence_equals_the_definition(family, layer, tokenizer):
 
 
 def test_a_token_without_gradient_has_no_influence(monkeypatch, model, tokenizer):
-    from gradsafe.tracing import tokens
+    from gradsafe.tracing import hits
     from gradsafe.tracing.response_pass import LayerView
 
     class Pass:
@@ -43,7 +43,7 @@ def test_a_token_without_gradient_has_no_influence(monkeypatch, model, tokenizer
             gradients = torch.tensor([[[0.0, 0.0], [3.0, 4.0]]])
             return {2: LayerView(torch.zeros(1, 2), gradients)}
 
-    monkeypatch.setattr(tokens, "SignaturePass", Pass)
+    monkeypatch.setattr(hits, "SignaturePass", Pass)
     rows = unit_gradients(model, tokenizer, encode(tokenizer, "a", "bc"), 2)
     assert rows.tolist() == [[0.0, 0.0], [0.6, 0.8]]
 

@@ -1,0 +1,1 @@
+"""Jobs: configurations whose `run` reads files, distributes work, resumes and returns a result."""

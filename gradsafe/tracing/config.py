@@ -1,0 +1,136 @@
+"""Options of tracing; the command line and the documentation are generated from these classes.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from gradsafe.models import Encoding
+
+PartNorm = Literal["none", "unit", "zscore"]
+LayerRule = Literal["auto", "auto-lower", "auto-single"]
+LAST = "last"
+RULES: tuple[str, ...] = get_args(LayerRule)
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """Options of `TraceIndex.build`.
+
+    Attributes:
+        layer: Layer whose hidden states are compared: "last", an index into `hidden_states`, or a
+            rule that chooses one: "auto" (the phase transition), "auto-lower" or "auto-single".
+        part_norm: How queries compare signatures by default: "none", "unit" or "zscore". None for
+            that of the existing index, and "zscore" for a new one.
+        shard_samples: Samples per file, and per turn of a process where several share the build.
+            None for that of the existing index, and 1024 for a new one.
+        template: Prompt template: a Jinja chat template, or a text with {prompt} and optionally
+            {system}. None for the tokenizer's chat template.
+        system: System message.
+        append_eos: Append the EOS token to responses; the published procedure does not.
+        overflow: Samples longer than max_length: "error", or "window" for overlapping windows of
+            the prompt, of which the most similar one counts. Nothing is ever truncated.
+        max_length: Largest number of tokens of prompt and response together. None for the context
+            length of the model.
+
+    Raises:
+        TypeError: A value is of another type.
+        ValueError: A value is out of range.
+    """
+
+    layer: int | Literal["last", "auto", "auto-lower", "auto-single"] = "last"
+    part_norm: Literal["none", "unit", "zscore"] | None = None
+    shard_samples: int | None = None
+    template: str | None = None
+    system: str | None = None
+    append_eos: bool = False
+    overflow: Literal["error", "window"] = "error"
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = (LAST, *RULES)
+        if isinstance(self.layer, (str, bool, float)) and self.layer not in rules:
+            raise TypeError(
+                f"gradsafe.TraceIndex: expected layer to be one of {', '.join(rules)} or an int, "
+                f"got {self.layer!r}"
+            )
+        check_weighing(self.part_norm)
+        check_count("shard_samples", self.shard_samples)
+        check_count("max_length", self.max_length)
+        _check_type("append_eos", self.append_eos, bool)
+        self.encoding  # noqa: B018  # checks its own fields
+
+    @property
+    def encoding(self) -> Encoding:
+        """The options that decide the token ids of a sample."""
+        return Encoding(self.template, self.system, self.append_eos, self.overflow, self.max_length)
+
+
+@dataclass(frozen=True)
+class QueryConfig:
+    """Options of `TraceIndex.query`.
+
+    Attributes:
+        k: Samples per query, at most 1024.
+        part_norm: How to compare signatures: "none" (as they are), "unit" (each part divided by its
+            norm) or "zscore" (each feature standardised over the index). None for the default of
+            the index.
+        gradient_weight: Weight of the gradient part, from 0 to 1, for "unit" and "zscore". None for
+            equal weights.
+        approximate: Search with FAISS (extra "faiss"): a similar sample may be missed, the scores
+            of those found are exact.
+
+    Raises:
+        TypeError: A value is of another type.
+        ValueError: A value is out of range, or gradient_weight does not apply to part_norm.
+    """
+
+    k: int = 10
+    part_norm: Literal["none", "unit", "zscore"] | None = None
+    gradient_weight: float | None = None
+    approximate: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("k", self.k)
+        check_weighing(self.part_norm, self.gradient_weight)
+        _check_type("approximate", self.approximate, bool)
+
+
+def check_weighing(part_norm: str | None, gradient_weight: float | None = None) -> None:
+    """Raises TypeError or ValueError if a `part_norm` or a `gradient_weight` cannot be used."""
+    if part_norm not in (None, *get_args(PartNorm)):
+        raise ValueError(
+            f'gradsafe.TraceIndex: expected part_norm "none", "unit" or "zscore", got {part_norm!r}'
+        )
+    if gradient_weight is None:
+        return
+    _check_type("gradient_weight", gradient_weight, (int, float))
+    if part_norm == "none":
+        raise ValueError(
+            'gradsafe.TraceIndex: gradient_weight needs part_norm "unit" or "zscore"; "none" does '
+            "not scale the parts"
+        )
+    if not 0 <= gradient_weight <= 1:
+        raise ValueError(
+            f"gradsafe.TraceIndex: expected gradient_weight between 0 and 1, got {gradient_weight}"
+        )
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Raises TypeError or ValueError unless a value is None or an int of at least 1."""
+    if value is None:
+        return
+    _check_type(name, value, int)
+    if value < 1:
+        raise ValueError(f"gradsafe.TraceIndex: expected {name} of at least 1, got {value}")
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        expected = {bool: "a bool", int: "an int"}.get(kind, "a number")
+        raise TypeError(
+            f"gradsafe.TraceIndex: expected {name} to be {expected}, got {type(value).__name__}"
+        )
