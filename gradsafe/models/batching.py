@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from gradsafe._errors import refuse
 from gradsafe.models.encode import Encoded
 
 if TYPE_CHECKING:
@@ -33,10 +34,10 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         ValueError: `batch_tokens` or a length is below 1.
     """
     if batch_tokens < 1:
-        raise ValueError(f"gradsafe.plan_batches: expected batch_tokens >= 1, got {batch_tokens}")
+        refuse("plan_batches", "batch_tokens >= 1", batch_tokens)
     for index, length in enumerate(lengths):
         if length < 1:
-            raise ValueError(f"gradsafe.plan_batches: expected lengths[{index}] >= 1, got {length}")
+            refuse("plan_batches", f"lengths[{index}] >= 1", length)
     batches: list[list[int]] = []
     widest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -93,11 +94,9 @@ def collate(
         ValueError: No items, or an unknown `padding_side`.
     """
     if not items:
-        raise ValueError("gradsafe.collate: expected at least one item, got none")
+        refuse("collate", "at least one item", "none")
     if padding_side not in ("right", "left"):
-        raise ValueError(
-            f'gradsafe.collate: expected padding_side="right" or "left", got {padding_side!r}'
-        )
+        refuse("collate", 'padding_side="right" or "left"', repr(padding_side))
     lengths = [len(item) for item in items]
     columns = max(lengths)
     starts = [0 if padding_side == "right" else columns - length for length in lengths]

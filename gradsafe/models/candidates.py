@@ -123,9 +123,7 @@ class Candidate:
 def find_candidates(blocks: nn.ModuleList, prefix: str) -> list[Candidate]:
     """List the weights of all blocks, first block first; a shared weight is listed once.
 
-    Args:
-        blocks: Decoder blocks.
-        prefix: Qualified name of the list.
+    `prefix` is the qualified name of the list of blocks.
     """
     found: list[Candidate] = []
     modules: set[int] = set()

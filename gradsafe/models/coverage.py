@@ -37,17 +37,10 @@ def skipped_parameters(
     scored: set[Key],
     reasons: Mapping[Key, str],
 ) -> list[Skipped]:
-    """List all parameters outside the scored weights, grouped over blocks.
+    """List all parameters outside the scored weights, grouped over blocks, in model order.
 
-    Args:
-        model: The model as the user holds it.
-        blocks: Its decoder blocks.
-        chosen: Indices of the blocks that may be scored.
-        scored: The scored weights.
-        reasons: Why other candidates are left out.
-
-    Returns:
-        Groups in model order. A parameter shared by several modules counts once, at its first.
+    `chosen` are the indices of the blocks that may be scored, `reasons` say why other candidates
+    are left out. A parameter shared by several modules counts once, at its first.
     """
     prefix = next(name for name, module in model.named_modules() if module is blocks)
     base: Any = base_model(model)

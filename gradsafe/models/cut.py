@@ -22,12 +22,8 @@ def start_graph(
 ) -> Iterator[Any]:
     """Register hooks under which the graph starts in front of block `start`; yields their handles.
 
-    Args:
-        model: The model that runs.
-        blocks: Its decoder blocks.
-        start: First block that the backward pass reaches.
-        checkpointed: From `checkpointing_modules`.
-        running: Whether the model's forward runs, and not a recomputation.
+    `checkpointed` is from `checkpointing_modules`; `running` says whether the model's forward runs,
+    and not a recomputation.
     """
     inside = any(map(hooks_inside_checkpoint, checkpointed))
     if inside and len({id(block) for block in blocks}) < len(blocks):

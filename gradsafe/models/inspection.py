@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gradsafe._errors import refuse
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -34,10 +36,7 @@ def text_config(model: nn.Module) -> Any:
     """
     config = getattr(base_model(model), "config", None)
     if config is None:
-        raise ValueError(
-            f"gradsafe.models: expected model to be a transformers model with a config, "
-            f"got {type(model).__name__}"
-        )
+        refuse("models", "model to be a transformers model with a config", type(model).__name__)
     getter = getattr(config, "get_text_config", None)
     return getter() if callable(getter) else config
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import nn
 
+from gradsafe._errors import refuse
 from gradsafe.models.candidates import LinearLayer, find_candidates
 from gradsafe.models.coverage import Skipped, skipped_parameters
 from gradsafe.models.decoder import decoder_blocks, head_dimension
@@ -90,9 +91,7 @@ def find_layers(
             no supported layer is found.
     """
     if modules not in ("all", "attention", "mlp"):
-        raise ValueError(
-            f'gradsafe.find_layers: expected modules="all", "attention" or "mlp", got {modules!r}'
-        )
+        refuse("find_layers", 'modules="all", "attention" or "mlp"', repr(modules))
     blocks = decoder_blocks(model)
     chosen = _block_indices(layers, len(blocks))
     prefix = next(name for name, module in model.named_modules() if module is blocks)
@@ -119,17 +118,13 @@ def _block_indices(layers: int | Sequence[int] | None, depth: int) -> set[int]:
     if layers is None:
         return set(range(depth))
     if isinstance(layers, (bool, str)):
-        raise TypeError(
-            f"gradsafe.find_layers: expected layers to be an int, a sequence of ints or None, "
-            f"got {layers!r}"
-        )
+        expected = "layers to be an int, a sequence of ints or None"
+        refuse("find_layers", expected, repr(layers), kind=TypeError)
     if not isinstance(layers, Sequence):
         count = operator.index(layers)
         if not 1 <= count <= depth:
-            raise ValueError(
-                f"gradsafe.find_layers: expected layers=n with 1 <= n <= {depth} (the last n "
-                f"blocks), got {count}; for one certain block pass a list, layers=[{count}]"
-            )
+            expected = f"layers=n with 1 <= n <= {depth} (the last n blocks)"
+            refuse("find_layers", expected, count, f"for one block pass a list, layers=[{count}]")
         return set(range(depth - count, depth))
     indices = [operator.index(index) for index in layers]
     if not indices:

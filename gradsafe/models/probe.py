@@ -33,15 +33,8 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> bool:
     A model whose weights are on the "meta" device cannot run: there linear modules are assumed to
     be called with `[B, T, I]`.
 
-    Args:
-        model: A causal language model, PEFT wrapper or not.
-        candidates: Its weights; the result is written into them.
-
-    Returns:
-        Whether padding leaves a sample's logits unchanged.
-
-    Raises:
-        ValueError: The forward pass fails.
+    The results are written into the candidates. Returns whether padding leaves a sample's logits
+    unchanged. ValueError if the forward pass fails.
     """
     for candidate in candidates:
         stack = stacked_parameters(candidate.module).get(candidate.parameter)
