@@ -30,9 +30,7 @@ def check_fields(owner: str, config: Any, least: Mapping[str, float] | None = No
         hint, value = hints[name], getattr(config, name)
         if isinstance(value, list):
             value = tuple(value)
-        if not fits(value, hint):
-            kind = ValueError if isinstance(value, str) and _choices(hint) else TypeError
-            raise kind(f"gradsafe.{owner}: expected {name} to be {in_words(hint)}, got {value!r}")
+        check_value(owner, name, value, hint)
         if isinstance(value, Real) and not isinstance(value, bool):
             bound = (least or {}).get(name, -math.inf)
             if not bound <= value < math.inf:
@@ -40,6 +38,13 @@ def check_fields(owner: str, config: Any, least: Mapping[str, float] | None = No
                 raise ValueError(f"gradsafe.{owner}: expected {name} to be {limit}, got {value}")
             value = int(value) if isinstance(value, Integral) else float(value)
         object.__setattr__(config, name, value)
+
+
+def check_value(owner: str, name: str, value: Any, hint: Any) -> None:
+    """Raises as `check_fields` if a value does not have the type of an annotation."""
+    if not fits(value, hint):
+        kind = ValueError if isinstance(value, str) and _choices(hint) else TypeError
+        raise kind(f"gradsafe.{owner}: expected {name} to be {in_words(hint)}, got {value!r}")
 
 
 def fits(value: Any, hint: Any) -> bool:
