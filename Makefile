@@ -51,6 +51,13 @@ test: build
 fast: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
+docs: build
+	$(BIN)/pip install --quiet $(PINS) "mkdocs-material" "mkdocstrings[python]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+wheel: build
+	$(BIN)/python tools/wheel.py
+
 emulate: build
 	$(BIN)/python -m pytest tests/emulated
 

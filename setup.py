@@ -1,6 +1,7 @@
 """Builds the extension module `gradsafe._C` with CMake and ninja. No network, no guessing.
 
 Environment:
+    GRADSAFE_BACKEND     default: build nothing; the operators run as their plain definitions
     GRADSAFE_CUDA        auto (default: CUDA kernels if nvcc is found), on (fail without nvcc), off
     GRADSAFE_CUDA_ARCHS  CMake architectures, e.g. "80-real;90"; else TORCH_CUDA_ARCH_LIST is used
     MAX_JOBS             parallel compile jobs
@@ -152,6 +153,10 @@ class BuildExtension(build_ext):
 
 
 setup(
-    ext_modules=[Extension("gradsafe._C", sources=[])],
+    ext_modules=(
+        []
+        if os.environ.get("GRADSAFE_BACKEND") == "default"
+        else [Extension("gradsafe._C", sources=[])]
+    ),
     cmdclass={"build_ext": BuildExtension},
 )

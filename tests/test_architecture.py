@@ -14,7 +14,7 @@ import gradsafe
 
 ROOT = Path(gradsafe.__file__).parent
 LAYERS = [
-    {"_version", "_lazy", "_fallback"},
+    {"_version", "_lazy", "_checks", "_fallback"},
     {"_io"},
     {"device_code"},
     {"_backend"},

@@ -8,9 +8,11 @@ from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from jsonargparse import ArgumentParser
+
+from gradsafe._checks import in_words
 
 T = TypeVar("T")
 
@@ -135,7 +137,7 @@ class Command:
             kind = self._types.get(match[1])
             got = re.findall(r"(?:Got value|Given value): (.*?)(?= - Expected|$)", match[2])
             if kind is not None and got:
-                return f"{match[1]} must be {_words(kind)}, got {got[-1]}"
+                return f"{match[1]} must be {in_words(kind)}, got {got[-1]}"
             return f"{match[1]}: {match[2]}"
         return text
 
@@ -258,19 +260,3 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 def _mentions(text: str, word: str) -> bool:
     return re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", text) is not None
-
-
-def _words(kind: Any) -> str:
-    """A type in words, for error messages."""
-    simple = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if kind in simple:
-        return simple[kind]
-    arguments = get_args(kind)
-    origin = getattr(kind, "__origin__", None)
-    if arguments and all(isinstance(value, (str, int)) for value in arguments):
-        return "one of " + ", ".join(map(str, arguments))
-    if origin in (list, tuple):
-        plural = {int: "whole numbers", float: "numbers", str: "texts"}
-        return f"a list of {plural.get(arguments[0], 'values')}"
-    others = [inner for inner in arguments if inner is not type(None)]
-    return " or ".join(map(_words, others)) if others else str(kind)

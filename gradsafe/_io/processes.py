@@ -84,7 +84,8 @@ class Processes:
                 address = [(host, found._store.port)]
             distributed.broadcast_object_list(address)
             if not found.first:
-                found._store = distributed.TCPStore(*address[0], world_size=size, is_master=False)
+                host, port = address[0]
+                found._store = distributed.TCPStore(host, port, size, is_master=False)
         return found
 
     @property

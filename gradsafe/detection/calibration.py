@@ -104,7 +104,7 @@ class Band:
         return torch.where(nll < self.low, nll - self.low, 1 + (nll - self.high))
 
 
-def choose_band(benign: Tensor, unsafe: Tensor, max_fpr: float, max_fnr: float) -> Band:
+def choose_band(benign: Tensor, unsafe: Tensor, *, max_fpr: float, max_fnr: float) -> Band:
     """Choose the NLL values beyond which the forward pass decides alone.
 
     Both ends are split-conformal quantiles: of new prompts of the same distributions, at most

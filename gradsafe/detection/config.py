@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Literal
+
+from gradsafe._checks import check_fields
 
 Method = Literal["gradcoo", "gradsafe", "cascade", "nll", "gradnorm"]
 Granularity = Literal["tensor", "row", "column", "row+column", "head", "layer", "expert"]
@@ -22,7 +23,6 @@ READ_BY = {
     **dict.fromkeys((*COMPONENT_FIELDS, "reference_order", "reduce"), ("gradcoo", "cascade")),
     "gap": ("gradsafe",),
 }
-TYPE_NAMES = {float: "a number", type(None): "None"}
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,7 @@ class DetectorConfig:
     overflow: Overflow = "error"
 
     def __post_init__(self) -> None:
-        if isinstance(self.layers, Sequence) and not isinstance(self.layers, str):
-            object.__setattr__(self, "layers", tuple(self.layers))  # JSON and callers give lists
-        for name, kind in get_type_hints(DetectorConfig).items():
-            _check_type(name, getattr(self, name), kind)
+        check_fields("Detector", self)
         if not 0 < self.row_fraction <= 1:
             raise ValueError(
                 f"gradsafe.Detector: expected 0 < row_fraction <= 1, got {self.row_fraction}"
@@ -145,26 +142,6 @@ class DetectorConfig:
             neutral = {"share": share, "ratio": 1.0, "logratio": 0.0, "difference": 0.0}
             return neutral.get(self.relative)
         return 0.25 if self.method == "gradsafe" else None  # arXiv 2402.13494
-
-
-def _check_type(name: str, value: object, kind: Any) -> None:
-    """Raises if a field's value does not fit its annotation."""
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            raise ValueError(
-                f"gradsafe.Detector: expected {name} in {list(get_args(kind))}, got {value!r}"
-            )
-        return
-    kinds = get_args(kind) or (kind,)
-    expected = " or ".join(TYPE_NAMES.get(k, getattr(k, "__name__", "")) for k in kinds)
-    if name == "layers":
-        expected = "a number of blocks, a list of block indices or None"
-        kinds = (int, type(None))
-    values = value if isinstance(value, tuple) and name == "layers" else (value,)
-    kinds += (int,) if float in kinds else ()
-    for each in values:
-        if not isinstance(each, kinds) or (isinstance(each, bool) and bool not in kinds):
-            raise TypeError(f"gradsafe.Detector: expected {name} to be {expected}, got {value!r}")
 
 
 def _refuse(option: str, needed: str) -> None:

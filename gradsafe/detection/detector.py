@@ -16,11 +16,11 @@ from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_
 from gradsafe.detection.components import choose_rows
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.explanation import Explanation, check_explainable, explain
-from gradsafe.detection.gradients import GradientPass
+from gradsafe.detection.gradients import EncodedPrompts, GradientPass
 from gradsafe.detection.methods import METHODS, NLL, fit
-from gradsafe.detection.scoring import EncodedPrompts, Method, Scores, worst_windows
+from gradsafe.detection.scoring import Method, Scores, worst_windows
 from gradsafe.detection.state import DetectorState
-from gradsafe.models import Encoded, Layers, Prompt, find_layers, probe_prompts
+from gradsafe.models import Layers, Prompt, find_layers, probe_prompts
 
 KIND = "detector"  # of the saved folder
 
@@ -107,7 +107,7 @@ class Detector:
                     f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
                     f"of at least one {name} reference prompt"
                 )
-            groups[name] = gradients.encode(prompts)
+            groups[name] = gradients.encode(prompts, name)
         return cls(model, tokenizer, fit(gradients, groups), layers)
 
     @property
@@ -186,29 +186,24 @@ class Detector:
                 prompt, for example prompts[3]. Method "nll" gives such a prompt the score NaN.
             TypeError: An entry is neither a text nor a conversation.
         """
-        return self._score(
-            self.method, self._gradients(batch_tokens, progress), prompts, components
-        )
+        gradients = self._gradients(batch_tokens, progress)
+        encoded = gradients.encode(prompts, "prompts")
+        return self._score(self.method, gradients, encoded, components)
 
     def encode(
-        self, prompts: Sequence[Prompt], names: Sequence[str] | None = None
+        self, prompts: Sequence[Prompt], names: str | Sequence[str] = "prompts"
     ) -> EncodedPrompts:
-        """Encode prompts for `score` in advance, to find errors before long work.
+        """Encode prompts in advance, to find errors before long work.
 
         Args:
             prompts: Texts or conversations.
-            names: What error messages call the prompts, for example `file:line`; None for
-                prompts[0], prompts[1] and so on.
+            names: What error messages call each prompt, for example `file:line`; a single name for
+                all gives prompts[0], prompts[1] and so on.
 
         Raises:
             ValueError, TypeError: As in `score`, except for a NaN gradient.
         """
-        names = [f"prompts[{index}]" for index in range(len(prompts))] if names is None else names
-        items, owners = self._gradients(batch_tokens=1, progress=False).encode(prompts, names)
-        windows: list[list[Encoded]] = [[] for _ in prompts]
-        for item, owner in zip(items, owners, strict=True):
-            windows[owner].append(item)
-        return EncodedPrompts(names, windows)
+        return self._gradients(batch_tokens=1, progress=False).encode(prompts, names)
 
     def calibrate(
         self,
@@ -253,25 +248,28 @@ class Detector:
                 f"unsafe_prompts={unsafe_prompts and '[...]'} for {self.config.method!r}"
             )
         state, gradients = self.state, self._gradients(batch_tokens, progress)
+        benign = gradients.encode(benign_prompts, "benign_prompts")
         if unsafe_prompts is not None:
-            if len(benign_prompts) < 2:
+            if len(benign) < 2:
                 raise ValueError(
                     'gradsafe.Detector.calibrate: method "cascade" needs at least two '
-                    f"benign_prompts, half of them for the band, got {len(benign_prompts)}"
+                    f"benign_prompts, half of them for the band, got {len(benign)}"
                 )
-            benign, benign_prompts = benign_prompts[::2], benign_prompts[1::2]
-            benign_nll, unsafe_nll = (
-                self._score(NLL(state, self.layers), gradients, prompts).values
-                for prompts in (benign, unsafe_prompts)
-            )
-            state = replace(state, band=choose_band(benign_nll, unsafe_nll, max_fpr / 2, max_fnr))
+            unsafe = gradients.encode(unsafe_prompts, "unsafe_prompts")
+            nll = NLL(state, self.layers)
+            losses = (self._score(nll, gradients, p).values for p in (benign[::2], unsafe))
+            state = replace(state, band=choose_band(*losses, max_fpr=max_fpr / 2, max_fnr=max_fnr))
+            benign = benign[1::2]
         method = type(self.method)(state, self.layers)
-        calibration = calibrate(self._score(method, gradients, benign_prompts).values, max_fpr)
+        calibration = calibrate(self._score(method, gradients, benign).values, max_fpr)
         self.state = replace(state, calibration=calibration)
         return calibration
 
     def flag(
-        self, prompts: Sequence[Prompt], batch_tokens: int = 4096, progress: bool = True
+        self,
+        prompts: Sequence[Prompt] | EncodedPrompts,
+        batch_tokens: int = 4096,
+        progress: bool = True,
     ) -> Tensor:
         """Which prompts score above the threshold, `[n]` bool; NaN scores are flagged.
 
@@ -326,17 +324,16 @@ class Detector:
             TypeError: `prompt` is neither a text nor a conversation.
         """
         check_explainable(self.config)
-        if isinstance(prompt, (list, tuple)) and prompt and not isinstance(prompt[0], Mapping):
+        several = isinstance(prompt, (list, tuple)) and not isinstance((*prompt, {})[0], Mapping)
+        if several or isinstance(prompt, Mapping):
             raise TypeError(
                 "gradsafe.Detector.explain: expected prompt to be str or a list of messages, got "
                 f"{type(prompt).__name__}; explain takes one prompt"
             )
         gradients = self._gradients(batch_tokens=1, progress=False)
-        windows, probes = (
-            gradients.encode(prompts, [name] * 2)[0]
-            for prompts in ([prompt], probe_prompts(prompt))
-        )
-        return explain(self.method, gradients, windows, probes, self.threshold)
+        encoded = gradients.encode([prompt], [name])
+        probes = gradients.encode(probe_prompts(prompt), name)
+        return explain(self.method, gradients, encoded, probes, self.threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the detector (not the model) to a folder of safetensors and JSON, atomically.
@@ -361,12 +358,11 @@ class Detector:
         self,
         method: Method,
         gradients: GradientPass,
-        prompts: Sequence[Prompt] | EncodedPrompts,
+        prompts: EncodedPrompts,
         components: bool = False,
     ) -> Scores:
-        group = prompts.group if isinstance(prompts, EncodedPrompts) else gradients.encode(prompts)
-        found = method.score(gradients, group, components)
-        worst = worst_windows(found.values, group[1], len(prompts))
+        found = method.score(gradients, prompts, components)
+        worst = worst_windows(found.values, prompts.owners, len(prompts))
         return Scores(
             found.values[worst],
             found.components[worst],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from gradsafe.detection.components import DOTS
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.factors import Factors
-from gradsafe.detection.gradients import GradientPass
+from gradsafe.detection.gradients import EncodedPrompts, GradientPass
 from gradsafe.detection.scoring import Method
 from gradsafe.models import Encoded, LinearLayer, prompt_span, token_texts
 
@@ -69,18 +68,18 @@ class Explanation:
 def explain(
     method: Method,
     gradients: GradientPass,
-    windows: Sequence[Encoded],
-    probes: Sequence[Encoded],
+    prompt: EncodedPrompts,
+    probes: EncodedPrompts,
     threshold: float | None,
 ) -> Explanation:
-    """See `Detector.explain`; `windows` are the encoded prompt, `probes` its `probe_prompts`.
+    """See `Detector.explain`; `probes` are the `probe_prompts` of the prompt.
 
     `gradients` must run one window at a time, so that the second backward pass repeats the first
     bit by bit, also where half precision would round a batch differently.
     """
     scored = (
-        (float(method(table)[0].float()), windows[index], table[0])
-        for (index,), _, table in method.tables(gradients, (windows, [0] * len(windows)))
+        (float(method(table)[0].float()), prompt.items[index], table[0])
+        for (index,), _, table in method.tables(gradients, prompt)
     )
     score, item, table = max(scored, key=lambda found: found[0])
     factors, weights = method.evidence(table)
@@ -88,14 +87,14 @@ def explain(
     return Explanation(
         tokens=token_texts(gradients.tokenizer, item.input_ids),
         token_evidence=_token_evidence(method, gradients, item, factors * weights[:, None]).float(),
-        prompt_tokens=prompt_span(item, probes),
+        prompt_tokens=prompt_span(item, probes.items),
         response_tokens=slice(item.prompt_length, len(item)),
         components=method.names,
         component_evidence=(evidence if chosen is None else evidence[chosen]).float(),
         total=float(evidence @ weights),
         score=score,
         threshold=threshold,
-        windows=len(windows),
+        windows=len(prompt.items),
     )
 
 

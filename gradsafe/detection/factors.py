@@ -77,19 +77,11 @@ class MatrixFactors:
 
 @dataclass(frozen=True)
 class StackFactors:
-    """Factors of the gradients of a stack of expert matrices `[E, R, I]`.
+    """Factors x `[N, I]` and dy `[N, R]` of the gradients of a stack of E matrices `[E, R, I]`.
 
-    Rows are sorted into segments, one for each pair of an expert and a sample that uses it. Slices
-    are those of every expert in turn: an expert that a sample does not use has zero sums.
-
-    Attributes:
-        x: Inputs `[N, I]`.
-        dy: Output gradients `[N, R]`.
-        routing: Token and expert of each row.
-        experts: Expert of each segment.
-        samples: Sample of each segment.
-        lengths: Rows of each segment.
-        stack: E.
+    Rows are sorted into segments, one for each pair of an expert and a sample that uses it, with
+    an entry in `experts`, `samples` and `lengths` (its rows). Slices are those of every expert in
+    turn: an expert that a sample does not use has zero sums.
     """
 
     x: Tensor

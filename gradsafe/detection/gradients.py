@@ -32,12 +32,39 @@ from gradsafe.models import (
 from gradsafe.models.modes import evaluating
 
 Visit = Callable[[LinearLayer, Factors], None]
-# Encoded windows, and the index of the prompt that each belongs to.
-Group = tuple[Sequence[Encoded], Sequence[int]]
 
 
 class NonFiniteGradientError(ValueError):
     """A gradient holds NaN or Inf; the message names the layer and the prompt."""
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too.
+
+    Attributes:
+        names: What error messages call the prompts.
+        windows: The encoded windows of each prompt; one unless the prompt is too long.
+    """
+
+    names: Sequence[str]
+    windows: Sequence[Sequence[Encoded]]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, part: slice) -> EncodedPrompts:
+        return EncodedPrompts(self.names[part], self.windows[part])
+
+    @property
+    def items(self) -> list[Encoded]:
+        """All windows."""
+        return [item for items in self.windows for item in items]
+
+    @property
+    def owners(self) -> list[int]:
+        """Index of the prompt that each window belongs to."""
+        return [index for index, items in enumerate(self.windows) for _ in items]
 
 
 @dataclass(frozen=True)
@@ -52,8 +79,14 @@ class GradientPass:
     batch_tokens: int
     progress: bool
 
-    def encode(self, prompts: Sequence[Prompt], names: Sequence[str] | None = None) -> Group:
-        """Token ids of prompts followed by the response."""
+    def encode(
+        self, prompts: Sequence[Prompt] | EncodedPrompts, names: str | Sequence[str]
+    ) -> EncodedPrompts:
+        """See `Detector.encode`; encoded prompts stay as they are."""
+        if isinstance(prompts, EncodedPrompts):
+            return prompts
+        if isinstance(names, str):
+            names = [f"{names}[{index}]" for index in range(len(prompts))]
         encoding = Encoding(
             template=self.config.template,
             system=self.config.system,
@@ -61,7 +94,13 @@ class GradientPass:
             overflow=self.config.overflow,
             max_length=context_length(self.model, self.tokenizer),
         )
-        return encode_prompts(self.tokenizer, prompts, self.config.response, encoding, names=names)
+        items, owners = encode_prompts(
+            self.tokenizer, prompts, self.config.response, encoding, names=names
+        )
+        windows: list[list[Encoded]] = [[] for _ in prompts]
+        for item, owner in zip(items, owners, strict=True):
+            windows[owner].append(item)
+        return EncodedPrompts(names, windows)
 
     def losses(self, items: Sequence[Encoded], visit: Visit | None, label: str = "") -> Tensor:
         """`[n]` float32 NLL of each item's response, in input order; see `run`."""

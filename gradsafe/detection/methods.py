@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gradsafe.detection.components import COUNT, DOTS, SUM_SQ, standard_deviation
 from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.gradients import GradientPass, Group
+from gradsafe.detection.gradients import EncodedPrompts, GradientPass
 from gradsafe.detection.references import build_reference, find_output_projections
 from gradsafe.detection.scoring import Groups, Learned, Method, Scores
 from gradsafe.detection.state import DetectorState
@@ -53,9 +53,9 @@ class GradCoo(Method):
         """Build both references."""
         components = cls.component_map(state, gradients.layers)
         references, losses = {}, {}
-        for name, (items, _) in groups.items():
+        for name, group in groups.items():
             references[name], losses[name] = build_reference(
-                gradients, items, components, state.config.unsigned, f"{name} references"
+                gradients, group.items, components, state.config.unsigned, f"{name} references"
             )
         return replace(state, references=references), losses
 
@@ -109,17 +109,18 @@ class GradCoo(Method):
 class Cascade(GradCoo):
     """The NLL of the response outside the band, GradCoo inside it; GradCoo before calibration."""
 
-    def score(self, gradients: GradientPass, group: Group, keep: bool = True) -> Scores:
-        """Forward passes for all items, gradients where the NLL is not decisive."""
-        band, (items, owners) = self.state.band, group
+    def score(self, gradients: GradientPass, prompts: EncodedPrompts, keep: bool = True) -> Scores:
+        """Forward passes for all windows, gradients where the NLL is not decisive."""
+        band, items, owners = self.state.band, prompts.items, prompts.owners
         if band is None:
-            return super().score(gradients, group, keep)
+            return super().score(gradients, prompts, keep)
         nll = gradients.losses(items, None, "NLL")
         unsure, values = band.unsure(nll), band.sure_scores(nll)
         components = torch.full((len(items), self.components.size if keep else 0), torch.nan)
         chosen = unsure.nonzero()[:, 0].tolist()
         if chosen:
-            inside = [items[i] for i in chosen], [owners[i] for i in chosen]
+            names = [prompts.names[owners[i]] for i in chosen]
+            inside = EncodedPrompts(names, [[items[i]] for i in chosen])
             scores = super().score(gradients, inside, keep)
             values[chosen], components[chosen] = scores.values, scores.components
         return Scores(values, components, nll, unsure)
@@ -138,7 +139,7 @@ class GradSafe(Method):
     def fit(cls, state: DetectorState, gradients: GradientPass, groups: Groups) -> Learned:
         """Build the unsafe reference, then select what separates the reference prompts."""
         components, gap = cls.component_map(state, gradients.layers), state.config.gap
-        items, label = groups["unsafe"][0], "unsafe references"
+        items, label = groups["unsafe"].items, "unsafe references"
         # As published: signed gradients, and no safe reference.
         unsafe, _ = build_reference(gradients, items, components, unsigned=False, label=label)
         state = replace(state, references={"unsafe": unsafe})
@@ -181,9 +182,9 @@ class GradNorm(Method):
 class NLL(Method):
     """NLL of the response, from a forward pass: a baseline without components."""
 
-    def score(self, gradients: GradientPass, group: Group, keep: bool = True) -> Scores:
+    def score(self, gradients: GradientPass, prompts: EncodedPrompts, keep: bool = True) -> Scores:
         """The NLL is the score."""
-        nll = gradients.losses(group[0], None, "NLL")
+        nll = gradients.losses(prompts.items, None, "NLL")
         return Scores(nll.clone(), nll.new_empty(len(nll), 0), nll, torch.zeros_like(nll).bool())
 
     @property
@@ -210,7 +211,7 @@ def fit(gradients: GradientPass, groups: Groups) -> DetectorState:
     if groups:
         _check_stacks(config, gradients.layers)
     if config.granularity == "head":
-        item = groups["safe"][0][0]
+        item = groups["safe"].items[0]
         state = replace(state, output_projections=find_output_projections(gradients, item))
     state, losses = METHODS[config.method].fit(state, gradients, groups)
     return replace(state, reference_gap=_reference_gap(config, losses)) if losses else state

@@ -108,12 +108,9 @@ def build_reference(
         done[layer.name] += len(factors)
         if done[layer.name] < len(items):
             sums[layer.name] = total
-        else:
-            store(layer, total)
-
-    def store(layer: LinearLayer, grad: Tensor) -> None:
+            return
         axis, index = components[layer]
-        matrices = list(grad.view(-1, *grad.shape[-2:]))
+        matrices = list(total.view(-1, *total.shape[-2:]))
         if prepare is not None and not per_prompt:
             for matrix in matrices:
                 prepare(matrix, axis)
@@ -125,9 +122,9 @@ def build_reference(
             )
         table.index_add_(0, index, values)
         if unsigned:
-            grad.abs_()
-        scales[layer.name] = _storage_scale(grad, dtype)
-        weights[layer.name] = (grad / scales[layer.name]).to(dtype)
+            total.abs_()
+        scales[layer.name] = _storage_scale(total, dtype)
+        weights[layer.name] = (total / scales[layer.name]).to(dtype)
 
     nll = gradients.losses(items, visit, label)
     return Reference(weights, scales, table), nll

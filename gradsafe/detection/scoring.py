@@ -13,39 +13,14 @@ from torch import Tensor
 from gradsafe.detection.components import DOTS, ComponentMap
 from gradsafe.detection.config import Granularity
 from gradsafe.detection.factors import Factors
-from gradsafe.detection.gradients import GradientPass, Group, NonFiniteGradientError
+from gradsafe.detection.gradients import EncodedPrompts, GradientPass, NonFiniteGradientError
 from gradsafe.detection.references import prepare_function
 from gradsafe.detection.state import DetectorState
-from gradsafe.models import Encoded, Layers, LinearLayer
+from gradsafe.models import Layers, LinearLayer
 
-Groups = Mapping[str, Group]
+Groups = Mapping[str, EncodedPrompts]  # "unsafe" and "safe" ones, or empty
 # The state with what a method learned, and the NLL values of each group.
 Learned = tuple[DetectorState, Mapping[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class EncodedPrompts:
-    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too.
-
-    Attributes:
-        names: What error messages call the prompts.
-        windows: The encoded windows of each prompt; one unless the prompt is too long.
-    """
-
-    names: Sequence[str]
-    windows: Sequence[Sequence[Encoded]]
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, part: slice) -> EncodedPrompts:
-        return EncodedPrompts(self.names[part], self.windows[part])
-
-    @property
-    def group(self) -> Group:
-        """All windows, and the index of the prompt that each belongs to."""
-        owners = [index for index, items in enumerate(self.windows) for _ in items]
-        return [item for items in self.windows for item in items], owners
 
 
 @dataclass(frozen=True)
@@ -131,12 +106,12 @@ class Method:
             return names
         return [name for name, keep in zip(names, self.selected.tolist(), strict=True) if keep]
 
-    def score(self, gradients: GradientPass, group: Group, keep: bool = True) -> Scores:
-        """Score every item; `keep` its component values."""
-        count = len(group[0])
+    def score(self, gradients: GradientPass, prompts: EncodedPrompts, keep: bool = True) -> Scores:
+        """Score every window; `keep` its component values."""
+        count = len(prompts.items)
         nll, values = torch.empty(2, count)
         components = torch.empty(count, 0)
-        for indices, batch_nll, table in self.tables(gradients, group):
+        for indices, batch_nll, table in self.tables(gradients, prompts):
             batch_values, parts = self(table)
             nll[indices], values[indices] = batch_nll, batch_values.float()
             if keep:
@@ -146,10 +121,10 @@ class Method:
         return Scores(values, components, nll, torch.ones(count, dtype=torch.bool))
 
     def tables(
-        self, gradients: GradientPass, group: Group
+        self, gradients: GradientPass, prompts: EncodedPrompts
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Per batch the indices of its items, their NLL and their sums `[B, C, 3 + K]`."""
-        items, owners = group
+        """Per batch the indices of its windows, their NLL and their sums `[B, C, 3 + K]`."""
+        names = [prompts.names[owner] for owner in prompts.owners]
         prepare = prepare_function(self.config)
         reached: list[tuple[LinearLayer, Tensor]] = []
 
@@ -157,26 +132,26 @@ class Method:
             axis, refs = self.components[layer][0], self.references(layer)
             reached.append((layer, factors.moments(refs, axis, self.unsigned, prepare)))
 
-        for indices, nll in gradients.run(items, visit, "score"):
+        for indices, nll in gradients.run(prompts.items, visit, "score"):
             columns = DOTS + len(self.state.references)
             table = torch.zeros(len(indices), self.components.size, columns, dtype=torch.float64)
             for layer, device_values in reached:
                 values = device_values.cpu()  # waits for the device here, not in every layer
                 for k, scale in enumerate(self.scales(layer)):
                     values[..., DOTS + k] *= scale
-                _check_finite(layer, [owners[i] for i in indices], values)
+                _check_finite(layer, [names[i] for i in indices], values)
                 table.index_add_(1, self.components[layer][1], values)
             reached.clear()
             yield indices, nll, table
 
 
-def _check_finite(layer: LinearLayer, prompts: list[int], values: Tensor) -> None:
+def _check_finite(layer: LinearLayer, names: list[str], values: Tensor) -> None:
     bad = (~torch.isfinite(values)).flatten(1).any(1)
     if bad.any():
         raise NonFiniteGradientError(
             f"gradsafe.Detector: the gradient of {layer.name} holds NaN or Inf for "
-            f"prompts[{prompts[int(bad.nonzero()[0])]}]; check the model's weights, or run it in "
-            "bfloat16 or float32 if it is in float16"
+            f"{names[int(bad.nonzero()[0])]}; check the model's weights, or run it in bfloat16 or "
+            "float32 if it is in float16"
         )
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from gradsafe._checks import check_value
 from gradsafe.finetuning.chunked_kl import CHUNK_TOKENS, Teacher, chunked_kl
-from gradsafe.finetuning.config import KLTokens, check_choice
+from gradsafe.finetuning.config import KLTokens
 from gradsafe.finetuning.output_head import OutputHead, unwrapped
 from gradsafe.finetuning.rows import IGNORED
 from gradsafe.finetuning.teachers import (
@@ -62,7 +63,7 @@ class KLAlignment:
         cache: str | os.PathLike[str] | None = None,
         chunk_tokens: int = CHUNK_TOKENS,
     ) -> None:
-        check_choice("KLAlignment", "kl_tokens", kl_tokens, KLTokens)
+        check_value("KLAlignment", "kl_tokens", kl_tokens, KLTokens)
         if chunk_tokens < 1:
             raise ValueError(
                 f"gradsafe.KLAlignment: expected chunk_tokens >= 1, got {chunk_tokens}"

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
+
+from gradsafe._checks import check_fields
 
 Loss = Literal["kl", "sft"]
 KLTokens = Literal["response", "non_pad", "all"]
 Scope = Literal["global", "tensor", "layer"]
 
-_KINDS: dict[type, tuple[type, str]] = {
-    bool: (bool, "True or False"),
-    int: (Integral, "a whole number"),
-    float: (Real, "a number"),
-    str: (str, "a string"),
-}
 _LEAST = {"rho": 0, "alignment_batch_size": 1, "max_length": 2, "warn_cosine": 0, "warn_steps": 1}
 
 
@@ -67,33 +61,12 @@ class SafeGradConfig:
     warn_steps: int = 100
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(SafeGradConfig).items():
-            value = getattr(self, name)
-            kind, *optional = get_args(hint) or (hint,)
-            if get_origin(hint) is Literal:
-                check_choice("SafeGradConfig", name, value, hint)
-            elif name == "reference":
-                if not (self.has_model or (isinstance(value, str) and value)):
-                    places = '"adapter_off", "cached", a model, or the folder or Hub id of a model'
-                    raise self._error(TypeError, name, places)
-            elif not (value is None and optional):
-                self._check(name, kind, " or None" if optional else "")
-
-    def _check(self, name: str, kind: type, or_none: str) -> None:
-        allowed, words = _KINDS[kind]
-        value: Any = getattr(self, name)
-        fits = isinstance(value, allowed) and isinstance(value, bool) == (kind is bool)
-        if not fits:
-            raise self._error(TypeError, name, words + or_none)
-        least = _LEAST.get(name, -math.inf)
-        if kind is not str and not least <= value < math.inf:
-            finite = "finite and " if kind is float else ""
-            raise self._error(ValueError, name, f"{finite}>= {least}{or_none}")
-        object.__setattr__(self, name, kind(value))  # numbers of NumPy are not JSON
-
-    def _error(self, kind: type[Exception], name: str, expected: str) -> Exception:
-        value = getattr(self, name)
-        return kind(f"gradsafe.SafeGradConfig: expected {name} to be {expected}, got {value!r}")
+        check_fields("SafeGradConfig", self, _LEAST)
+        if not (self.has_model or (isinstance(self.reference, str) and self.reference)):
+            raise TypeError(
+                'gradsafe.SafeGradConfig: expected reference to be "adapter_off", "cached", a '
+                f"model, or the folder or Hub id of a model, got {self.reference!r}"
+            )
 
     @property
     def has_model(self) -> bool:
@@ -104,11 +77,3 @@ class SafeGradConfig:
         """Return plain JSON values; a reference that is a model becomes "model"."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**values, "reference": "model"} if self.has_model else values
-
-
-def check_choice(owner: str, name: str, value: object, kind: Any) -> None:
-    """Raises ValueError if `value` is not one of the values of the Literal type `kind`."""
-    if value not in get_args(kind):
-        raise ValueError(
-            f"gradsafe.{owner}: expected {name} in {list(get_args(kind))}, got {value!r}"
-        )

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from gradsafe._checks import check_value
 from gradsafe.finetuning import shards
-from gradsafe.finetuning.config import Scope, check_choice
+from gradsafe.finetuning.config import Scope
 from gradsafe.finetuning.statistics import RunningStatistics, SurgeryStatistics
 from gradsafe.ops.checks import FLOAT_DTYPES
 from gradsafe.ops.surgery import RESULTS, check_rho
@@ -76,8 +77,8 @@ class GradientSurgery:
         on_nonfinite: OnNonfinite = "drop",
     ) -> None:
         check_rho("GradientSurgery", rho)
-        check_choice("GradientSurgery", "scope", scope, Scope)
-        check_choice("GradientSurgery", "on_nonfinite", on_nonfinite, OnNonfinite)
+        check_value("GradientSurgery", "scope", scope, Scope)
+        check_value("GradientSurgery", "on_nonfinite", on_nonfinite, OnNonfinite)
         named = _trained(parameters)
         self.parameters = [parameter for _, parameter in named]
         self.rho = rho

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,32 +21,27 @@ KIND = "alignment_reference"
 Batch = Mapping[str, Any]
 
 
+@dataclass
 class ModelReference:
     """A reference model that runs on every batch: a second model, or the student without adapters.
 
     `adapters_off` makes the context in which the student is the reference.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        head: OutputHead,
-        adapters_off: Callable[[], AbstractContextManager[None]] | None = None,
-    ) -> None:
-        self.model = model
-        self.head = head
-        self._adapters_off = adapters_off
+    model: nn.Module
+    head: OutputHead
+    adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:
         """Return the teacher of a batch: `inputs` of the forward, positions `counted` `[B, T]`."""
-        if self._adapters_off is None and is_sharded(self.head.module):
+        if self.adapters_off is nullcontext and is_sharded(self.head.module):
             raise ValueError(
                 "gradsafe.KLAlignment: the reference model is sharded, but its output head is read "
                 'outside its forward; do not shard it, or use reference="adapter_off" or "cached"'
             )
-        with inference(self.model), (self._adapters_off or nullcontext)():
+        with inference(self.model), self.adapters_off():
             hidden = self.head.run(self.model, inputs)
-        return _teacher(self.head, hidden[counted.to(hidden.device)], self._adapters_off)
+        return _teacher(self.head, hidden[counted.to(hidden.device)], self.adapters_off)
 
 
 class CachedReference:
@@ -151,15 +147,13 @@ def without_adapters(model: nn.Module) -> str:
 def _teacher(
     head: OutputHead,
     hidden: Tensor,
-    adapters_off: Callable[[], AbstractContextManager[None]] | None = None,
+    adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Teacher:
     """Return the logits of states `[N, d]` on request."""
+    off = nullcontext if head.linear else adapters_off  # a linear head has no adapter
 
     def logits(begin: int, end: int) -> Tensor:
-        if adapters_off is None or head.linear:  # no adapter on the head
-            with torch.no_grad():
-                return head.logits(hidden[begin:end])
-        with inference(head.module), adapters_off():
+        with inference(head.module), off():
             return head.logits(hidden[begin:end])
 
     return logits

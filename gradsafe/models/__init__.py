@@ -11,11 +11,12 @@ from gradsafe.models.encode import ContextOverflowError, Encoded, Encoding, Prom
 
 if TYPE_CHECKING:
     from gradsafe.models.batching import Batch, collate, pad_token_id, plan_batches
+    from gradsafe.models.candidates import LinearLayer
     from gradsafe.models.capturing import capture
     from gradsafe.models.coverage import Skipped
     from gradsafe.models.experts import Routing
     from gradsafe.models.inspection import context_length
-    from gradsafe.models.layers import Layers, LinearLayer, find_layers
+    from gradsafe.models.layers import Layers, find_layers
     from gradsafe.models.loss import response_nll
     from gradsafe.models.pieces import probe_prompts, prompt_span, token_texts
     from gradsafe.models.windows import encode_prompts, encode_windows

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from gradsafe._errors import refuse
 from gradsafe.models.encode import Encoded
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Group sequences of similar length under a budget of padded tokens.
 
-    Longest first (equal lengths keep their order), greedily: the first batch is the largest, so an
-    out-of-memory error shows at once. Every batch satisfies `B * T_max <= batch_tokens`, except
+    Longest first (equal lengths keep their order), greedily: the first batch is the largest, so
+    that out-of-memory errors occur early. Every batch satisfies `B * T_max <= batch_tokens`, except
     that a sequence above the budget is a batch of its own.
 
     Args:
@@ -33,10 +34,10 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
         ValueError: `batch_tokens` or a length is below 1.
     """
     if batch_tokens < 1:
-        raise ValueError(f"gradsafe.plan_batches: expected batch_tokens >= 1, got {batch_tokens}")
+        refuse("plan_batches", "batch_tokens >= 1", batch_tokens)
     for index, length in enumerate(lengths):
         if length < 1:
-            raise ValueError(f"gradsafe.plan_batches: expected lengths[{index}] >= 1, got {length}")
+            refuse("plan_batches", f"lengths[{index}] >= 1", length)
     batches: list[list[int]] = []
     widest = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -70,12 +71,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its tensors on `device`."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            position_ids=self.position_ids.to(device),
-        )
+        names = ("input_ids", "attention_mask", "position_ids")
+        return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
 def collate(
@@ -83,7 +80,7 @@ def collate(
     pad_id: int,
     padding_side: Literal["right", "left"] = "right",
 ) -> Batch:
-    """Pad encoded prompts to one batch on the CPU.
+    """Pad encoded prompts to one batch on the CPU, in their order.
 
     Left padding puts all response tokens into the same last columns; `response_nll` then computes
     the fewest logits.
@@ -91,20 +88,15 @@ def collate(
     Args:
         items: Encoded prompts, at least one.
         pad_id: Token id of the padding; masked, so any valid id will do.
-        padding_side: Where the padding goes.
-
-    Returns:
-        The batch, in the order of `items`.
+        padding_side: Side of the padding.
 
     Raises:
         ValueError: No items, or an unknown `padding_side`.
     """
     if not items:
-        raise ValueError("gradsafe.collate: expected at least one item, got none")
+        refuse("collate", "at least one item", "none")
     if padding_side not in ("right", "left"):
-        raise ValueError(
-            f'gradsafe.collate: expected padding_side="right" or "left", got {padding_side!r}'
-        )
+        refuse("collate", 'padding_side="right" or "left"', repr(padding_side))
     lengths = [len(item) for item in items]
     columns = max(lengths)
     starts = [0 if padding_side == "right" else columns - length for length in lengths]
@@ -116,19 +108,11 @@ def collate(
         input_ids[row, real] = torch.tensor(item.input_ids, dtype=torch.int64)
         attention_mask[row, real] = 1
         position_ids[row, real] = torch.arange(length)
-    return Batch(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        lengths=lengths,
-        prompt_lengths=[item.prompt_length for item in items],
-        starts=starts,
-    )
+    prompt_lengths = [item.prompt_length for item in items]
+    return Batch(input_ids, attention_mask, position_ids, lengths, prompt_lengths, starts)
 
 
 def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return an id to pad with: the pad token, else EOS, else 0 (harmless, since it is masked)."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    return 0
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in known if token is not None))

@@ -1,4 +1,4 @@
-"""The calls of one layer in one pass, brought together to one x and one dy."""
+"""The calls of one layer in one pass, merged to one x and one dy."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradsafe.models.candidates import LinearLayer
 from gradsafe.models.experts import Routing
-from gradsafe.models.layers import LinearLayer
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Part:
 
 
 def merge(parts: list[Part]) -> tuple[Tensor, Tensor]:
-    """`[B, rows, F]` of all calls; where rows are tokens, the calls of one lie side by side."""
+    """`[B, rows, F]` of all calls; where rows are tokens, the calls of one token are neighbours."""
     width = parts[0].shape[1]
     by_token = parts[0].layer.layout is not None and parts[0].layer.layout.time is not None
     pairs = []

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from gradsafe.models.calls import Part, merge, merge_stack
-from gradsafe.models.compat import hooks_inside_checkpoint
-from gradsafe.models.cut import Cut, differentiable_embedding, differentiable_output
-from gradsafe.models.experts import Routing, Tap, replaced_experts
-from gradsafe.models.layers import Layers, LinearLayer
+from gradsafe.models.candidates import LinearLayer
+from gradsafe.models.cut import start_graph
+from gradsafe.models.experts import Routing, replaced_experts
+from gradsafe.models.layers import Layers
 from gradsafe.models.modes import checkpointing_modules, decoder_loop, evaluating, frozen
-from gradsafe.models.products import Product, watch
+from gradsafe.models.products import Product, watch_calls, watch_products
 
-# consume(layer, x, dy), and a Routing behind them for a layer with experts.
+# consume(layer, x, dy), with a Routing behind them for a layer with experts.
 Consume = Callable[..., None]
 
 
@@ -55,7 +55,7 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
     """
     if not layers.scored:
         raise ValueError("gradsafe.capture: layers.scored is empty; nothing to capture")
-    loop = decoder_loop(model, layers.blocks)
+    decoder_loop(model, layers.blocks)  # raises where the layers belong to another model
     start = min(layer.block for layer in layers.scored)
     checkpointed = checkpointing_modules(model, layers.blocks, start)
     session = _Session(layers, consume)
@@ -64,29 +64,12 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
         stack.enter_context(evaluating(model, checkpointed))
         for handle in session.register(model):
             stack.callback(handle.remove)
-        stack.enter_context(replaced_experts(session.expert_taps()))
-        cuts = {0, start}
-        inside = any(map(hooks_inside_checkpoint, checkpointed))
-        if inside and len({id(block) for block in layers.blocks}) < len(layers.blocks):
-            raise RuntimeError(
-                "gradsafe.capture: this version of transformers runs hooks within activation "
-                "checkpoints, where a block that stands at two places cannot be followed; switch "
-                "checkpointing off, or update transformers"
-            )
-        if inside and start > 0:
-            cuts = {0}  # and one in front of the checkpoint
-            before = layers.blocks[start - 1]
-            stack.callback(before.register_forward_hook(differentiable_output).remove)
-        elif inside or loop in checkpointed:
-            # Here a cut lies inside the checkpoint, and the reentrant kind needs an unbroken chain
-            # of inputs that require grad, from the embedding up to the first scored block.
-            cuts = {start}
-            stack.callback(differentiable_embedding(model).remove)
-        for index in cuts:
-            cut = Cut(lambda: session.running, requires_grad=bool(checkpointed) and index == start)
-            block = layers.blocks[index]
-            stack.callback(model.register_forward_pre_hook(cut.begin).remove)
-            stack.callback(block.register_forward_pre_hook(cut, with_kwargs=True).remove)
+        routed = [layer for layer in layers.scored if layer.use == "experts"]
+        stack.enter_context(replaced_experts(routed, session.routed))
+        for handle in start_graph(
+            model, layers.blocks, start, checkpointed, lambda: session.running
+        ):
+            stack.callback(handle.remove)
         yield
         session.check()
 
@@ -105,7 +88,7 @@ class _Session:
         self.waiting: dict[str, list[Part]] = {}  # parts of layers that ran several times
         self.reached: set[str] = set()
         self.interrupted = False
-        self.shape: tuple[int, int] | None = None  # [B, T] of the batch
+        self.shape: tuple[int, int] = (0, 0)  # [B, T] of the batch; zeros where unknown
 
     def register(self, model: nn.Module) -> Iterator[Any]:
         """Register the hooks that observe; yields their handles."""
@@ -118,29 +101,10 @@ class _Session:
             for module in [block, *block.children()]:
                 if id(module) not in scored:
                     yield module.register_forward_pre_hook(self._note_shape, with_kwargs=True)
-        products = {layer.name: layer for layer in self.layers.scored if layer.use == "product"}
-        for layer in self.layers.scored:
-            if layer.use == "call":
-                for module in (layer.module, *layer.twins):
-                    yield module.register_forward_hook(self._called(layer), with_kwargs=True)
-
-        def multiplied(name: str, product: Product | None, x: Tensor, output: Tensor) -> Tensor:
-            return self._multiplied(products[name], product, x, output)
-
-        weights = [
-            (layer.name, layer.module, layer.parameter, layer.around or layer.module)
-            for layer in products.values()
-        ]
-        yield from watch(weights, multiplied)
-
-    def expert_taps(self) -> list[tuple[nn.Module, Tap]]:
-        """Experts modules, each with what sees its products."""
-        owners: dict[int, tuple[nn.Module, dict[str, LinearLayer]]] = {}
-        for layer in self.layers.scored:
-            if layer.use == "experts":
-                _, members = owners.setdefault(id(layer.module), (layer.module, {}))
-                members[layer.parameter] = layer
-        return [(module, self._routed(members)) for module, members in owners.values()]
+        called = [layer for layer in self.layers.scored if layer.use == "call"]
+        yield from watch_calls(called, self._called)
+        multiplied = [layer for layer in self.layers.scored if layer.use == "product"]
+        yield from watch_products(multiplied, self._multiplied)
 
     def check(self) -> None:
         """Finish a backward pass; raise if it reached some layers and missed others."""
@@ -158,7 +122,7 @@ class _Session:
             )
 
     def deliver(self, part: Part) -> None:
-        """Take x and dy of one call; the consumer gets them when all calls are there."""
+        """Take x and dy of one call; the consumer gets them when all calls have arrived."""
         name = part.layer.name
         parts = self.waiting.setdefault(name, [])
         parts.append(part)
@@ -170,10 +134,7 @@ class _Session:
         parts = self.waiting.pop(name)
         layer = parts[0].layer
         self.interrupted = True
-        if layer.experts:
-            self.consume(layer, *merge_stack(parts))
-        else:
-            self.consume(layer, *merge(parts))
+        self.consume(layer, *(merge_stack(parts) if layer.experts else merge(parts)))
         self.interrupted = False
         self.reached.add(name)
 
@@ -185,59 +146,55 @@ class _Session:
         self.calls.clear()
         inputs = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
         batch = next((value for value in inputs if isinstance(value, Tensor)), None)
-        self.shape = None if batch is None or batch.ndim < 2 else (batch.shape[0], batch.shape[1])
+        if batch is None or batch.ndim < 2:
+            self.shape = (0, 0)
+        else:
+            self.shape = (batch.shape[0], batch.shape[1])
 
     def _end(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
         self.running = False
 
     def _note_shape(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.running:  # the batch said it
+        if self.running:  # known from the batch
             return
         for value in (*args[:1], kwargs.get("hidden_states")):
             if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
                 self.shape = (value.shape[0], value.shape[1])
                 return
 
-    def _count(self, layer: LinearLayer) -> None:
-        if self.running:
-            self.calls[layer.name] += 1
-
-    def _called(self, layer: LinearLayer) -> Callable[..., Tensor]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-        ) -> Tensor:
-            x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-            if x is None or not isinstance(output, Tensor):
-                raise RuntimeError(
-                    f"gradsafe.capture: expected {layer.name} ({type(module).__name__}) to map a "
-                    f"tensor to a tensor; leave it out of layers.scored"
-                )
-            return self._dense(layer, x, output)
-
-        return hook
+    def _called(
+        self, layer: LinearLayer, module: nn.Module, x: Tensor | None, output: Any
+    ) -> Tensor:
+        if x is None or not isinstance(output, Tensor):
+            raise RuntimeError(
+                f"gradsafe.capture: expected {layer.name} ({type(module).__name__}) to map a "
+                f"tensor to a tensor; leave it out of layers.scored"
+            )
+        return self._dense(layer, x, output)
 
     def _dense(self, layer: LinearLayer, x: Tensor, output: Tensor) -> Tensor:
-        self._count(layer)
-        shape = self._check_shape(layer, x, output)
-        return _Tap.apply(output, x.detach(), self.anchor, layer, self, shape, None)
-
-    def _check_shape(self, layer: LinearLayer, x: Tensor, output: Tensor) -> tuple[int, int]:
-        """Return [B, T], after a look whether x has the layer's layout."""
-        layout = layer.layout
-        samples, width = self.shape or (0, 0)
+        samples, width = self.shape
         try:
-            if layout is None or samples == 0:
+            if layer.layout is None or samples == 0:
                 raise ValueError
-            rows = layout.rows(x, samples).shape[1]
-            if layout.time is not None and rows % width:
+            rows = layer.layout.rows(x, samples).shape[1]
+            if layer.layout.time is not None and rows % width:
                 raise ValueError
         except ValueError:
             raise RuntimeError(
                 f"gradsafe.capture: expected the input of {layer.name} to hold [B, T] = "
-                f"{[samples, width]} as {layout}, got {list(x.shape)} -> {list(output.shape)}; "
-                f"layers that see only some tokens are not supported, leave it out of layers.scored"
+                f"{[samples, width]} as {layer.layout}, got {list(x.shape)} -> "
+                f"{list(output.shape)}; layers that see only some tokens are not supported, leave "
+                f"it out of layers.scored"
             ) from None
-        return samples, width
+        return self._tap(layer, x, output, None)
+
+    def _tap(
+        self, layer: LinearLayer, x: Tensor, output: Tensor, routing: Routing | None
+    ) -> Tensor:
+        if self.running:
+            self.calls[layer.name] += 1
+        return _Tap.apply(output, x.detach(), self.anchor, layer, self, routing)
 
     def _multiplied(
         self, layer: LinearLayer, product: Product | None, x: Tensor, output: Tensor
@@ -254,8 +211,7 @@ class _Session:
             )
         if not layer.experts:
             return self._dense(layer, x, output)
-        self._count(layer)
-        samples, width = self.shape or (0, 0)
+        samples, width = self.shape
         numbers = torch.arange(product.first, product.first + product.matrices, device=x.device)
         per_matrix = x.shape[-3 if product.matrices > 1 else 0 : -1].numel() // product.matrices
         tokens = None
@@ -268,26 +224,26 @@ class _Session:
                 f"gradsafe.capture: rows of {layer.name} cannot be told apart in a batch of "
                 f"{samples} samples; pass one sample at a time"
             )
-        routing = Routing(tokens, numbers.repeat_interleave(per_matrix), samples, width)
-        return _Tap.apply(output, x.detach(), self.anchor, layer, self, (samples, width), routing)
+        experts = numbers.repeat_interleave(per_matrix)
+        return self._tap(layer, x, output, Routing(tokens, experts, samples, width))
 
-    def _routed(self, members: dict[str, LinearLayer]) -> Tap:
-        def tap(
-            name: str, output: Tensor, x: Tensor, tokens: Tensor, experts: Tensor, total: int
-        ) -> Tensor:
-            if name not in members:
-                return output
-            layer, shape = members[name], self.shape or (0, 0)
-            if total != shape[0] * shape[1]:
-                raise RuntimeError(
-                    f"gradsafe.capture: expected the experts of {layer.name} to see [B, T] = "
-                    f"{list(shape)} tokens, got {total}; leave it out of layers.scored"
-                )
-            self._count(layer)
-            routing = Routing(tokens, experts, *shape)
-            return _Tap.apply(output, x.detach(), self.anchor, layer, self, shape, routing)
-
-        return tap
+    def routed(
+        self,
+        layer: LinearLayer,
+        output: Tensor,
+        x: Tensor,
+        tokens: Tensor,
+        experts: Tensor,
+        total: int,
+    ) -> Tensor:
+        """One product with fused experts."""
+        samples, width = self.shape
+        if total != samples * width:
+            raise RuntimeError(
+                f"gradsafe.capture: expected the experts of {layer.name} to see [B, T] = "
+                f"{[samples, width]} tokens, got {total}; leave it out of layers.scored"
+            )
+        return self._tap(layer, x, output, Routing(tokens, experts, samples, width))
 
 
 class _Tap(torch.autograd.Function):
@@ -304,18 +260,17 @@ class _Tap(torch.autograd.Function):
         anchor: Tensor,
         layer: LinearLayer,
         session: _Session,
-        shape: tuple[int, int],
         routing: Routing | None,
     ) -> Tensor:
         """Save x; the result aliases `output` but is no view of it, so models may write to it."""
         ctx.save_for_backward(x)
-        ctx.layer, ctx.session, ctx.shape, ctx.routing = layer, session, shape, routing
+        ctx.call = layer, session, session.shape, routing
         return output.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Deliver x and dy, then pass dy on."""
-        (x,) = ctx.saved_tensors
-        ctx.session.deliver(Part(ctx.layer, x, dy, ctx.shape, ctx.routing))
-        return (dy if ctx.needs_input_grad[0] else None, *[None] * 6)
+        (x,), (layer, session, shape, routing) = ctx.saved_tensors, ctx.call
+        session.deliver(Part(layer, x, dy, shape, routing))
+        return (dy if ctx.needs_input_grad[0] else None, *[None] * 5)

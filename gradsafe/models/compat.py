@@ -1,7 +1,7 @@
-"""What differs between versions of the libraries below; found by feature, never by version number.
+"""Differences between versions of other libraries, found by feature, never by version number.
 
-`constraints/lowest.txt` says what the oldest versions are; a difference that they no longer have is
-removed here.
+`constraints/lowest.txt` names the oldest versions; a difference that they no longer have is removed
+here.
 """
 
 from __future__ import annotations
@@ -17,23 +17,19 @@ from torch import nn
 _CACHE = ("cache", "past_key_values")  # transformers 5.24 took the first
 _CHECKPOINTING_FLAG = ("activation_checkpointing", "gradient_checkpointing")
 _RENAMED_TRAINING_OPTIONS = (
-    ("activation_checkpointing", "gradient_checkpointing"),
+    _CHECKPOINTING_FLAG,
     ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs"),
 )
 
-#: Attributes that hold a linear layer's (in, out) sizes; the second pair is that of older GPTQ
-#: kernels.
+#: Attributes that hold a linear layer's (in, out) sizes; older GPTQ kernels have the second pair.
 LINEAR_SIZES = (("in_features", "out_features"), ("infeatures", "outfeatures"))
 
 
 def cache_argument(accepted: Collection[str]) -> str | None:
-    """Return the name by which a forward takes the keys and values of earlier tokens.
+    """Return the name by which a forward takes the keys and values of earlier tokens, or None.
 
     Args:
         accepted: Names that the forward declares, from `forward_parameters`.
-
-    Returns:
-        "cache", "past_key_values", or None where it takes neither.
     """
     return next((name for name in _CACHE if name in accepted), None)
 
@@ -44,8 +40,8 @@ def is_recurrent(model: nn.Module) -> bool:
 
 
 def returned_cache(output: Any) -> Any:
-    """Return the cache in a model's output, or None; asks for no deprecated name."""
-    # Outputs answer to the old name, with a warning, where they have the new one.
+    """Return the cache in a model's output, or None."""
+    # Outputs with the new name also have the old one, which warns.
     name = next((name for name in _CACHE if hasattr(output, name)), None)
     return None if name is None else getattr(output, name)
 
@@ -77,26 +73,21 @@ def has_gate(experts: Any) -> bool | None:
 
 
 def enable_checkpointing(model: Any, **options: Any) -> None:
-    """Switch activation checkpointing on, without the warning about the method's older name.
+    """Switch activation checkpointing on, with options of `torch.utils.checkpoint.checkpoint`.
 
-    Args:
-        model: A transformers model, PEFT wrapper or not.
-        **options: Of `torch.utils.checkpoint.checkpoint`, such as `use_reentrant`.
+    Does not ask for the method by a deprecated name, which would warn.
     """
-    methods = [f"{name}_enable" for name in _CHECKPOINTING_FLAG]
-    name = next(name for name in methods if hasattr(model, name))
-    getattr(model, name)(options or None)
+    names = [f"{name}_enable" for name in _CHECKPOINTING_FLAG]
+    getattr(model, next(name for name in names if hasattr(model, name)))(options or None)
 
 
 @contextmanager
 def differentiable_layouts(model: nn.Module) -> Iterator[None]:
     """Keep 4-bit weights of bitsandbytes in the layout whose product has a backward pass.
 
-    On processors with AVX512-BF16, a forward pass that needs no gradient packs them in place for a
-    kernel that has none: whatever is differentiated later stops at such a layer without a word.
-
-    Args:
-        model: Any module. Weights that are packed already are unpacked.
+    On processors with AVX512-BF16, a forward pass without gradients packs them in place for a
+    kernel without backward pass: later gradients silently stop at such a layer. Packed weights are
+    unpacked.
     """
     flag = "support_avx512bf16_for_cpu"
     layers = [module for module in model.modules() if getattr(module, flag, False)]
@@ -113,21 +104,18 @@ def differentiable_layouts(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def quiet_renames() -> Iterator[None]:
-    """Hide warnings about names of activation checkpointing that another library asks for.
-
-    PEFT asks transformers for the old one; whoever reads the warning can do nothing about it.
-    """
+    """Hide the warning that PEFT causes by asking transformers for a deprecated name."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`is_gradient_checkpointing` is dep", FutureWarning)
         yield
 
 
 def training_option(name: str, accepted: Collection[str]) -> str:
-    """Return what these `TrainingArguments` call an option that has an older and a newer name.
+    """Return the name of an option in the installed `TrainingArguments`.
 
     Args:
-        name: Either name; any other option is returned as it is.
-        accepted: Fields of the `TrainingArguments` that are installed.
+        name: An older or newer name of it; any other name is returned as it is.
+        accepted: Fields of the `TrainingArguments`.
     """
     for names in _RENAMED_TRAINING_OPTIONS:
         if name in names:

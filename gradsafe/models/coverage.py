@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ from torch import nn
 
 from gradsafe.models.inspection import base_model
 from gradsafe.models.linear import linear_shape, wrapped_layer
+
+Key = tuple[int, str]  # id of a module, and name of its parameter
 
 
 @dataclass(frozen=True)
@@ -31,29 +34,23 @@ def skipped_parameters(
     model: nn.Module,
     blocks: nn.ModuleList,
     chosen: set[int],
-    scored: Sequence[tuple[nn.Module, str]],
-    reasons: Mapping[tuple[int, str], str],
+    scored: set[Key],
+    reasons: Mapping[Key, str],
 ) -> list[Skipped]:
-    """List all parameters outside the scored weights, grouped over blocks.
+    """List all parameters outside the scored weights, grouped over blocks, in model order.
 
-    Args:
-        model: The model as the user holds it.
-        blocks: Its decoder blocks.
-        chosen: Indices of the blocks that may be scored.
-        scored: Module and parameter name of the scored weights.
-        reasons: Why other weights that were looked at are left out, by id of the module and name.
-
-    Returns:
-        Groups in model order. A parameter shared by several modules counts once, at its first.
+    `chosen` are the indices of the blocks that may be scored, `reasons` say why other candidates
+    are left out. A parameter shared by several modules counts once, at its first.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    prefix = names[id(blocks)]
-    scored_keys = {(id(module), leaf) for module, leaf in scored}
-    head = _output_head(model)
-    groups: dict[tuple[str, str], int] = {}
+    prefix = next(name for name, module in model.named_modules() if module is blocks)
+    base: Any = base_model(model)
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    groups: Counter[tuple[str, str]] = Counter()
     seen: set[int] = set()
     for path, module in model.named_modules():
-        owners = _ancestors(model, path)
+        owners = [model]  # from the model down to the module
+        for part in path.split(".") if path else []:
+            owners.append(getattr(owners[-1], part))
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
@@ -61,23 +58,19 @@ def skipped_parameters(
             reason: str | None
             if path.startswith(f"{prefix}."):
                 index, _, rest = f"{path}.{leaf}".removeprefix(f"{prefix}.").partition(".")
+                reason, label = "outside the chosen blocks", f"{prefix}.*"
                 if int(index) in chosen:
-                    reason = _reason_in_block(owners, leaf, scored_keys, reasons)
+                    reason = _reason_in_block(owners, leaf, scored, reasons)
                     label = f"{prefix}.*.{rest}"
-                else:
-                    reason, label = "outside the chosen blocks", f"{prefix}.*"
             else:
                 reason, label = _reason_outside(owners, head), path or leaf
             if reason is not None:
-                groups[label, reason] = groups.get((label, reason), 0) + parameter.numel()
+                groups[label, reason] += parameter.numel()
     return [Skipped(label, reason, count) for (label, reason), count in groups.items()]
 
 
 def _reason_in_block(
-    owners: list[nn.Module],
-    leaf: str,
-    scored: set[tuple[int, str]],
-    reasons: Mapping[tuple[int, str], str],
+    owners: list[nn.Module], leaf: str, scored: set[Key], reasons: Mapping[Key, str]
 ) -> str | None:
     """Reason for one parameter of a chosen block; None for a scored weight."""
     owner = owners[-1]
@@ -94,43 +87,28 @@ def _reason_in_block(
                 return "adapter (part of its layer's effective weight)"
         if (id(wrapper), leaf) in scored:
             return None
-    if leaf.endswith("bias") and (linear_shape(owner) is not None or _has_scored(owner, scored)):
+    has_scored = any((id(owner), name) in scored for name in owner._parameters)
+    if leaf.endswith("bias") and (linear_shape(owner) is not None or has_scored):
         return "bias"
     for module in reversed(owners):
-        reason = reasons.get((id(module), leaf))
-        if reason is not None:
-            return reason
-    if "norm" in type(owner).__name__.lower():
+        if (id(module), leaf) in reasons:
+            return reasons[id(module), leaf]
+    if _is_norm(owner):
         return "norm"
     if isinstance(owner, nn.modules.conv._ConvNd):
         return "convolution"
     return f"no matrix ({type(owner).__name__})"
 
 
-def _has_scored(owner: nn.Module, scored: set[tuple[int, str]]) -> bool:
-    return any((id(owner), name) in scored for name in owner._parameters)
-
-
-def _reason_outside(owners: list[nn.Module], head: nn.Module | None) -> str:
-    owner = owners[-1]
+def _reason_outside(owners: list[nn.Module], head: object) -> str:
     if any(isinstance(module, nn.Embedding) for module in owners):
         return "embedding"
-    if head is not None and any(module is head for module in owners):
+    if any(module is head for module in owners):
         return "output head"
-    if "norm" in type(owner).__name__.lower():
+    if _is_norm(owners[-1]):
         return "norm"
-    return f"outside the decoder blocks ({type(owner).__name__})"
+    return f"outside the decoder blocks ({type(owners[-1]).__name__})"
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    base: Any = base_model(model)
-    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _ancestors(model: nn.Module, path: str) -> list[nn.Module]:
-    """Modules from the model down to the one at `path`."""
-    owners = [model]
-    for part in path.split(".") if path else []:
-        owners.append(getattr(owners[-1], part))
-    return owners
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()

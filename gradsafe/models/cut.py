@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradsafe.models.compat import hooks_inside_checkpoint
 from gradsafe.models.inspection import base_model
+from gradsafe.models.modes import decoder_loop
 
 
-class Cut:
+def start_graph(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    start: int,
+    checkpointed: Sequence[nn.Module],
+    running: Callable[[], bool],
+) -> Iterator[Any]:
+    """Register hooks under which the graph starts in front of block `start`; yields their handles.
+
+    `checkpointed` is from `checkpointing_modules`; `running` says whether the model's forward runs,
+    and not a recomputation.
+    """
+    inside = any(map(hooks_inside_checkpoint, checkpointed))
+    if inside and len({id(block) for block in blocks}) < len(blocks):
+        raise RuntimeError(
+            "gradsafe.capture: this version of transformers runs hooks within activation "
+            "checkpoints, where a block that occurs twice in the decoder cannot be followed; "
+            "switch checkpointing off, or update transformers"
+        )
+    cuts = {0, start}
+    if inside and start > 0:
+        cuts = {0}  # and one in front of the checkpoint
+        yield blocks[start - 1].register_forward_hook(_differentiable_output)
+    elif inside or decoder_loop(model, blocks) in checkpointed:
+        # Here a cut lies inside the checkpoint, and the reentrant kind needs an unbroken chain of
+        # inputs that require grad, from the embedding up to the first scored block.
+        cuts = {start}
+        base: Any = base_model(model)
+        yield base.get_input_embeddings().register_forward_hook(_differentiable_output)
+    for index in cuts:
+        cut = _Cut(running, requires_grad=bool(checkpointed) and index == start)
+        yield model.register_forward_pre_hook(cut.begin)
+        yield blocks[index].register_forward_pre_hook(cut, with_kwargs=True)
+
+
+class _Cut:
     """Forward pre-hook that detaches a block's hidden states: no graph below this block."""
 
     def __init__(self, running: Callable[[], bool], *, requires_grad: bool) -> None:
@@ -27,34 +64,28 @@ class Cut:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Detach the hidden states on their way into the block."""
         if not torch.is_grad_enabled() or (self.done and self.running()):
             return None
         self.done = True
         if args and isinstance(args[0], Tensor):
-            return (self._detach(args[0]), *args[1:]), kwargs
+            return (_leaf(args[0], self.requires_grad), *args[1:]), kwargs
         hidden = kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
-            return args, {**kwargs, "hidden_states": self._detach(hidden)}
+            return args, {**kwargs, "hidden_states": _leaf(hidden, self.requires_grad)}
         raise RuntimeError(
             f"gradsafe.capture: expected the block {type(module).__name__} to receive its hidden "
             f"states as first argument or as hidden_states="
         )
 
-    def _detach(self, hidden: Tensor) -> Tensor:
-        return hidden.detach().requires_grad_(self.requires_grad)
 
-
-def differentiable_embedding(model: nn.Module) -> Any:
-    """Make the embedding's output require grad, for cuts that lie inside a checkpoint."""
-    base: Any = base_model(model)
-    return base.get_input_embeddings().register_forward_hook(differentiable_output)
-
-
-def differentiable_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+def _differentiable_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
     """Forward hook: a graph starts at the module's output (or its first), and not before."""
     if not torch.is_grad_enabled():
         return output
     if isinstance(output, tuple):
-        return (output[0].detach().requires_grad_(True), *output[1:])
-    return output.detach().requires_grad_(True)
+        return (_leaf(output[0]), *output[1:])
+    return _leaf(output)
+
+
+def _leaf(value: Tensor, requires_grad: bool = True) -> Tensor:
+    return value.detach().requires_grad_(requires_grad)

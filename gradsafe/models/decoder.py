@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from gradsafe.models.inspection import base_model, text_config
-from gradsafe.models.linear import linear_shape, topmost_linears
+from gradsafe.models.linear import linear_shape, without_adapters
 
 
 def decoder_blocks(model: nn.Module) -> nn.ModuleList:
@@ -32,8 +32,11 @@ def decoder_blocks(model: nn.Module) -> nn.ModuleList:
             f"gradsafe.find_layers: {type(base).__name__} has no nn.ModuleList of its "
             f"num_hidden_layers={depth} blocks (lengths found: {lengths or 'none'})"
         )
-    decoder = _decoder(base)
-    inside = _lists(decoder, depth) if decoder is not None else []
+    try:
+        decoder = base.get_decoder()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        decoder = None  # the method is missing, or only declared: the whole model is searched
+    inside = _lists(decoder, depth) if isinstance(decoder, nn.Module) else []
     return max(inside or found, key=_linear_weights)
 
 
@@ -42,7 +45,7 @@ def head_dimension(model: nn.Module) -> int | None:
     config = text_config(model)
     try:
         explicit = getattr(config, "head_dim", None)
-    except RuntimeError:  # a config whose blocks have heads of different sizes says so
+    except RuntimeError:  # raised by configs whose blocks have heads of different sizes
         return None
     if isinstance(explicit, int):
         return explicit
@@ -54,7 +57,7 @@ def head_dimension(model: nn.Module) -> int | None:
 def _lists(module: nn.Module, depth: int) -> list[nn.ModuleList]:
     """Lists of `depth` modules, outermost only: a block may hold a list of as many experts.
 
-    Without one, lists of a whole fraction: such a block counts as several layers, or runs again.
+    Without one, lists whose length divides `depth`: such a block is several layers, or runs again.
     """
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m)]
     found = [m for m in lists if len(m) == depth] or [
@@ -64,17 +67,6 @@ def _lists(module: nn.Module, depth: int) -> list[nn.ModuleList]:
     return [m for m in found if id(m) not in nested]
 
 
-def _decoder(base: nn.Module) -> nn.Module | None:
-    if not callable(getattr(base, "get_decoder", None)):
-        return None
-    try:
-        decoder = base.get_decoder()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        # Exotic families declare the method without supporting it; the whole model is searched.
-        return None
-    return decoder if isinstance(decoder, nn.Module) else None
-
-
 def _linear_weights(blocks: nn.ModuleList) -> int:
-    shapes = [linear_shape(m) for block in blocks for _, m in topmost_linears(block)]
+    shapes = [linear_shape(m) for block in blocks for _, m in without_adapters(block)]
     return sum(shape[0] * shape[1] for shape in shapes if shape is not None)

@@ -10,13 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from gradsafe.models.encoding import (
-    Encoding,
-    Prompt,
-    check_rendered,
-    expect_text,
-    messages_of,
-)
+from gradsafe._errors import refuse
+from gradsafe.models.encoding import Encoding, Prompt, check_rendered, expect_text, messages_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,10 +51,8 @@ class Encoded:
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length < len(self.input_ids):
-            raise ValueError(
-                f"gradsafe.Encoded: expected at least one prompt token and one response token, got "
-                f"prompt_length={self.prompt_length} of {len(self.input_ids)} tokens"
-            )
+            got = f"prompt_length={self.prompt_length} of {len(self.input_ids)} tokens"
+            refuse("Encoded", "at least one prompt token and one response token", got)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -71,18 +64,9 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes prompts against one fixed response: options are checked and tokenised once.
+    """Encodes prompts against one fixed response, which is checked and tokenised once.
 
-    Args:
-        tokenizer: A transformers tokenizer.
-        response: The text whose likelihood is measured after every prompt; tokenised on its own,
-            without special tokens.
-        encoding: The options; None for the defaults.
-        **options: Fields of `Encoding`, in place of those of `encoding`.
-
-    Raises:
-        ValueError: No usable template, an empty response, or an option that contradicts another.
-        TypeError: `response`, `template` or `system` is not a string, or an unknown option.
+    Arguments and errors are those of `encode`.
     """
 
     def __init__(
@@ -102,17 +86,7 @@ class Encoder:
         self.response_ids = self._response_ids(response)
 
     def __call__(self, prompt: Prompt) -> Encoded:
-        """Encode one prompt.
-
-        Args:
-            prompt: User text, or a conversation (see `Prompt`).
-
-        Raises:
-            TypeError: `prompt` is neither a string nor a list of messages with text.
-            ValueError: `prompt` is empty, renders to no token, is no conversation that a response
-                can follow, or has a turn that the template leaves out.
-            ContextOverflowError: More than `max_length` tokens.
-        """
+        """Encode one prompt."""
         encoded = self.encode_any_length(prompt)
         limit = self.encoding.max_length
         if limit is not None and len(encoded) > limit:
@@ -124,7 +98,7 @@ class Encoder:
         return encoded
 
     def encode_any_length(self, prompt: Prompt) -> Encoded:
-        """Encode one prompt without looking at `max_length`; raises as `__call__` otherwise."""
+        """Encode one prompt whatever `max_length` is."""
         messages = messages_of(prompt, self.encoding.system)
         prompt_ids = self._plain_ids(messages) if self._plain else self._chat_ids(messages)
         if not prompt_ids:
@@ -142,17 +116,15 @@ class Encoder:
                 f"pass template= (--template in a shell), for example {_EXAMPLE}"
             )
         if self._plain and "prompt" not in self._fields:
-            raise ValueError(
-                f"gradsafe.encode: expected template= to be a Jinja chat template or a text "
-                f"that contains {{prompt}}, for example {_EXAMPLE}, got {template!r}"
-            )
+            expected = "template= to be a Jinja chat template or a text that contains {prompt}"
+            refuse("encode", f"{expected}, for example {_EXAMPLE}", repr(template))
         if self._plain and system is not None and "system" not in self._fields:
             raise ValueError(
                 "gradsafe.encode: system= is given, but template= has no {system} to hold it"
             )
 
     def _response_ids(self, response: str) -> list[int]:
-        ids = self._tokenize(response, add_special_tokens=False)
+        ids = self._tokenize(response)
         if not ids:
             raise ValueError(
                 f"gradsafe.encode: response={response!r} has no token; use a text such as 'Sure'"
@@ -182,39 +154,32 @@ class Encoder:
             ) from error
         check_rendered(messages, text)
         # The template writes BOS itself: rendering to text first avoids a second one.
-        return self._tokenize(text, add_special_tokens=False)
+        return self._tokenize(text)
 
     def _plain_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         values = {"prompt": messages[-1]["content"], "system": ""}
         if len(messages) == 2 and messages[0]["role"] == "system" and "system" in self._fields:
             values["system"] = messages[0]["content"]
         elif len(messages) > 1:
-            raise ValueError(
-                f"gradsafe.encode: expected a single user turn for the plain template "
-                f"{self.encoding.template!r} (and a system turn where it contains {{system}}), got "
-                f"the roles {', '.join(message['role'] for message in messages)}; pass a Jinja "
-                "chat template as template="
-            )
+            expected = f"a single user turn for the plain template {self.encoding.template!r}"
+            got = f"the roles {', '.join(message['role'] for message in messages)}"
+            do = "pass a Jinja chat template as template= (a system turn needs {system} in it)"
+            refuse("encode", expected, got, do)
         # One pass over the template alone: braces inside the prompt stay as they are.
         text = _FIELD.sub(lambda match: values[match.group(1)], self.encoding.template or "")
-        bare = self._tokenize(text, add_special_tokens=False)
+        bare = self._tokenize(text)
         bos = self.tokenizer.bos_token
         if bos and text.startswith(str(bos)):
             return bare
-        ids = self._tokenize(text, add_special_tokens=True)
+        ids = self._tokenize(text, special=True)
         # Some tokenizers close every text with EOS; the response must follow the prompt directly.
         eos = self.tokenizer.eos_token_id
         added = _trailing(ids, eos) - _trailing(bare, eos)
         return ids[: len(ids) - added] if added > 0 else ids
 
-    def _tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        encoding = self.tokenizer(
-            text,
-            add_special_tokens=add_special_tokens,
-            truncation=False,
-            padding=False,
-            verbose=False,
-        )
+    def _tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        options = {"truncation": False, "padding": False, "verbose": False}
+        encoding = self.tokenizer(text, add_special_tokens=special, **options)
         return [int(token) for token in encoding["input_ids"]]
 
 
@@ -231,7 +196,7 @@ def encode(
         tokenizer: A transformers tokenizer.
         prompt: User text, or a conversation: a list of dicts with "role" (system, user, assistant
             or tool) and "content" (text); the last turn is of the user or a tool.
-        response: Response text.
+        response: Response text; tokenised on its own, without special tokens.
         encoding: The options; None for the defaults.
         **options: Fields of `Encoding` (template, system, append_eos, max_length), in place of
             those of `encoding`.

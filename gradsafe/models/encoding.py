@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gradsafe._errors import refuse
+
 #: One user turn, or a conversation: dicts with "role" and "content", the last turn of a user or
 #: tool. Other keys of a turn ("name", "tool_calls", ...) reach the chat template unchanged.
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -40,20 +42,16 @@ class Encoding:
             if getattr(self, name) is not None:
                 expect_text(name, getattr(self, name))
         if self.overflow not in ("error", "window"):
-            raise ValueError(
-                f'gradsafe.encode: expected overflow="error" or "window", got {self.overflow!r}'
-            )
+            refuse("encode", 'overflow="error" or "window"', repr(self.overflow))
         if self.max_length is not None and self.max_length < 2:
-            raise ValueError(f"gradsafe.encode: expected max_length >= 2, got {self.max_length}")
+            refuse("encode", "max_length >= 2", self.max_length)
 
 
 def expect_text(name: str, value: object, kinds: str = "str") -> None:
     """Raise TypeError unless a value is a string."""
     if not isinstance(value, str):
-        raise TypeError(
-            f"gradsafe.encode: expected {name} to be {kinds}, got {type(value).__name__}; "
-            f"convert it first (dataset columns often hold None for empty cells)"
-        )
+        do = "convert it first (dataset columns often hold None for empty cells)"
+        refuse("encode", f"{name} to be {kinds}", type(value).__name__, do, TypeError)
 
 
 def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, Any]]:
@@ -75,56 +73,42 @@ def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, Any
         expect_text("prompt", prompt, "str or a list of messages")
         messages = [{"role": "user", "content": prompt}]
     if prompt == "":
-        raise ValueError("gradsafe.encode: expected a non-empty prompt, got ''")
+        refuse("encode", "a non-empty prompt", "''")
     return messages if system is None else [{"role": "system", "content": system}, *messages]
 
 
 def _message(index: int, turn: object) -> dict[str, Any]:
     name = f"prompt[{index}]"
     if not isinstance(turn, Mapping) or "role" not in turn:
-        raise TypeError(
-            f'gradsafe.encode: expected {name} to be a dict with "role" and "content", got {turn!r}'
-        )
+        expected = f'{name} to be a dict with "role" and "content"'
+        refuse("encode", expected, repr(turn), kind=TypeError)
     role, content = turn["role"], turn.get("content")
     if role not in ROLES:
-        raise ValueError(
-            f"gradsafe.encode: expected the role of {name} to be one of {', '.join(ROLES)}, got "
-            f"{role!r}"
-        )
+        refuse("encode", f"the role of {name} to be one of {', '.join(ROLES)}", repr(role))
     if not content and role == "assistant" and turn.get("tool_calls"):
         return dict(turn)  # a turn that only calls tools has no text
     if not isinstance(content, str):
-        raise TypeError(
-            f"gradsafe.encode: expected the content of {name} to be str, got "
-            f"{type(content).__name__}; only text models are supported, so join the text parts of "
-            "a turn into one string and leave out images and audio"
-        )
+        do = "only text is supported: join the text parts of a turn, leave out images and audio"
+        got = type(content).__name__
+        refuse("encode", f"the content of {name} to be str", got, do, TypeError)
     if not content:
-        raise ValueError(
-            f"gradsafe.encode: expected the content of {name} to be non-empty, got ''; leave out "
-            "turns without text"
-        )
+        do = "leave out turns without text"
+        refuse("encode", f"the content of {name} to be non-empty", "''", do)
     return dict(turn)
 
 
 def _check_roles(roles: list[str], system: str | None) -> None:
     if not roles:
-        raise ValueError("gradsafe.encode: expected at least one message in the prompt, got none")
+        refuse("encode", "at least one message in the prompt", "none")
     if roles[-1] == "assistant":
-        raise ValueError(
-            "gradsafe.encode: expected the last turn of the prompt to be user or tool, got "
-            "assistant; pass the text of that turn as the response"
-        )
+        do = "pass the text of that turn as the response"
+        refuse("encode", "the last turn of the prompt to be user or tool", "assistant", do)
     if roles[-1] == "system" or "user" not in roles:
-        raise ValueError(
-            "gradsafe.encode: expected a prompt with a user turn whose last turn is user or tool, "
-            f"got the roles {', '.join(roles)}; add the user turn"
-        )
+        expected = "a prompt with a user turn whose last turn is user or tool"
+        refuse("encode", expected, f"the roles {', '.join(roles)}", "add the user turn")
     if system is not None and "system" in roles:
-        raise ValueError(
-            "gradsafe.encode: expected one system message, got system= and a system turn in the "
-            "prompt; leave out one of them"
-        )
+        got = "system= and a system turn in the prompt"
+        refuse("encode", "one system message", got, "leave out one of them")
 
 
 def check_rendered(messages: Sequence[Mapping[str, Any]], text: str) -> None:
@@ -145,11 +129,9 @@ def check_rendered(messages: Sequence[Mapping[str, Any]], text: str) -> None:
                 break
         else:
             short = content if len(content) <= 40 else f"{content[:40]}..."
-            raise ValueError(
-                f"gradsafe.encode: expected the chat template to render every turn in order, but "
-                f"turn {index} ({role}: {short!r}) is missing; pass another template=, or merge "
-                "this turn into another one"
-            )
+            got = f"a prompt without turn {index} ({role}: {short!r})"
+            do = "pass another template=, or merge this turn into another one"
+            refuse("encode", "the chat template to render every turn in order", got, do)
         position = position if role == "system" else found + len(wanted)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from gradsafe.models.candidates import LinearLayer
 from gradsafe.models.compat import has_gate
 
 IMPLEMENTATION = "gradsafe_capture"
 
-# The setting lies behind a property that would also change the configs of other towers.
+# The public property would also change the configs of other towers.
 _SETTING = "_experts_implementation_internal"
 
 
@@ -25,7 +27,7 @@ class Routing:
     """Which token and which expert each of N rows belongs to.
 
     Attributes:
-        tokens: `[N]` int64, b * T + t; None where only the sample is known, which is then alone.
+        tokens: `[N]` int64, b * T + t; None where only the sample is known (then B is 1).
         experts: `[N]` int64, ascending; rows of one expert are in the order of their tokens.
         samples: B.
         width: T.
@@ -37,18 +39,16 @@ class Routing:
     width: int
 
 
-# tap(name, output, x, tokens, experts, T) returns the output, observed.
-Tap = Callable[[str, Tensor, Tensor, Tensor, Tensor, int], Tensor]
+# observe(layer, output, x, tokens, experts, total) returns the output to continue with; tokens and
+# experts are as in `Routing`, total is the number of tokens that the module sees.
+Observe = Callable[[LinearLayer, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
-_taps: dict[int, Tap] = {}  # by id of the experts module
+# What observes a weight, by id of the experts module and name of the weight.
+_taps: dict[tuple[int, str], Callable[..., Tensor]] = {}
 
 
 def stacked_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
-    """Fused weights that the interface reaches: name to (E, O, I); empty for other modules.
-
-    Args:
-        module: Any module.
-    """
+    """Fused weights that the interface reaches: name to (E, O, I); empty for other modules."""
     gated = has_gate(module)
     if gated is None or not hasattr(getattr(module, "config", None), _SETTING):
         return {}
@@ -63,28 +63,25 @@ def stacked_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 
 @contextmanager
-def replaced_experts(taps: Sequence[tuple[nn.Module, Tap]]) -> Iterator[None]:
-    """Run these experts modules through `experts_forward`; restore the configs at the end.
-
-    Args:
-        taps: Experts modules, each with what sees its products.
-    """
-    if not taps:
+def replaced_experts(layers: Sequence[LinearLayer], observe: Observe) -> Iterator[None]:
+    """Run the modules of these layers through `experts_forward`; `observe` sees their products."""
+    if not layers:
         yield
         return
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-    configs: dict[int, Any] = {id(module.config): module.config for module, _ in taps}
+    taps = {(id(layer.module), layer.parameter): partial(observe, layer) for layer in layers}
+    configs: dict[int, Any] = {id(c): c for c in (layer.module.config for layer in layers)}
     before = {key: getattr(config, _SETTING) for key, config in configs.items()}
     try:
         for config in configs.values():
             setattr(config, _SETTING, IMPLEMENTATION)
-        _taps.update((id(module), tap) for module, tap in taps)
+        _taps.update(taps)
         yield
     finally:
-        for module, _ in taps:
-            _taps.pop(id(module), None)
-        for key, config in configs.items():
-            setattr(config, _SETTING, before[key])
+        for key in taps:
+            _taps.pop(key, None)
+        for config in configs.values():
+            setattr(config, _SETTING, before[id(config)])
 
 
 def experts_forward(
@@ -93,15 +90,14 @@ def experts_forward(
     """The interface's arithmetic with rows sorted by expert, then token.
 
     Args:
-        module: Experts module; the flags of the interface say what its weights are.
+        module: Experts module with the flags of the interface.
         hidden_states: `[T, H]`.
         top_k_index: `[T, k]` int64, experts of each token; E and above mean none.
-        top_k_weights: `[T, k]`, what their outputs are multiplied by.
+        top_k_weights: `[T, k]`, factors of their outputs.
 
     Returns:
         `[T, H]`, dtype of `hidden_states`.
     """
-    tap = _taps.get(id(module))
     gated = has_gate(module)
     up_name = "gate_up_proj" if gated else "up_proj"
     count, width = getattr(module, up_name).shape[0], top_k_index.shape[-1]
@@ -113,8 +109,8 @@ def experts_forward(
 
     def project(name: str, x: Tensor) -> Tensor:
         output = _grouped_linear(x, getattr(module, name), counts, module.is_transposed)
-        if tap is not None:
-            output = tap(name, output, x, tokens, experts, len(top_k_index))
+        if (id(module), name) in _taps:
+            output = _taps[id(module), name](output, x, tokens, experts, len(top_k_index))
         return output + getattr(module, f"{name}_bias")[experts] if module.has_bias else output
 
     inner = project(up_name, hidden_states[tokens])

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from gradsafe._errors import refuse
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -16,14 +18,7 @@ _LARGEST_LENGTH = 10**9
 
 
 def base_model(model: nn.Module) -> nn.Module:
-    """Return the transformers model behind `torch.compile` and PEFT wrappers.
-
-    Args:
-        model: Any causal language model, wrapped or not.
-
-    Returns:
-        The innermost wrapped model, or `model` itself.
-    """
+    """Return the transformers model behind `torch.compile` and PEFT wrappers, or `model` itself."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and callable(getattr(model, "get_base_model", None)):
@@ -36,18 +31,12 @@ def base_model(model: nn.Module) -> nn.Module:
 def text_config(model: nn.Module) -> Any:
     """Return the config of the text decoder (multimodal configs hold several).
 
-    Args:
-        model: A transformers model, wrapped or not.
-
     Raises:
         ValueError: The model has no `config`.
     """
     config = getattr(base_model(model), "config", None)
     if config is None:
-        raise ValueError(
-            f"gradsafe.models: expected model to be a transformers model with a config, "
-            f"got {type(model).__name__}"
-        )
+        refuse("models", "model to be a transformers model with a config", type(model).__name__)
     getter = getattr(config, "get_text_config", None)
     return getter() if callable(getter) else config
 
@@ -74,14 +63,9 @@ def forward_parameters(model: nn.Module) -> frozenset[str]:
 
 
 def input_device(model: nn.Module) -> torch.device | None:
-    """Return the device where token ids must go: that of the input embedding.
+    """Return the device of the input embedding, where token ids must go.
 
-    Args:
-        model: A transformers model; its weights may be spread over devices.
-
-    Returns:
-        The device, or None where the embedding is offloaded ("meta"): accelerate's own hooks move
-        the inputs then.
+    None where the embedding is offloaded ("meta"): accelerate's own hooks move the inputs then.
     """
     base: Any = base_model(model)
     embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else base

@@ -31,11 +31,7 @@ class Layout:
         return replace(self, time=None) if same else None
 
     def rows(self, value: Tensor, samples: int) -> Tensor:
-        """Read `[..., F]` as `[samples, rows, F]`.
-
-        Raises:
-            ValueError: The tensor does not have this layout.
-        """
+        """Read `[..., F]` as `[samples, rows, F]`; ValueError if it does not have this layout."""
         if self.merged:
             if value.ndim < 2 or value.shape[self.batch] % samples:
                 raise ValueError("batch axis is no multiple of the batch size")
@@ -48,14 +44,10 @@ class Layout:
         return value.movedim((self.batch, self.time), (0, 1)).flatten(1, -2)
 
     def tokens(self, numbers: Tensor, lead: Sequence[int]) -> Tensor:
-        """Number of the token of every row of a tensor `[*lead, F]`, in the tensor's order.
+        """The number b * T + t of the token of every row of a tensor `[*lead, F]`, in its order.
 
-        Args:
-            numbers: `[B, T, 1]` int64, b * T + t.
-            lead: Its leading sizes.
-
-        Returns:
-            `[rows]` int64; the first token of the sample where rows are no tokens.
+        `numbers` is `[B, T, 1]` int64; the result `[rows]` holds the first token of the sample
+        where rows are no tokens.
         """
         samples = numbers.shape[0]
         sizes = list(lead)
@@ -71,15 +63,9 @@ class Layout:
 
 
 def find_layout(shape: Sequence[int], samples: int, tokens: int) -> Layout | None:
-    """Recognise the layout of a tensor `[..., F]`.
+    """Recognise the layout of a tensor `[..., F]`; None where no axis belongs to the samples.
 
-    Args:
-        shape: Its shape.
-        samples: B.
-        tokens: T; unequal sizes that occur nowhere else in the model leave no doubt.
-
-    Returns:
-        The layout, or None where no axis belongs to the samples.
+    B and T must differ from each other and from all other sizes of the model.
     """
     lead = list(shape[:-1])
     if samples in lead:

@@ -1,4 +1,4 @@
-"""What counts as one linear layer, whatever stores its weight."""
+"""What is one linear layer, whatever stores its weight."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
     Linear-like are `nn.Linear` and everything that shows the same two integers (4- and 8-bit
     layers, GPTQ, AWQ), transformers' `Conv1D`, and a PEFT wrapper around one of these.
-
-    Args:
-        module: Any module.
     """
     if isinstance(module, Conv1D):
         return int(module.nf), int(module.weight.shape[0])
@@ -30,9 +27,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
         size = (getattr(module, out_name, None), getattr(module, in_name, None))
         if all(type(value) is int and value > 0 for value in size):
             weight = getattr(module, "weight", None)
-            stacked = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+            stored = isinstance(weight, torch.Tensor) and weight.is_floating_point()
             # Stacked expert weights and convolutions have the attributes, not the arithmetic.
-            return None if stacked and weight.ndim != 2 else size  # type: ignore[union-attr, return-value]
+            return None if stored and weight.ndim != 2 else size  # type: ignore[union-attr, return-value]
     return None
 
 
@@ -42,25 +39,8 @@ def wrapped_layer(module: nn.Module) -> nn.Module | None:
     return inner if isinstance(inner, nn.Module) and hasattr(module, "get_base_layer") else None
 
 
-def topmost_linears(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield `(qualified name, module)` of the outermost linear-like modules, in module order.
-
-    Args:
-        module: Where to look, itself included.
-        name: Qualified name of `module`.
-    """
-    for path, inner in without_adapters(module, name):
-        if linear_shape(inner) is not None:
-            yield path, inner
-
-
 def without_adapters(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield `(qualified name, module)` down to linear-like modules, past the parts of adapters.
-
-    Args:
-        module: Where to start, itself included.
-        name: Qualified name of `module`.
-    """
+    """Yield `(qualified name, module)` down to linear-like modules, past the parts of adapters."""
     yield name, module
     if linear_shape(module) is not None:
         return

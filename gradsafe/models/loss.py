@@ -62,11 +62,9 @@ def response_nll(model: nn.Module, batch: Batch) -> Tensor:
             f"gradsafe.response_nll: expected {type(model).__name__} to return logits for "
             f"{columns} positions, got {logits.shape[1]}"
         )
-    positions, targets = positions.to(logits.device), targets.to(logits.device)
-    counts = counts.to(logits.device)
-    rows = torch.arange(len(positions), device=logits.device)[:, None]
+    positions, targets, counts = (t.to(logits.device) for t in (positions, targets, counts))
     # [B, R, V]; rows with a short response repeat their first position, masked below.
-    picked = logits[rows, positions]
+    picked = logits[torch.arange(len(positions), device=logits.device)[:, None], positions]
     if picked.dtype != torch.float64:
         picked = picked.to(torch.float32)
     nll = functional.cross_entropy(picked.flatten(0, 1), targets.flatten(), reduction="none")
@@ -77,12 +75,12 @@ def response_nll(model: nn.Module, batch: Batch) -> Tensor:
 
 def _predicting_positions(batch: Batch) -> tuple[Tensor, Tensor]:
     """Columns whose logits predict the response, `[B, R]`, and their number per row, `[B]`."""
-    rows = list(zip(batch.starts, batch.prompt_lengths, batch.lengths, strict=True))
-    counts = [length - prompt for _, prompt, length in rows]
-    longest = max(counts)
-    columns = []
-    for (start, prompt, _), count in zip(rows, counts, strict=True):
-        first = start + prompt - 1
-        columns.append([*range(first, first + count), *[first] * (longest - count)])
+    pairs = zip(batch.lengths, batch.prompt_lengths, strict=True)
+    counts = [length - prompt for length, prompt in pairs]
+    firsts = [a + prompt - 1 for a, prompt in zip(batch.starts, batch.prompt_lengths, strict=True)]
+    columns = [
+        [*range(first, first + count), *[first] * (max(counts) - count)]
+        for first, count in zip(firsts, counts, strict=True)
+    ]
     device = batch.input_ids.device
     return torch.tensor(columns, device=device), torch.tensor(counts, device=device)

@@ -13,13 +13,8 @@ from gradsafe.models.compat import checkpointing_flag, differentiable_layouts
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Turn `requires_grad` off for all parameters; restore every flag at the end.
-
-    Flags are kept by module and name, not by object: offloading replaces parameter objects.
-
-    Args:
-        model: Any module.
-    """
+    """Turn `requires_grad` off for all parameters; restore every flag at the end."""
+    # By module and name, not by object: offloading replaces parameter objects.
     flags = [
         (module, name, parameter.requires_grad)
         for module in model.modules()
@@ -35,15 +30,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: nn.Module, checkpointed: Sequence[nn.Module]) -> Iterator[None]:
+def evaluating(model: nn.Module, checkpointed: Sequence[nn.Module] = ()) -> Iterator[None]:
     """Put the model in eval mode, except the own flag of `checkpointed`; restore all at the end.
 
     transformers checkpoints a block only while that block is in training mode. Only the block's own
     flag is raised, its submodules stay in eval mode.
-
-    Args:
-        model: Any module.
-        checkpointed: Modules from `checkpointing_modules`.
     """
     flags = [(module, module.training) for module in model.modules()]
     try:
@@ -61,16 +52,9 @@ def checkpointing_modules(model: nn.Module, blocks: nn.ModuleList, start: int) -
     """Return the modules whose training flag keeps activation checkpointing active.
 
     These are the blocks from `start` on that checkpoint themselves, or, in families that
-    checkpoint from the decoder's loop, the module that owns the blocks.
-
-    Args:
-        model: The model that holds the blocks.
-        blocks: Its decoder blocks.
-        start: First block that the backward pass reaches.
-
-    Returns:
-        The modules; empty where checkpointing is off, or where the flag would switch on a dropout
-        that the module applies itself (a warning says so).
+    checkpoint from the decoder's loop, the module that owns the blocks. None where checkpointing is
+    off, or where the flag would switch on a dropout that the module applies itself (with a
+    warning).
     """
     modules = [m for m in blocks[start:] if checkpointing_flag(m)]
     if not modules and all(checkpointing_flag(m) is None for m in blocks):
@@ -102,14 +86,11 @@ def decoder_loop(model: nn.Module, blocks: nn.ModuleList) -> nn.Module:
 
 def _own_dropout(module: nn.Module) -> str | None:
     """Name of a positive dropout rate that acts on the module's own training flag, if any."""
-    config = getattr(module, "config", None) if not _holds_blocks(module) else None
+    # A decoder's config lists the rates of its blocks, which act on flags further down.
+    holds_blocks = any(isinstance(child, nn.ModuleList) for child in module.children())
+    config = None if holds_blocks else getattr(module, "config", None)
     for source, values in (("", vars(module)), ("config.", vars(config) if config else {})):
         for name, value in values.items():
             if "drop" in name.lower() and isinstance(value, float) and value > 0:
                 return f"{source}{name}={value}"
     return None
-
-
-def _holds_blocks(module: nn.Module) -> bool:
-    # A decoder's config lists the rates of its blocks, which act on flags further down.
-    return any(isinstance(child, nn.ModuleList) for child in module.children())

@@ -1,11 +1,12 @@
-"""Sees the products of weights that are used by name and not by calling their module."""
+"""Sees how weights are used: calls of linear modules, and products with weights by name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from gradsafe.models.candidates import Candidate, LinearLayer
 from gradsafe.models.linear import linear_shape
 
 _RIGHT = {  # functions of (x, W) with W [..., I, O]
@@ -25,6 +27,9 @@ _RIGHT = {  # functions of (x, W) with W [..., I, O]
     Tensor.bmm,
 }
 _CASTS = {Tensor.to, Tensor.type, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16}
+
+
+W = TypeVar("W", bound=Candidate | LinearLayer)
 
 
 @dataclass(frozen=True)
@@ -48,25 +53,62 @@ class Product:
     transposed: bool
 
 
-# observe(key, product, x, output) returns the output; product None for one that is not understood.
-Observe = Callable[[str, Product | None, Tensor, Tensor], Tensor]
+def watch_calls(
+    weights: Iterable[W], observe: Callable[[W, nn.Module, Tensor | None, Any], Any]
+) -> Iterator[Any]:
+    """Register hooks on the modules of these weights and their twins; yields the handles.
 
-
-class Products(TorchFunctionMode):
-    """While active, calls `observe` for every product with one of the weights.
-
-    Args:
-        weights: Key, module and parameter name of each; looked up at every product, since
-            offloading replaces parameter objects.
-        observe: Sees x `[..., I]` and the output `[..., O]`, and returns what to go on with.
+    `observe(weight, module, x, output)` sees the first tensor among the inputs, None without one,
+    and returns the output to continue with.
     """
 
-    def __init__(self, weights: Sequence[tuple[str, nn.Module, str]], observe: Observe) -> None:
+    def hook(weight: W, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        return observe(weight, module, x, output)
+
+    for weight in weights:
+        modules: list[nn.Module] = [weight.module, *weight.twins]
+        for module in modules:
+            yield module.register_forward_hook(partial(hook, weight), with_kwargs=True)
+
+
+def watch_products(
+    weights: Iterable[W], observe: Callable[[W, Product | None, Tensor, Tensor], Tensor]
+) -> Iterator[Any]:
+    """Register hooks under which `observe` sees every product with one of these weights.
+
+    `observe(weight, product, x, output)` sees x `[..., I]` and the output `[..., O]` and returns
+    the output to continue with; `product` is None where it is not understood.
+
+    Yields objects with a method `remove`: handles of hooks, and the mode that they switch. A weight
+    of a plain container is used in the forward of its module, the weight of a linear layer in the
+    forward of either the layer or the module around it.
+    """
+    groups: dict[int, tuple[list[W], dict[int, nn.Module]]] = {}
+    for weight in weights:
+        entries = [weight.module]
+        if linear_shape(weight.module) is not None and weight.around is not None:
+            entries.append(weight.around)
+        group, modules = groups.setdefault(id(entries[-1]), ([], {}))
+        group.append(weight)
+        modules.update((id(entry), entry) for entry in entries)
+    for group, modules in groups.values():
+        mode = _Products(group, observe)
+        yield mode
+        for module in modules.values():
+            yield module.register_forward_pre_hook(mode.enter, prepend=True)
+            yield module.register_forward_hook(mode.leave, always_call=True)
+
+
+class _Products(TorchFunctionMode):
+    """While active, calls `observe` for every product with one of the weights."""
+
+    def __init__(self, weights: Sequence[Any], observe: Callable[..., Tensor]) -> None:
         super().__init__()
         self.weights = weights
         self.observe = observe
         self._depth = 0
-        self._casts: list[tuple[str, Tensor]] = []
+        self._casts: list[tuple[Any, Tensor]] = []
 
     def enter(self, *_: Any) -> None:
         """Activate, unless it is already; a forward pre-hook."""
@@ -110,7 +152,7 @@ class Products(TorchFunctionMode):
         return output
 
     def _contracted(self, equation: str, x: Tensor, weight: Tensor, output: Tensor) -> Tensor:
-        """An einsum that is a product once axes side by side are taken as one."""
+        """An einsum that is a product after neighbouring axes are merged."""
         inputs, _, result = equation.replace(" ", "").partition("->")
         left, _, right = inputs.partition(",")
         shared = [axis for axis in right if axis in left and axis not in result]
@@ -125,56 +167,27 @@ class Products(TorchFunctionMode):
         flat = output.flatten(len(lead))
         return self._seen(x.flatten(len(lead)), matrix, flat).view(output.shape)
 
-    def _find(self, value: Any) -> tuple[str, Tensor] | None:
+    def _find(self, value: Any) -> tuple[Any, Tensor] | None:
+        """The weight whose memory a tensor has, and that memory as the weight stores it."""
         # Quantised tensors of torchao wrap others and have no storage of their own.
         if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value):
             return None
         storage = value.untyped_storage().data_ptr()
-        for key, module, leaf in self.weights:
-            weight = getattr(module, leaf)
-            if is_traceable_wrapper_subclass(weight):
+        # Looked up at every product, since offloading replaces parameter objects.
+        stored = ((weight, getattr(weight.module, weight.parameter)) for weight in self.weights)
+        for weight, tensor in (*stored, *self._casts):
+            if is_traceable_wrapper_subclass(tensor):
                 continue
-            if weight.untyped_storage().data_ptr() == storage:
-                return key, weight
-        for key, weight in self._casts:
-            if weight.untyped_storage().data_ptr() == storage:
-                return key, weight
+            if tensor.untyped_storage().data_ptr() == storage:
+                return weight, tensor
         return None
 
     def _seen(self, x: Any, matrix: Tensor, output: Tensor) -> Tensor:
         found = self._find(matrix)
         if found is None:
             return output
-        key, weight = found
-        return self.observe(key, _product(matrix, weight), x, output)
-
-
-def watch(
-    weights: Iterable[tuple[str, nn.Module, str, nn.Module]], observe: Observe
-) -> Iterator[Any]:
-    """Register hooks under which `observe` sees the products of these weights.
-
-    Yields what has a method `remove`: handles of hooks, and the mode that they switch.
-
-    A weight of a plain container is used in the forward of its module, that of a linear layer in
-    the forward of either the layer or the module around it.
-
-    Args:
-        weights: Key, module, parameter name and the module around it.
-        observe: See `Products`.
-    """
-    groups: dict[int, tuple[list[tuple[str, nn.Module, str]], dict[int, nn.Module]]] = {}
-    for key, module, leaf, around in weights:
-        entries = [module, around] if linear_shape(module) is not None else [module]
-        group, modules = groups.setdefault(id(entries[-1]), ([], {}))
-        group.append((key, module, leaf))
-        modules.update((id(entry), entry) for entry in entries)
-    for group, modules in groups.values():
-        mode = Products(group, observe)
-        yield mode
-        for module in modules.values():
-            yield module.register_forward_pre_hook(mode.enter, prepend=True)
-            yield module.register_forward_hook(mode.leave, always_call=True)
+        weight, stored = found
+        return self.observe(weight, _product(matrix, stored), x, output)
 
 
 def _product(matrix: Tensor, weight: Tensor) -> Product | None:

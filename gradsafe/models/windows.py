@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gradsafe._errors import refuse
 from gradsafe.models.encode import ContextOverflowError, Encoded, Encoder, located
 from gradsafe.models.encoding import Encoding, Prompt, last_user_turn
 
@@ -79,14 +80,12 @@ def encode_prompts(
         ValueError: No prompts, a prompt that `encode` refuses (names its index), or bad options.
     """
     if isinstance(prompts, str):
-        raise TypeError("gradsafe.encode_prompts: expected a list of prompts, got one str; wrap it")
+        refuse("encode_prompts", "a list of prompts", "one str", "wrap it", TypeError)
     if len(prompts) == 0:
-        raise ValueError("gradsafe.encode_prompts: expected at least one prompt, got an empty list")
+        refuse("encode_prompts", "at least one prompt", "an empty list")
     if isinstance(prompts[0], dict):
-        raise TypeError(
-            "gradsafe.encode_prompts: expected a list of prompts, got one conversation (a list of "
-            "dicts); wrap it"
-        )
+        got = "one conversation (a list of dicts)"
+        refuse("encode_prompts", "a list of prompts", got, "wrap it", TypeError)
     _check_overlap(overlap)
     encoder = Encoder(tokenizer, response, encoding, **options)
     cut = encoder.encoding.overflow == "window"
@@ -157,14 +156,8 @@ def _token_bounds(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
             "gradsafe.encode_windows: cutting a long prompt needs character offsets, which only "
             "fast tokenizers have; load it with use_fast=True or shorten the prompt"
         )
-    encoding = tokenizer(
-        text,
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        truncation=False,
-        padding=False,
-        verbose=False,
-    )
+    options = {"truncation": False, "padding": False, "verbose": False}
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **options)
     bounds = [0]
     # Characters that belong to no token (dropped white space) stay with the token before them.
     for start, _ in encoding["offset_mapping"][1:]:
@@ -174,4 +167,4 @@ def _token_bounds(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 def _check_overlap(overlap: float) -> None:
     if not 0 <= overlap < 1:
-        raise ValueError(f"gradsafe.encode_windows: expected 0 <= overlap < 1, got {overlap}")
+        refuse("encode_windows", "0 <= overlap < 1", overlap)

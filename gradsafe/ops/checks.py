@@ -5,22 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from gradsafe._backend import cuda_problem
+from gradsafe._errors import refuse
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REF_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
-
-
-def refuse(
-    op: str, expected: str, got: object, do: str = "", kind: type[Exception] = ValueError
-) -> NoReturn:
-    """Raise the error of a wrong argument."""
-    raise kind(f"gradsafe.{op}: expected {expected}, got {got}" + (f"; {do}" if do else ""))
 
 
 def check_tensor(op: str, name: str, value: object) -> None:

@@ -7,13 +7,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from gradsafe._errors import refuse
 from gradsafe.ops.checks import (
     check_dense,
     check_device,
     check_matrix,
     check_supported_device,
     check_tensor,
-    refuse,
     written,
 )
 from gradsafe.ops.registry import operator

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gradsafe._errors import refuse
 from gradsafe.ops.checks import (
     FLOAT_DTYPES,
     REF_DTYPES,
@@ -18,7 +19,6 @@ from gradsafe.ops.checks import (
     check_matrix,
     check_supported_device,
     check_tensor_list,
-    refuse,
 )
 from gradsafe.ops.registry import operator
 

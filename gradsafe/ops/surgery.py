@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsafe._errors import refuse
 from gradsafe.ops.checks import (
     check_dense,
     check_device,
@@ -19,7 +20,6 @@ from gradsafe.ops.checks import (
     check_tensor_list,
     check_twin,
     is_unbroken,
-    refuse,
     written,
 )
 from gradsafe.ops.registry import operator

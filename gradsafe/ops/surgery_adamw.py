@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradsafe._errors import refuse
 from gradsafe.ops.checks import (
     check_dense,
     check_device,
@@ -14,7 +15,6 @@ from gradsafe.ops.checks import (
     check_same_length,
     check_tensor_list,
     check_twin,
-    refuse,
     written,
 )
 from gradsafe.ops.registry import operator

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gradsafe._errors import refuse
 from gradsafe.ops.checks import (
     REF_DTYPES,
     check_dense,
@@ -18,7 +19,6 @@ from gradsafe.ops.checks import (
     check_supported_device,
     check_tensor,
     check_tensor_list,
-    refuse,
 )
 from gradsafe.ops.moments import MAX_REFS, Axis, Moments, axis_code, out_size
 from gradsafe.ops.registry import operator

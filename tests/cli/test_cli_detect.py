@@ -63,7 +63,7 @@ class TestDetect:
         calibration += ("--calibrate-unsafe", "harmful.txt")
         options = ("--method", "cascade", *calibration, "--save-detector", "saved")
         _, _, err = detect(*options, "-o", "out.jsonl")
-        assert "cascade: an NLL below" in err
+        assert "cascade: NLL below" in err
         first = records()
         detect("--detector", "saved", "-o", "again.jsonl", references=False)
         again = [json.loads(line) for line in Path("again.jsonl").read_text().splitlines()]

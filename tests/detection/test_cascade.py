@@ -90,7 +90,7 @@ def test_the_band_keeps_its_promises_on_fresh_prompts():
     for _ in range(trials):
         benign = torch.randn(150, generator=generator)
         unsafe = torch.randn(150, generator=generator) + 2
-        band = choose_band(benign[:-50], unsafe[:-50], 0.05, 0.1)
+        band = choose_band(benign[:-50], unsafe[:-50], max_fpr=0.05, max_fnr=0.1)
         called += int((benign[-50:] > band.high).sum())
         cleared += int((unsafe[-50:] < band.low).sum())
     # Expected: at most 5 % and 10 % on average; the sampling error of both is about 0.4 points.
@@ -99,7 +99,9 @@ def test_the_band_keeps_its_promises_on_fresh_prompts():
 
 
 def test_a_loss_that_separates_leaves_a_band_between_the_kinds():
-    band = choose_band(torch.linspace(0, 1, 100), torch.linspace(5, 6, 100), 0.05, 0.05)
+    band = choose_band(
+        torch.linspace(0, 1, 100), torch.linspace(5, 6, 100), max_fpr=0.05, max_fnr=0.05
+    )
     assert 0.9 < band.low <= 1
     assert 5 <= band.high < 5.1
     assert band.unsure(torch.tensor([0.5, 3.0, 7.0, math.nan])).tolist() == [
@@ -112,7 +114,7 @@ def test_a_loss_that_separates_leaves_a_band_between_the_kinds():
 
 def test_too_few_unsafe_prompts_clear_nothing():
     with pytest.warns(UserWarning, match="at least 99 are needed"):
-        band = choose_band(torch.randn(300), torch.randn(50), 0.05, 0.01)
+        band = choose_band(torch.randn(300), torch.randn(50), max_fpr=0.05, max_fnr=0.01)
     assert band.low == -math.inf
 
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
 from builders import make_model, make_tokenizer
 
 from gradsafe import Detector
 from gradsafe._io.artifacts import StorageError
+from gradsafe.detection.detector import pack, unpack
 
 UNSAFE, SAFE, PROMPTS = ["how to hurt"], ["bake a cake"], ["hello", "why is it so"]
 
@@ -76,3 +80,30 @@ def test_damaged_and_foreign_folders_are_refused(model, tokenizer, tmp_path):
     tensors.write_bytes(data[: len(data) // 2])
     with pytest.raises(StorageError, match=tensors.name):
         Detector.load(folder, model, tokenizer)
+
+
+def test_the_state_survives_as_json_and_names_what_is_missing(model, tokenizer):
+    detector = fit(model, tokenizer)
+    tensors, metadata = pack(detector)
+    metadata = json.loads(json.dumps(metadata, allow_nan=False))
+    again = unpack("here", tensors, metadata, model, tokenizer)
+    before, after = (d.score(PROMPTS, progress=False) for d in (detector, again))
+    assert torch.equal(before.components, after.components)
+    name = next(name for name in tensors if name.startswith("safe/weights/"))
+    rest = {key: value for key, value in tensors.items() if key != name}
+    with pytest.raises(StorageError, match=f"here is incomplete: it holds no tensor {name}"):
+        unpack("here", rest, metadata, model, tokenizer)
+    metadata["config"]["speed"] = 11
+    with pytest.raises(StorageError, match=r"\['speed'\]; update gradsafe"):
+        unpack("here", tensors, metadata, model, tokenizer)
+
+
+def test_the_state_is_frozen_and_calibration_replaces_it(model, tokenizer):
+    detector = fit(model, tokenizer)
+    before = detector.state
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        before.reference_gap = 0.0
+    detector.calibrate([f"benign {i}" for i in range(20)], max_fpr=0.2, progress=False)
+    assert before.calibration is None
+    assert dataclasses.replace(detector.state, calibration=None) == before
+    assert Detector(model, tokenizer, detector.state).threshold == detector.threshold

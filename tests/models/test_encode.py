@@ -138,7 +138,7 @@ def test_other_keys_reach_the_template(build_tokenizer: Build) -> None:
         ({"role": "user", "content": "a"}, TypeError, "list of messages, got dict"),
         (["a"], TypeError, r'prompt\[0\] to be a dict with "role" and "content"'),
         ([{"role": "user", "content": None}], TypeError, r"prompt\[0\] to be str, got NoneType"),
-        ([{"role": "user", "content": [{"type": "image"}]}], TypeError, "only text models"),
+        ([{"role": "user", "content": [{"type": "image"}]}], TypeError, "only text is supported"),
         ([{"role": "user", "content": ""}], ValueError, r"prompt\[0\] to be non-empty"),
         ([{"role": "bot", "content": "a"}], ValueError, r"prompt\[0\] to be one of system, user"),
         (TALK[:3], ValueError, "got assistant; pass the text of that turn as the response"),
@@ -182,7 +182,7 @@ BACKWARDS = "{% for m in messages[::-1] %}{{ m.content }};{% endfor %}"
 def test_a_template_that_drops_a_turn_is_refused(
     tokenizer: PreTrainedTokenizerFast, template: str, turn: str
 ) -> None:
-    with pytest.raises(ValueError, match=rf"turn {turn}.*missing; pass another template="):
+    with pytest.raises(ValueError, match=rf"without turn {turn}.*; pass another template="):
         encode(tokenizer, TALK, "Sure", template=template)
 
 
@@ -190,7 +190,7 @@ def test_a_template_that_drops_the_system_message_is_refused(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     assert encode(tokenizer, "hi", "Sure", template=USERS)
-    with pytest.raises(ValueError, match=r"turn 0 \(system: 'Be kind\.'\) is missing"):
+    with pytest.raises(ValueError, match=r"without turn 0 \(system: 'Be kind\.'\)"):
         encode(tokenizer, "hi", "Sure", template=USERS, system="Be kind.")
 
 
