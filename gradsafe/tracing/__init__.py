@@ -1,4 +1,4 @@
-"""Tracing (RepT): which training samples, and which of their tokens, caused a behavior."""
+"""Tracing (RepT): which training samples, and which of their tokens, caused a behavior?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from gradsafe._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from gradsafe.tracing.examples import Encoding
+    from gradsafe.models import Encoding
+    from gradsafe.tracing.config import QueryConfig, TraceConfig
     from gradsafe.tracing.hits import Hits
     from gradsafe.tracing.index import IncompleteIndexWarning, TraceIndex
     from gradsafe.tracing.layer_choice import LayerChoice, choose_layer, similarity_curve
@@ -23,6 +24,8 @@ __all__ = [
     "LayerChoice",
     "Metric",
     "NonFiniteSignatureError",
+    "QueryConfig",
+    "TraceConfig",
     "TraceIndex",
     "choose_layer",
     "resolve_layer",
@@ -33,17 +36,12 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        **dict.fromkeys(("Encoding", "QueryConfig", "TraceConfig"), "config"),
+        **dict.fromkeys(("IncompleteIndexWarning", "TraceIndex"), "index"),
+        **dict.fromkeys(("LayerChoice", "choose_layer", "similarity_curve"), "layer_choice"),
+        **dict.fromkeys(("NonFiniteSignatureError", "resolve_layer", "signatures"), "signature"),
         "BusyFolderError": "lock",
-        "Encoding": "examples",
         "Hits": "hits",
-        "IncompleteIndexWarning": "index",
-        "LayerChoice": "layer_choice",
         "Metric": "matching",
-        "NonFiniteSignatureError": "signature",
-        "TraceIndex": "index",
-        "choose_layer": "layer_choice",
-        "resolve_layer": "signature",
-        "signatures": "signature",
-        "similarity_curve": "layer_choice",
     },
 )

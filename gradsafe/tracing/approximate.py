@@ -34,11 +34,7 @@ GROWTH = 2  # the lists are learned anew when there are so many times the rows
 
 
 def load_faiss() -> Any:
-    """The module.
-
-    Raises:
-        ImportError: It is not installed; the message names the extra.
-    """
+    """The module; without it, an ImportError names the extra."""
     try:
         return importlib.import_module("faiss")
     except ImportError as error:
@@ -58,12 +54,6 @@ class Candidates:
 
     Attributes:
         moments: Of all rows, if the metric needs them and they are known.
-
-    Args:
-        folder: The index.
-        metric: How to compare.
-        rows: Rows of the index.
-        progress: Show a progress bar over the rows that are added.
     """
 
     moments: FeatureMoments | None = None
@@ -78,7 +68,7 @@ class Candidates:
         self._shards = [[plan.name, folder.files[plan.name]["sha256"]] for plan in folder.present]
         try:
             covered = self._load()
-        except (StorageError, SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
+        except (ValueError, SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
             warnings.warn(
                 f"gradsafe.TraceIndex: cannot use {self._path} ({error}); it is built again",
                 stacklevel=2,
@@ -94,10 +84,12 @@ class Candidates:
         ready = self._coded(queries.float())
         lists = self._index.nlist
         probed = min(lists, max(8, lists // PROBED))
-        known = self._faiss.IDSelectorRange(0, self._rows)  # another process may have added rows
+        options: dict[str, Any] = {}
+        if self._index.ntotal > self._rows:  # another process has added rows
+            options["sel"] = self._faiss.IDSelectorRange(0, self._rows)
         while True:
-            options = self._faiss.SearchParametersIVF(nprobe=probed, sel=known)
-            numbers = self._index.search(ready, count, params=options)[1]
+            params = self._faiss.SearchParametersIVF(nprobe=probed, **options)
+            numbers = self._index.search(ready, count, params=params)[1]
             found = [torch.from_numpy(row[row >= 0]) for row in numbers]
             if probed == lists or min(map(len, found)) >= needed:
                 return [rows.sort().values for rows in found]

@@ -73,23 +73,10 @@ class ExampleEncoder:
 def read_examples(
     source: Samples, name: str = "examples", first: int = 0, taken: Sequence[Id] = ()
 ) -> list[Example]:
-    """Read samples.
+    """Read samples from a JSON Lines file or from rows; errors name the sample.
 
-    Args:
-        source: A JSON Lines file, or rows (a list of dicts, a `datasets.Dataset`) with prompt and
-            response, or in another format of TRL, and optionally with an id.
-        name: What messages call the source.
-        first: Number of the first sample, which is its id if it has none.
-        taken: Ids that are in use already.
-
-    Returns:
-        The samples, at least one.
-
-    Raises:
-        FileNotFoundError: No such file.
-        TypeError: The source or a sample is of the wrong type.
-        ValueError: No sample, a prompt or response that is missing or empty, a value of the wrong
-            type in a file, or an id that occurs twice; the message names the sample.
+    `first` is the number of the first sample, which is its id if it has none; `taken` are ids that
+    are in use already; `name` is what messages call rows without a place of their own.
     """
     rows = read_jsonl(source) if isinstance(source, (str, os.PathLike)) else source
     if isinstance(rows, Mapping) or not isinstance(rows, Iterable):

@@ -97,17 +97,10 @@ def best_rows(
     metric: Metric,
     moments: FeatureMoments | None,
 ) -> TopK:
-    """The k rows most similar to each query, streaming shard by shard; nothing is `[Q, N]`.
+    """The k rows most similar to each of `[Q, 2d]` raw signatures, best first.
 
-    Args:
-        queries: `[Q, 2d]` raw signatures.
-        shards: `[n, 2d]` raw signatures each.
-        k: Rows per query, at most 1024 and at most the rows of all shards.
-        metric: How to compare.
-        moments: Of the index; needed for "zscore".
-
-    Returns:
-        Scores and row numbers over all shards, best first; equal scores by row number.
+    Streams shard by shard; nothing is `[Q, N]`. Rows are numbered over all shards, and equal scores
+    are in the order of these numbers.
     """
     ready = metric.prepare(queries.float(), moments).contiguous()
     found: TopK | None = None
@@ -124,17 +117,10 @@ def best_rows(
 def best_samples(
     found: TopK, row_owners: Tensor, query_owners: list[int], queries: int, k: int
 ) -> tuple[Tensor, Tensor]:
-    """Reduce windows to samples: of several windows, the most similar pair decides.
+    """Scores and rows of the best samples, `[queries, k]` each, best first.
 
-    Args:
-        found: Best rows of each query window.
-        row_owners: Sample of each row.
-        query_owners: Query of each query window.
-        queries: Number of queries.
-        k: Samples per query.
-
-    Returns:
-        Scores `[queries, k]` and row numbers `[queries, k]`, best first.
+    Samples (`row_owners`) and queries (`query_owners`) may consist of several windows, of which the
+    most similar pair decides.
     """
     scores = torch.empty(queries, k)
     rows = torch.empty(queries, k, dtype=torch.int64)
@@ -159,13 +145,6 @@ def rows_needed(k: int, row_owners: Tensor) -> int:
 
     In the worst case the best rows are all windows of the k - 1 samples with the most windows, and
     one row more.
-
-    Args:
-        k: Samples per query, at most as many as there are.
-        row_owners: Sample of each row.
-
-    Raises:
-        ValueError: More than the operator finds in one call.
     """
     windows = row_owners.unique(return_counts=True)[1].sort(descending=True).values
     needed = 1 + windows.cumsum(0) - windows

@@ -24,9 +24,6 @@ class Search:
     Attributes:
         ids: Number of each sample to its id, in order.
         owners: `[N]` number of the sample of each row.
-
-    Args:
-        folder: The index.
     """
 
     def __init__(self, folder: IndexFolder) -> None:
@@ -54,15 +51,8 @@ class Search:
     ) -> TopK:
         """The k rows most similar to each of `[Q, 2d]` raw signatures, best first.
 
-        Args:
-            queries: Raw signatures.
-            k: Rows per query.
-            metric: How to compare.
-            approximate: Compare with the candidates of FAISS only; the scores are exact.
-            progress: Show a progress bar where an index of FAISS is built.
-
-        Raises:
-            ImportError: FAISS is asked for and not installed.
+        With `approximate` these are compared with FAISS's candidates only; scores are exact. The
+        progress bar is that of an index of FAISS that has to be built.
         """
         candidates = self.candidates(metric, progress) if approximate else None
         if metric.part_norm == "zscore" and self._moments is None:

@@ -12,6 +12,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from builders import make_tokenizer
 from safetensors import SafetensorError
@@ -43,10 +44,11 @@ CHILD = """
                     result = step(*args, **options)
             return result
         return run
+    import safetensors.torch
     from gradsafe._io import artifacts
     from pathlib import Path
     os.replace = dying(os.replace)
-    artifacts.save_file = dying(artifacts.save_file)
+    safetensors.torch.save_file = dying(safetensors.torch.save_file)
     artifacts.flush_to_disk = dying(artifacts.flush_to_disk)
     Path.write_text = dying(Path.write_text)
     build(model, make_tokenizer(), sys.argv[1])
@@ -169,7 +171,7 @@ def test_death_at_any_step_of_the_disk_is_survived(
                 return run
 
             patch.setattr(os, "replace", dying(os.replace))
-            patch.setattr(artifacts, "save_file", dying(artifacts.save_file))
+            patch.setattr(safetensors.torch, "save_file", dying(safetensors.torch.save_file))
             patch.setattr(artifacts, "flush_to_disk", dying(artifacts.flush_to_disk))
             patch.setattr(Path, "unlink", dying(Path.unlink))
             patch.setattr(folder.shutil, "rmtree", dying(folder.shutil.rmtree))
@@ -236,7 +238,7 @@ def test_a_full_disk_leaves_a_valid_index(
     error,
 ):
     whole = build(model, tokenizer, tmp_path / "whole")
-    save = artifacts.save_file
+    save = safetensors.torch.save_file
 
     def full(tensors, path, note=None):
         if "shard-000001" in path.name:
@@ -245,7 +247,7 @@ def test_a_full_disk_leaves_a_valid_index(
         save(tensors, path, note)
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "save_file", full)
+        patch.setattr(safetensors.torch, "save_file", full)
         with pytest.raises(OSError, match=r"space|cannot write"):
             build(model, tokenizer, tmp_path / "a")
     assert not list((tmp_path / "a").glob("*.partial"))

@@ -104,6 +104,64 @@ def test_sources_of_examples(model, tokenizer, built, tmp_path):
         assert files(index.path) == files(built.path)
 
 
+def test_the_formats_of_trl(model, tokenizer, tmp_path):
+    shapes = [
+        lambda prompt, response: {"prompt": prompt, "completion": response},
+        lambda prompt, response: {"prompt": [user(prompt)], "response": response},
+        lambda prompt, response: {"prompt": [user(prompt)], "completion": [reply(response)]},
+        lambda prompt, response: {"messages": [user(prompt), reply(response)]},
+    ]
+
+    def user(text):
+        return {"role": "user", "content": text}
+
+    def reply(text):
+        return {"role": "assistant", "content": text}
+
+    def rows(samples, number):
+        changed = [
+            shapes[(i + number) % 4](row["prompt"], row["response"])
+            for i, row in enumerate(samples)
+        ]
+        return [{**row, "id": f"s{i}"} for i, row in enumerate(changed)]
+
+    plain = build(model, tokenizer, tmp_path / "plain")
+    for number in range(4):
+        index = build(model, tokenizer, tmp_path / str(number), rows(EXAMPLES, number))
+        a, b = plain.query(QUERIES, 5), index.query(rows(QUERIES, number), 5)
+        assert a.ids == b.ids
+        assert torch.equal(a.scores, b.scores)
+    turns = [user("hi"), reply("hello"), user("why 7")]
+    assert build(model, tokenizer, None, [{"prompt": turns, "response": "so 49"}]).ids == [0]
+    for row, error, message in [
+        ({"messages": [user("a")]}, ValueError, r"examples\[0\]: .* end with .* the assistant"),
+        ({"prompt": [3], "response": "b"}, TypeError, r"examples\[0\]: .* list of messages"),
+    ]:
+        with pytest.raises(error, match=message):
+            build(model, tokenizer, tmp_path / "refused", [row])
+
+
+def test_every_sample_is_encoded_once(model, tokenizer, tmp_path, monkeypatch):
+    encoded: list[str] = []
+
+    def counted(tokenizer, prompt, *rest):
+        encoded.append(prompt)
+        return encode(tokenizer, prompt, *rest)
+
+    monkeypatch.setattr("gradsafe.tracing.examples.encode", counted)
+    prompts = [row["prompt"] for row in EXAMPLES]
+    index = build(model, tokenizer, tmp_path / "a", EXAMPLES[:8], layer="auto")
+    assert encoded == prompts[:8]
+    index.extend(EXAMPLES[8:], progress=False)
+    assert encoded == prompts
+    (index.path / "shard-000001.safetensors").unlink()
+    TraceIndex.repair(index.path)
+    with pytest.warns(IncompleteIndexWarning):
+        index = TraceIndex.load(index.path, model, tokenizer)
+    index.extend(EXAMPLES[8:], progress=False)
+    assert encoded == prompts + prompts[8:16]  # those of the shard alone
+
+
 def test_samples_without_an_id_are_numbered(model, tokenizer, tmp_path):
     rows = [{"prompt": r["prompt"], "response": r["response"]} for r in EXAMPLES[:5]]
     index = build(model, tokenizer, None, rows)
