@@ -34,7 +34,9 @@ def check_fields(owner: str, config: Any, least: Mapping[str, float] | None = No
         if isinstance(value, Real) and not isinstance(value, bool):
             bound = (least or {}).get(name, -math.inf)
             if not bound <= value < math.inf:
-                limit = "finite" if bound == -math.inf else f"finite and at least {bound}"
+                limits = ["finite"] * (not isinstance(value, Integral))
+                limits += [f"at least {bound}"] * (bound > -math.inf)
+                limit = " and ".join(limits)
                 raise ValueError(f"gradsafe.{owner}: expected {name} to be {limit}, got {value}")
             value = int(value) if isinstance(value, Integral) else float(value)
         object.__setattr__(config, name, value)

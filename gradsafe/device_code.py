@@ -10,32 +10,21 @@ _ARCH = re.compile(r"(\d+)([af]?)(-real|-virtual)?")
 
 
 class DeviceCode(NamedTuple):
-    """What a GPU runs.
-
-    Attributes:
-        usable: Whether it runs anything.
-        text: Which code, or why there is none and the way out.
-    """
+    """What a GPU runs: the code, or why there is none and what to do."""
 
     usable: bool
     text: str
 
 
 def device_code(archs: str, major: int, minor: int) -> DeviceCode:
-    """Chooses like the CUDA driver does.
+    """Which code a GPU of compute capability `major.minor` runs, as the CUDA driver chooses.
 
     Machine code runs on GPUs of the same major and the same or a higher minor version, so sm_80
     runs on sm_86 and sm_89. PTX is compiled for any later GPU when a kernel is first used. A suffix
     "a" binds code to one version, "f" to a family: the same major version.
 
-    Args:
-        archs: Architectures as CMake writes them, separated by spaces or semicolons: "80-real 90"
-            is machine code for 8.0, and machine code and PTX for 9.0.
-        major: Major compute capability of the GPU.
-        minor: Minor compute capability.
-
-    Returns:
-        The code; unusable below compute capability 8.0 and where none fits.
+    `archs` are architectures as CMake writes them, separated by spaces or semicolons: "80-real 90"
+    is machine code for 8.0, and machine code and PTX for 9.0.
     """
     here = 10 * major + minor
     if here < OLDEST:
@@ -78,10 +67,7 @@ def device_code(archs: str, major: int, minor: int) -> DeviceCode:
 def driver_problem(driver: int, runtime: int) -> str | None:
     """Why the driver cannot run the linked CUDA runtime, or None.
 
-    Args:
-        driver: Newest CUDA version of the driver as `cuDriverGetVersion` counts, 12080 for 12.8;
-            0 where there is no driver.
-        runtime: Version of the linked runtime; 0 in a build without CUDA kernels.
+    Versions are numbers as of `cuDriverGetVersion`, 12080 for 12.8; 0 for no driver or no runtime.
     """
     # Within a major version an older driver runs newer programs.
     if driver == 0 or runtime == 0 or driver // 1000 >= runtime // 1000:

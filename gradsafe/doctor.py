@@ -23,10 +23,8 @@ from gradsafe.doctor_cases import CASES
 from gradsafe.ops import _default as reference
 
 _TOLERANCE = 1e-5  # of the largest value: far above float32 sums, far below any wrong formula
-_SETTINGS = (
-    "GRADSAFE_BACKEND", "GRADSAFE_FORCE_ISA", "GRADSAFE_STRICT", "GRADSAFE_CACHE",
-    "OMP_NUM_THREADS",
-)  # fmt: skip
+_SETTINGS = [f"GRADSAFE_{name}" for name in ("BACKEND", "FORCE_ISA", "STRICT", "CACHE")]
+_SETTINGS += ["OMP_NUM_THREADS"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +45,7 @@ class Check:
 
 
 def run(as_json: bool = False) -> int:
-    """Prints the report.
-
-    Args:
-        as_json: Machine-readable output.
-
-    Returns:
-        Exit status: 0 if every check passed, else 1.
-    """
+    """Prints the report, as JSON or for people; returns 0 if every check passed, else 1."""
     report = examine()
     print(json.dumps(report) if as_json else render(report))
     return 0 if report["ok"] else 1
@@ -77,8 +68,7 @@ def collect() -> dict[str, Any]:
         "versions": {
             "gradsafe": __version__,
             "torch": torch.__version__,
-            "transformers": _version("transformers"),
-            "safetensors": _version("safetensors"),
+            **{package: _version(package) for package in ("transformers", "safetensors")},
             "python": platform.python_version(),
             "platform": platform.platform(),
         },

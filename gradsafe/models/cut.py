@@ -37,7 +37,7 @@ def start_graph(
         cuts = {0}  # and one in front of the checkpoint
         yield blocks[start - 1].register_forward_hook(_differentiable_output)
     elif inside or decoder_loop(model, blocks) in checkpointed:
-        # Here a cut lies inside the checkpoint, and the reentrant kind needs an unbroken chain of
+        # Here a cut is inside the checkpoint, and the reentrant kind needs an unbroken chain of
         # inputs that require grad, from the embedding up to the first scored block.
         cuts = {start}
         base: Any = base_model(model)

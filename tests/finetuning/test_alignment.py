@@ -451,7 +451,7 @@ def test_a_missing_part_of_the_batch_is_named(batch, name):
 
 
 BAD_OPTIONS = [
-    ({"kl_tokens": "prompt"}, r"kl_tokens in \['response', 'non_pad', 'all'\], got 'prompt'"),
+    ({"kl_tokens": "prompt"}, r"kl_tokens to be one of response, non_pad, all, got 'prompt'"),
     ({"reference": "frozen"}, 'reference to be "adapter_off", "cached" or a model.*got \'frozen\''),
     ({"chunk_tokens": 0}, "chunk_tokens >= 1, got 0"),
     ({"cache": "folder"}, 'for reference="cached" only'),

@@ -300,9 +300,9 @@ class TestErrors:
         [
             ({"rho": -1.0}, "expected rho to be finite and >= 0, got -1"),
             ({"rho": math.nan}, "expected rho"),
-            ({"scope": "row"}, "expected scope in"),
+            ({"scope": "row"}, "expected scope to be one of"),
             ({"scope": "layer"}, "needs names; pass model.named_parameters"),
-            ({"on_nonfinite": "ignore"}, "expected on_nonfinite in"),
+            ({"on_nonfinite": "ignore"}, "expected on_nonfinite to be one of"),
         ],
     )
     def test_options(self, options: dict[str, Any], message: str) -> None:
