@@ -6,8 +6,9 @@ This module does not import torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from gradsafe._checks import check_fields
 from gradsafe.models import Encoding
 
 PartNorm = Literal["none", "unit", "zscore"]
@@ -51,17 +52,7 @@ class TraceConfig:
     max_length: int | None = None
 
     def __post_init__(self) -> None:
-        rules = (LAST, *RULES)
-        if isinstance(self.layer, (str, bool, float)) and self.layer not in rules:
-            raise TypeError(
-                f"gradsafe.TraceIndex: expected layer to be one of {', '.join(rules)} or an int, "
-                f"got {self.layer!r}"
-            )
-        check_weighing(self.part_norm)
-        check_count("shard_samples", self.shard_samples)
-        check_count("max_length", self.max_length)
-        _check_type("append_eos", self.append_eos, bool)
-        self.encoding  # noqa: B018  # checks its own fields
+        check_fields("TraceIndex", self, {"shard_samples": 1, "max_length": 2})
 
     @property
     def encoding(self) -> Encoding:
@@ -94,43 +85,18 @@ class QueryConfig:
     approximate: bool = False
 
     def __post_init__(self) -> None:
-        check_count("k", self.k)
+        check_fields("TraceIndex.query", self, {"k": 1})
         check_weighing(self.part_norm, self.gradient_weight)
-        _check_type("approximate", self.approximate, bool)
 
 
-def check_weighing(part_norm: str | None, gradient_weight: float | None = None) -> None:
-    """Raises TypeError or ValueError if a `part_norm` or a `gradient_weight` cannot be used."""
-    if part_norm not in (None, *get_args(PartNorm)):
-        raise ValueError(
-            f'gradsafe.TraceIndex: expected part_norm "none", "unit" or "zscore", got {part_norm!r}'
-        )
-    if gradient_weight is None:
-        return
-    _check_type("gradient_weight", gradient_weight, (int, float))
-    if part_norm == "none":
+def check_weighing(part_norm: str | None, gradient_weight: float | None) -> None:
+    """Raises ValueError if a `gradient_weight` cannot be used with a `part_norm`."""
+    if gradient_weight is not None and part_norm == "none":
         raise ValueError(
             'gradsafe.TraceIndex: gradient_weight needs part_norm "unit" or "zscore"; "none" does '
             "not scale the parts"
         )
-    if not 0 <= gradient_weight <= 1:
+    if gradient_weight is not None and not 0 <= gradient_weight <= 1:
         raise ValueError(
             f"gradsafe.TraceIndex: expected gradient_weight between 0 and 1, got {gradient_weight}"
-        )
-
-
-def check_count(name: str, value: int | None) -> None:
-    """Raises TypeError or ValueError unless a value is None or an int of at least 1."""
-    if value is None:
-        return
-    _check_type(name, value, int)
-    if value < 1:
-        raise ValueError(f"gradsafe.TraceIndex: expected {name} of at least 1, got {value}")
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        expected = {bool: "a bool", int: "an int"}.get(kind, "a number")
-        raise TypeError(
-            f"gradsafe.TraceIndex: expected {name} to be {expected}, got {type(value).__name__}"
         )

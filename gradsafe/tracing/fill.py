@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from gradsafe._checks import check_fields
 from gradsafe._io.processes import Processes, SharedProgress
 from gradsafe.models import Encoded, pad_token_id
-from gradsafe.tracing.config import check_count
 from gradsafe.tracing.examples import Example, ExampleEncoder
 from gradsafe.tracing.folder import IndexFolder, Shard, ShardPlan
 from gradsafe.tracing.signature import SignaturePass, check_finite
@@ -30,7 +30,7 @@ class Job:
     processes: Processes
 
     def __post_init__(self) -> None:
-        check_count("batch_tokens", self.batch_tokens)
+        check_fields("TraceIndex", self, {"batch_tokens": 1})
         self.processes.next_job()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,6 @@ from gradsafe.models import Encoded, pad_token_id, token_texts
 from gradsafe.tracing.examples import Id
 from gradsafe.tracing.layer_choice import similarity_curve
 from gradsafe.tracing.signature import SignaturePass
-
-if TYPE_CHECKING:
-    from gradsafe.tracing.index import TraceIndex
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,7 @@ class Hits:
     scores: Tensor
     positions: Tensor
     rows: Tensor
-    _index: TraceIndex = field(repr=False)
+    _index: Any = field(repr=False)  # the TraceIndex, whose module imports this one
     _queries: list[Encoded] = field(repr=False)
     _gradients: dict[int, Tensor] = field(default_factory=dict, repr=False)  # of queries
 

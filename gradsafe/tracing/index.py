@@ -12,11 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from gradsafe._checks import check_value
 from gradsafe._io.processes import Processes
 from gradsafe.models import Encoding, pad_token_id
 from gradsafe.tracing import build as building
 from gradsafe.tracing.approximate import load_faiss, saved_metrics
-from gradsafe.tracing.config import RULES, PartNorm, QueryConfig, TraceConfig, check_count
+from gradsafe.tracing.config import RULES, PartNorm, QueryConfig, TraceConfig
 from gradsafe.tracing.examples import ExampleEncoder, Id, Samples, read_examples
 from gradsafe.tracing.fill import Job
 from gradsafe.tracing.folder import IndexFolder
@@ -239,7 +240,7 @@ class TraceIndex:
         """
         config = QueryConfig(k, part_norm, gradient_weight, approximate)
         metric = Metric(part_norm or self.part_norm, config.gradient_weight)
-        check_count("batch_tokens", batch_tokens)
+        check_value("TraceIndex.query", "batch_tokens", batch_tokens, int)
         if approximate:
             load_faiss()  # before the signatures are computed
         if not len(self):

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradsafe._checks import check_fields
 from gradsafe.ops.cosine_topk import MAX_K, TopK, cosine_topk, merge_topk
 from gradsafe.tracing.config import PartNorm, check_weighing
 
@@ -37,6 +38,7 @@ class Metric:
     gradient_weight: float | None = None
 
     def __post_init__(self) -> None:
+        check_fields("TraceIndex", self)
         check_weighing(self.part_norm, self.gradient_weight)
 
     def prepare(self, rows: Tensor, moments: FeatureMoments | None) -> Tensor:

@@ -187,7 +187,8 @@ def test_a_file_that_cannot_be_used_is_announced_and_built_again(folder, damage,
     elif damage == "removed":
         index.unlink()
     else:
-        folder.files[folder.present[1].name]["sha256"] = "0" * 64
+        name = folder.present[1].name
+        folder.files[name] = {**folder.files[name], "sha256": "0" * 64}
     added.clear()
     with pytest.warns(UserWarning, match=r"cannot use .*faiss-zscore\.index .*it is built again"):
         check_hits(folder, Search(folder), metric)

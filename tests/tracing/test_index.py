@@ -232,7 +232,7 @@ def test_long_prompts_count_by_their_most_similar_window(model, tokenizer, tmp_p
 def test_options_out_of_range_are_refused(model, tokenizer, built, tmp_path):
     with pytest.raises(ValueError, match="expected k at most 23"):
         built.query(QUERIES, k=24)
-    with pytest.raises(ValueError, match="expected k of at least 1"):
+    with pytest.raises(ValueError, match="expected k to be at least 1"):
         built.query(QUERIES, k=0)
     with pytest.raises(ValueError, match="at least one sample in queries"):
         built.query([])
@@ -242,7 +242,7 @@ def test_options_out_of_range_are_refused(model, tokenizer, built, tmp_path):
         built.query(QUERIES, part_norm="none", gradient_weight=0.1)
     with pytest.raises(ValueError, match="between 0 and 1"):
         built.query(QUERIES, gradient_weight=1.5)
-    with pytest.raises(TypeError, match="expected gradient_weight to be a number, got str"):
+    with pytest.raises(TypeError, match="expected gradient_weight to be a number"):
         built.query(QUERIES, gradient_weight="0.1")
     with pytest.raises(ValueError, match="expected part_norm"):
         built.query(QUERIES, part_norm="")
