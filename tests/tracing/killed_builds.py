@@ -63,7 +63,7 @@ total = finish(start(folder / "whole"))
 rng = random.Random(seed)
 progress = []
 for _ in range(KILLS):
-    status = kill_at(start(folder / "killed"), rng.uniform(0, total / 6))
+    status = kill_at(start(folder / "killed"), rng.uniform(0, total / 8))
     assert status == -signal.SIGKILL, f"the build ended with {status} before its moment"
     progress.append(len(list((folder / "killed").glob("shard-*.safetensors"))))
 finish(start(folder / "killed"))
