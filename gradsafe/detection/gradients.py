@@ -40,15 +40,10 @@ class NonFiniteGradientError(ValueError):
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too.
+    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too."""
 
-    Attributes:
-        names: What error messages call the prompts.
-        windows: The encoded windows of each prompt; one unless the prompt is too long.
-    """
-
-    names: Sequence[str]
-    windows: Sequence[Sequence[Encoded]]
+    names: Sequence[str]  # what error messages call the prompts
+    windows: Sequence[Sequence[Encoded]]  # of each prompt; one unless the prompt is too long
 
     def __len__(self) -> int:
         return len(self.windows)

@@ -28,17 +28,12 @@ DTYPES = {
 class Reference:
     """The reference gradient of one group of prompts (unsafe or safe).
 
-    Attributes:
-        weights: Per layer name `[R, I]` (`[E, R, I]` for a stack of experts) in the storage dtype,
-            divided by the layer's scale; R are the scored rows.
-        scales: Per layer name what undoes this: the scales keep the small entries of small layers
-            inside the range of 16-bit floats.
-        sums: `[C, 3]` float64, count, sum and sum of squares per component.
+    The scales keep the small entries of small layers inside the range of 16-bit floats.
     """
 
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # by layer: [R, I] or [E, R, I], divided by the layer's scale
     scales: dict[str, float]
-    sums: Tensor
+    sums: Tensor  # [C, 3] float64: count, sum and sum of squares per component
 
 
 def prepare_function(config: DetectorConfig) -> Prepare | None:

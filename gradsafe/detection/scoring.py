@@ -50,22 +50,16 @@ class Scores:
 
 
 class Method:
-    """A fitted score method. A subclass defines `__call__`, and `fit` if it learns anything.
+    """A fitted score method. A subclass defines `__call__`, and `fit` if it learns anything."""
 
-    Attributes:
-        granularity: What a component is; None for the option of that name.
-        unsigned: Whether dots are computed from abs(g).
-        selected: `[C]` bool, the components that are used; None for all.
-    """
-
-    granularity: ClassVar[Granularity | None] = None
-    unsigned: bool = False
+    granularity: ClassVar[Granularity | None] = None  # None for the option of that name
+    unsigned: bool = False  # whether dots are computed from abs(g)
 
     def __init__(self, state: DetectorState, layers: Layers) -> None:
         self.state = state
         self.config = state.config
         self.components = self.component_map(state, layers)
-        self.selected = state.learned.get("selected")
+        self.selected = state.learned.get("selected")  # [C] bool; None for all components
 
     @classmethod
     def component_map(cls, state: DetectorState, layers: Layers) -> ComponentMap:

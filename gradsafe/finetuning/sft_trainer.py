@@ -22,13 +22,10 @@ class SafeGradSFTTrainer(SafeGradMixin, SFTTrainer):
 
     Args:
         *args: Arguments of `trl.SFTTrainer`.
-        alignment_dataset: As in `SafeGradTrainer`.
-        safegrad: As in `SafeGradTrainer`.
-        alignment_loss: As in `SafeGradTrainer`.
+        alignment_dataset, safegrad, alignment_loss: As in `SafeGradTrainer`.
         **options: Arguments of `trl.SFTTrainer`.
 
     Raises:
         ImportError: TRL is not installed (raised when the class is imported).
-        TypeError: `safegrad` or `alignment_dataset` has another type.
-        ValueError: As in `SafeGradTrainer`.
+        TypeError, ValueError: As in `SafeGradTrainer`.
     """

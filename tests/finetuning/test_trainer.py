@@ -385,7 +385,10 @@ class TestRefused:
                 "expected alignment_batch_size to be at least 1, got 0",
             ),
             ({"max_length": 1}, "expected max_length to be at least 2, got 1"),
-            ({"warn_cosine": math.nan}, "expected warn_cosine to be finite and at least 0, got nan"),
+            (
+                {"warn_cosine": math.nan},
+                "expected warn_cosine to be finite and at least 0, got nan",
+            ),
             ({"warn_steps": 0}, "expected warn_steps to be at least 1, got 0"),
         ],
     )
