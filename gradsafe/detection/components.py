@@ -125,7 +125,7 @@ def slice_values(result: Moments | tuple[Moments, Moments]) -> Tensor:
         )
         fields = [count, total, total_sq, *dots.unbind(1)]
         tables.append(torch.stack([f.reshape(len(count), -1) for f in fields], dim=2))
-    return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
+    return torch.cat(tables, dim=1)
 
 
 def standard_deviation(table: Tensor) -> Tensor:

@@ -215,7 +215,8 @@ class Detector:
         Args:
             benign_prompts: Harmless prompts of the expected traffic, not used as references.
             max_fpr: Bound on the false-positive rate.
-            batch_tokens, progress: See `score`.
+            batch_tokens: See `score`.
+            progress: See `score`.
             unsafe_prompts: Unsafe prompts, not used as references; method "cascade" only.
             max_fnr: Bound on the share of unsafe prompts that are cleared by their NLL alone;
                 method "cascade" only.
@@ -352,7 +353,8 @@ class Detector:
         found = method.score(gradients, prompts, components)
         worst = worst_windows(found.values, prompts.owners, len(prompts))
         columns = (found.values, found.components, found.nll, found.backward)
-        return Scores(*(column[worst] for column in columns), threshold=self.threshold)
+        values, parts, nll, backward = (column[worst] for column in columns)
+        return Scores(values, parts, nll, backward, self.threshold)
 
     def _gradients(self, batch_tokens: int, progress: bool) -> GradientPass:
         parts = self.model, self.tokenizer, self.config, self.layers, self.state.rows

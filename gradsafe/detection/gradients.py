@@ -109,8 +109,8 @@ class GradientPass:
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the indices of each batch and the float32 NLL of its items, on the CPU.
 
-        Before that, `visit` was called for every layer, last block first; None stands for a forward
-        pass without gradients. `label` names the progress bar; without one there is none.
+        Before that, `visit` was called for every layer, last block first; None means a forward pass
+        without gradients. `label` names the progress bar; without one there is none.
         """
         budget = self.batch_tokens
         if visit is not None and self.layers.one_at_a_time and len(items) > 1:

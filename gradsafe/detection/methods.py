@@ -202,28 +202,23 @@ METHODS: dict[str, type[Method]] = {
 
 def fit(gradients: GradientPass, groups: Groups) -> DetectorState:
     """See `Detector.fit`; `groups` are the encoded "unsafe" and "safe" prompts, or empty."""
-    config = gradients.config
+    config, layers = gradients.config, gradients.layers
     state = DetectorState(config, gradients.rows)
-    if config.uses_gradients:
-        _check_coverage(config, gradients.layers)
+    share = layers.scored_parameters / max(1, layers.block_parameters)
+    if config.uses_gradients and config.modules == "all" and share < 0.5:
+        warnings.warn(
+            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
+            f"are scored, and the gradients of the others are ignored; {layers}",
+            CoverageWarning,
+            stacklevel=3,
+        )
     if groups:
-        _check_stacks(config, gradients.layers)
+        _check_stacks(config, layers)
     if config.granularity == "head":
         item = groups["safe"].items[0]
         state = replace(state, output_projections=find_output_projections(gradients, item))
     state, losses = METHODS[config.method].fit(state, gradients, groups)
     return replace(state, reference_gap=_reference_gap(config, losses)) if losses else state
-
-
-def _check_coverage(config: DetectorConfig, layers: Layers) -> None:
-    share = layers.scored_parameters / max(1, layers.block_parameters)
-    if config.modules == "all" and share < 0.5:
-        warnings.warn(
-            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
-            f"are scored, and the gradients of the others are ignored; {layers}",
-            CoverageWarning,
-            stacklevel=4,
-        )
 
 
 def _check_stacks(config: DetectorConfig, layers: Layers) -> None:

@@ -58,10 +58,9 @@ class DetectorState:
         metadata: Mapping[str, Any],
         model: nn.Module,
     ) -> tuple[DetectorState, Layers]:
-        """Restore a state from the result of `pack`; also returns the scored layers of the model.
+        """Restore a state from the result of `pack`, read from `where`, and the scored layers.
 
-        Each reference moves to the device of its layer. Raises StorageError, with `where` in the
-        message, if a tensor is missing, or if a newer version wrote options that are unknown here.
+        Each reference moves to the device of its layer.
         """
         unknown = sorted(set(metadata["config"]) - set(DetectorConfig.__dataclass_fields__))
         if unknown:

@@ -247,11 +247,9 @@ class SafeGradMixin(Trainer):
     def _warn_of_no_relation(self, steps: int, cosine: float) -> None:
         count = self._watched[0] + steps
         total = self._watched[1] + (cosine * steps if steps else 0.0)
-        self._watched = (count, total)
-        if count < self.safegrad.warn_steps:
-            return
-        self._watched = (0, 0.0)
-        if abs(total / count) < self.safegrad.warn_cosine:
+        full = count >= self.safegrad.warn_steps
+        self._watched = (0, 0.0) if full else (count, total)
+        if full and abs(total / count) < self.safegrad.warn_cosine:
             warnings.warn(
                 f"gradsafe.SafeGradTrainer: the mean cosine of user and alignment gradient was "
                 f"{total / count:+.4f} over {count} steps. Either the user data does not conflict "

@@ -22,7 +22,9 @@ class SafeGradSFTTrainer(SafeGradMixin, SFTTrainer):
 
     Args:
         *args: Arguments of `trl.SFTTrainer`.
-        alignment_dataset, safegrad, alignment_loss: As in `SafeGradTrainer`.
+        alignment_dataset: As in `SafeGradTrainer`.
+        safegrad: As in `SafeGradTrainer`.
+        alignment_loss: As in `SafeGradTrainer`.
         **options: Arguments of `trl.SFTTrainer`.
 
     Raises:

@@ -14,7 +14,7 @@ from gradsafe.finetuning import shards
 from gradsafe.finetuning.config import Scope
 from gradsafe.finetuning.statistics import RunningStatistics, SurgeryStatistics
 from gradsafe.ops.checks import FLOAT_DTYPES
-from gradsafe.ops.surgery import RESULTS, check_rho
+from gradsafe.ops.surgery import check_rho
 
 OnNonfinite = Literal["drop", "poison"]
 
@@ -194,7 +194,7 @@ def _filled(index: int, user: Tensor | None, align: Tensor | None) -> tuple[Tens
 
 def _poison(parts: list[shards.Part], results: Tensor) -> None:
     """Adds 0 to the first element of each tensor if all coefficients are finite, else NaN."""
-    nothing = (results[:, RESULTS.index("coefficient")] * 0).sum()
+    nothing = (results[:, 3] * 0).sum()
     for part in parts:
         first = [u.as_strided((1,), (1,)) for u in part.user if u.numel()]
         if first:

@@ -23,14 +23,11 @@ Batch = Mapping[str, Any]
 
 @dataclass
 class ModelReference:
-    """A reference model that runs on every batch: a second model, or the student without adapters.
-
-    `adapters_off` makes the context in which the student is the reference.
-    """
+    """A reference that runs on every batch: a second model, or the student without adapters."""
 
     model: nn.Module
     head: OutputHead
-    adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext
+    adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext  # of the student
 
     def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:
         """Return the teacher of a batch: `inputs` of the forward, positions `counted` `[B, T]`."""
