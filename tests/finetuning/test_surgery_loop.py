@@ -298,7 +298,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"rho": -1.0}, "expected rho to be finite and at least 0, got -1"),
+            ({"rho": -1.0}, "expected rho to be finite and >= 0, got -1"),
             ({"rho": math.nan}, "expected rho"),
             ({"scope": "row"}, "expected scope to be one of"),
             ({"scope": "layer"}, "needs names; pass model.named_parameters"),

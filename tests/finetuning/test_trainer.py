@@ -385,10 +385,7 @@ class TestRefused:
                 "expected alignment_batch_size to be at least 1, got 0",
             ),
             ({"max_length": 1}, "expected max_length to be at least 2, got 1"),
-            (
-                {"warn_cosine": math.nan},
-                "expected warn_cosine to be finite and at least 0, got nan",
-            ),
+            ({"warn_cosine": math.nan}, "warn_cosine to be finite and at least 0, got nan"),
             ({"warn_steps": 0}, "expected warn_steps to be at least 1, got 0"),
         ],
     )
@@ -401,14 +398,14 @@ class TestRefused:
         [
             ({"reference": 3}, 'expected reference to be "adapter_off", .* or Hub id .*, got 3'),
             ({"reference": ""}, "expected reference to be .*, got ''"),
-            ({"projection": "no"}, "expected projection to be True or False, got 'no'"),
-            ({"append_eos": 1}, "expected append_eos to be True or False, got 1"),
+            ({"projection": "no"}, "expected projection to be true or false, got 'no'"),
+            ({"append_eos": 1}, "expected append_eos to be true or false, got 1"),
             ({"warn_cosine": "a"}, "expected warn_cosine to be a number, got 'a'"),
             ({"warn_steps": None}, "expected warn_steps to be a whole number, got None"),
             ({"max_length": 2.5}, "expected max_length to be a whole number or None, got 2.5"),
             ({"alignment_seed": True}, "expected alignment_seed to be a whole number or None"),
-            ({"template": 3}, "expected template to be a string or None, got 3"),
-            ({"system": b"x"}, "expected system to be a string or None"),
+            ({"template": 3}, "expected template to be text or None, got 3"),
+            ({"system": b"x"}, "expected system to be text or None"),
         ],
     )
     def test_config_of_other_types(self, options: dict[str, Any], message: str) -> None:

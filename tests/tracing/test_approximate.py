@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from trace_samples import EXAMPLES, QUERIES, build
 
+import gradsafe
 from gradsafe import TraceIndex
 from gradsafe.models import Encoded
 from gradsafe.tracing import approximate
@@ -20,6 +22,7 @@ from gradsafe.tracing.folder import IndexFolder, Shard
 from gradsafe.tracing.matching import Metric, best_rows, feature_moments
 from gradsafe.tracing.search import Search
 
+SCRIPT = Path(__file__).with_name("search_with_faiss.py")
 ROWS, WIDTH = 6000, 64
 METRICS = [Metric("none"), Metric("unit", 0.05), Metric("zscore")]
 
@@ -196,26 +199,34 @@ def test_a_file_that_cannot_be_used_is_announced_and_built_again(folder, damage,
     assert not added
 
 
-@pytest.mark.parametrize("step", ["begin", "index", "record"])
+def start(folder: IndexFolder, *step: str) -> subprocess.Popen[str]:
+    """Another process that searches."""
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), str(folder.path), *step],
+        env={**os.environ, "PYTHONPATH": str(Path(gradsafe.__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("step", ["file", "record", "rename of the record"])
 def test_death_while_the_files_are_written_is_survived(folder, step):
-    metric = Metric("unit")
-    pid = os.fork()
-    if not pid:  # no thread of FAISS has been started in this process' copy
-        die = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
-        approximate.__dict__[{"begin": "file_record", "index": "write_tensors"}.get(step, "")] = die
-        if step == "record":
-            replace = Path.replace
-            Path.replace = lambda self, target: (  # type: ignore[method-assign]
-                die() if ".safetensors" in target.name else replace(self, target)
-            )
-        approximate.importlib.import_module("faiss").omp_set_num_threads(1)
-        Search(folder).best_rows(around(5, 3), 10, metric, approximate=True)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    killed = start(folder, step)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     assert list(folder.path.glob(".faiss*")) or folder.faiss()
     folder.sweep()
     assert not list(folder.path.glob(".faiss*"))
-    check_hits(folder, Search(folder), metric)
+    check_hits(folder, Search(folder), Metric("unit"))
+
+
+def test_processes_that_search_at_once_do_not_disturb_each_other(folder, added):
+    searches = [start(folder) for _ in range(3)]
+    said = {search.communicate()[0] for search in searches}
+    assert [search.returncode for search in searches] == [0, 0, 0]
+    assert len(said) == 1
+    check_hits(folder, Search(folder), Metric("unit"))
+    assert not added
 
 
 @pytest.mark.parametrize("error", [PermissionError("read-only"), OSError(28, "No space left")])
