@@ -113,11 +113,6 @@ class DetectorConfig:
             _refuse('method="cascade"', 'relative="share" and unsigned=True')
 
     @property
-    def uses_gradients(self) -> bool:
-        """Whether scoring needs a backward pass."""
-        return self.method != "nll"
-
-    @property
     def uses_references(self) -> bool:
         """Whether fitting needs reference prompts."""
         return self.method in ("gradcoo", "gradsafe", "cascade")

@@ -205,7 +205,7 @@ def fit(gradients: GradientPass, groups: Groups) -> DetectorState:
     config, layers = gradients.config, gradients.layers
     state = DetectorState(config, gradients.rows)
     share = layers.scored_parameters / max(1, layers.block_parameters)
-    if config.uses_gradients and config.modules == "all" and share < 0.5:
+    if config.method != "nll" and config.modules == "all" and share < 0.5:
         warnings.warn(
             f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
             f"are scored, and the gradients of the others are ignored; {layers}",

@@ -109,9 +109,8 @@ class OutputHead:
         """Return the final hidden states `[B, T, d]` of a forward pass of `model`, or their loss.
 
         The pass calls `model` itself, so that the hooks of DDP and others run, but the head gets no
-        position (one position the first time, to find the transform): `[B, T, V]` never exists.
-        `loss` is computed within the call of the head: only there FSDP2 has gathered its weights,
-        and reduces their gradients like all others.
+        position (one the first time, to find the transform). `loss` is computed within the call of
+        the head: only there FSDP2 has gathered its weights, and reduces their gradients.
         """
         if loss is not None and self._candidates:
             with inference(model):
