@@ -20,8 +20,7 @@ from benchmarks.experiments.safegrad_data import Row
 from benchmarks.testbed.training import isolated
 from gradsafe import GradientSurgery
 from gradsafe.finetuning import KLAlignment, SFTAlignment
-from gradsafe.finetuning.order import AlignmentOrder
-from gradsafe.finetuning.rows import RowCollator, encode_rows
+from gradsafe.finetuning.rows import AlignmentOrder, RowCollator, encode_rows
 
 METHODS = ("SFT", "SFT + KL", "Lisa", "SafeGrad (SFT)", "SafeGrad (KL)")
 # Lisa-style: 2 steps on the alignment rows after every 8 user steps, with a proximal term towards

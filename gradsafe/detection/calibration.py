@@ -10,6 +10,8 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
+from gradsafe._errors import refuse
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -39,18 +41,17 @@ class Calibration:
 
 
 def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
-    """Choose the smallest threshold that keeps the false-positive rate at or below `max_fpr`.
+    """Choose the smallest threshold for the scores `[n]` of benign prompts.
 
-    The threshold is the ceil((n + 1)(1 - max_fpr))-th smallest score (split conformal prediction):
-    for new prompts of the same distribution the probability of a false alarm is at most `max_fpr`,
-    on average over calibration sets. Fewer than 1 / max_fpr - 1 prompts cannot guarantee this; then
-    the largest score is used, with a warning. `scores` are those of n benign prompts, `[n]`.
+    It is the ceil((n + 1)(1 - max_fpr))-th smallest score (split conformal prediction): for new
+    prompts of the same distribution the probability of a false alarm is at most `max_fpr`, on
+    average over calibration sets. With too few prompts it is the largest score, with a warning.
     """
     if not 0 < max_fpr < 1:
-        raise ValueError(f"gradsafe.calibrate: expected 0 < max_fpr < 1, got {max_fpr}")
+        refuse("calibrate", "0 < max_fpr < 1", max_fpr)
     n = scores.numel()
     if n == 0:
-        raise ValueError("gradsafe.calibrate: expected benign prompts, got none")
+        refuse("calibrate", "benign prompts", "none")
     if torch.isnan(scores).any():
         raise ValueError("gradsafe.calibrate: a score is NaN")
     ordered = scores.double().sort().values
@@ -81,9 +82,7 @@ def exact_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float
 class Band:
     """The NLL values, in nats, between which the forward pass is not decisive.
 
-    Attributes:
-        low: A prompt with a smaller NLL of the response is cleared without gradients.
-        high: A prompt with a larger NLL is scored as unsafe without gradients.
+    A prompt with an NLL of the response below `low` is cleared, above `high` scored as unsafe.
     """
 
     low: float = -math.inf
@@ -105,19 +104,18 @@ class Band:
 
 
 def choose_band(benign: Tensor, unsafe: Tensor, *, max_fpr: float, max_fnr: float) -> Band:
-    """Choose the NLL values beyond which the forward pass decides alone.
+    """Choose the NLL values beyond which the forward pass decides alone, from those of prompts.
 
     Both ends are split-conformal quantiles: of new prompts of the same distributions, at most
     `max_fnr` of the unsafe ones are cleared by their NLL alone, and at most `max_fpr` of the benign
     ones are marked as unsafe by it, on average over calibration sets. Where the NLL separates the
-    two classes, the band lies between them. With too few unsafe prompts for the bound, nothing is
-    cleared without gradients, and a warning says so. `benign` and `unsafe` are the NLL of the
-    response after such prompts, `[n]` and `[m]`.
+    two classes, the band lies between them. Too few unsafe prompts leave the lower end open, with a
+    warning.
     """
     if not 0 < max_fnr < 1:
-        raise ValueError(f"gradsafe.choose_band: expected 0 < max_fnr < 1, got {max_fnr}")
+        refuse("choose_band", "0 < max_fnr < 1", max_fnr)
     if unsafe.numel() == 0:
-        raise ValueError("gradsafe.choose_band: expected unsafe prompts, got none")
+        refuse("choose_band", "unsafe prompts", "none")
     if torch.isnan(unsafe).any():
         raise ValueError("gradsafe.choose_band: the loss of an unsafe prompt is NaN")
     upper = calibrate(benign, max_fpr).threshold

@@ -50,11 +50,7 @@ def choose_rows(layers: Layers, fraction: float, seed: int) -> Rows:
 class ComponentMap:
     """The C = `size` components of a model; `components[layer]` gives a layer's `Slices`.
 
-    Args:
-        layers: The scored layers.
-        granularity: See `DetectorConfig`.
-        output_projections: Names of the layers whose input, not output, is divided into heads.
-        rows: The scored rows.
+    Of the layers named in `output_projections`, the input, not the output, is divided into heads.
     """
 
     def __init__(
@@ -66,9 +62,8 @@ class ComponentMap:
     ) -> None:
         self.size = 0
         self._head_dim = layers.head_dim
-        self._granularity = granularity
+        self._granularity, self._rows = granularity, rows
         self._output_projections = output_projections
-        self._rows = rows
         self._labels: list[tuple[str, str, Sequence[int]]] = []  # (owner, kind, numbers)
         self._blocks: dict[int, Tensor] = {}  # component of each block, granularity "layer"
         self._slices = {layer.name: self._slices_of(layer) for layer in layers.scored}
@@ -79,10 +74,11 @@ class ComponentMap:
     @property
     def names(self) -> list[str]:
         """Name of every component, in column order."""
-        names: list[str] = []
-        for owner, kind, numbers in self._labels:
-            names += [f"{owner}[{kind} {i}]" for i in numbers] if kind else [owner]
-        return names
+        return [
+            f"{owner}[{kind} {number}]" if kind else owner
+            for owner, kind, numbers in self._labels
+            for number in numbers
+        ]
 
     def _add(self, owner: str, kind: str = "", numbers: Sequence[int] = (0,)) -> Tensor:
         """Appends components and returns their columns."""
@@ -129,7 +125,7 @@ def slice_values(result: Moments | tuple[Moments, Moments]) -> Tensor:
         )
         fields = [count, total, total_sq, *dots.unbind(1)]
         tables.append(torch.stack([f.reshape(len(count), -1) for f in fields], dim=2))
-    return tables[0] if len(tables) == 1 else torch.cat(tables, dim=1)
+    return torch.cat(tables, dim=1)
 
 
 def standard_deviation(table: Tensor) -> Tensor:

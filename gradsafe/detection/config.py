@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from gradsafe._checks import check_fields
+from gradsafe._errors import refuse
 
 Method = Literal["gradcoo", "gradsafe", "cascade", "nll", "gradnorm"]
 Granularity = Literal["tensor", "row", "column", "row+column", "head", "layer", "expert"]
@@ -17,12 +18,9 @@ Overflow = Literal["error", "window"]
 Modules = Literal["all", "attention", "mlp"]
 ReferenceDtype = Literal["float32", "bfloat16", "float16", "float8"]
 
+_OF_GRADCOO = "granularity relative unsigned normalize center absolute reference_order reduce"
 # The methods that read a field, where not all of them do.
-COMPONENT_FIELDS = ("granularity", "relative", "unsigned", "normalize", "center", "absolute")
-READ_BY = {
-    **dict.fromkeys((*COMPONENT_FIELDS, "reference_order", "reduce"), ("gradcoo", "cascade")),
-    "gap": ("gradsafe",),
-}
+READ_BY = {**dict.fromkeys(_OF_GRADCOO.split(), ("gradcoo", "cascade")), "gap": ("gradsafe",)}
 
 
 @dataclass(frozen=True)
@@ -97,12 +95,7 @@ class DetectorConfig:
     def __post_init__(self) -> None:
         check_fields("Detector", self)
         if not 0 < self.row_fraction <= 1:
-            raise ValueError(
-                f"gradsafe.Detector: expected 0 < row_fraction <= 1, got {self.row_fraction}"
-            )
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
+            refuse("Detector", "0 < row_fraction <= 1", self.row_fraction)
         for field in fields(self):
             methods, value = READ_BY.get(field.name), getattr(self, field.name)
             if methods and self.method not in methods and value != field.default:
@@ -110,19 +103,14 @@ class DetectorConfig:
         if self.center and self.granularity not in ("tensor", "row", "column"):
             _refuse("center=True", 'granularity "tensor", "row" or "column"')
         if self.reference_order == "norm_then_mean" and self.granularity in ("row+column", "layer"):
-            heads = 'granularity "tensor", "row", "column" or "head"'
-            _refuse('reference_order="norm_then_mean"', heads)
+            needed = 'granularity "tensor", "row", "column" or "head"'
+            _refuse('reference_order="norm_then_mean"', needed)
         if not self.unsigned and self.relative in ("ratio", "logratio"):
             _refuse("unsigned=False", 'relative "share", "difference" or "unsafe"')
         if self.absolute == "before" and (self.center or not self.unsigned):
             _refuse("center=True" if self.center else "unsigned=False", 'absolute="after"')
         if self.method == "cascade" and not (self.unsigned and self.relative == "share"):
             _refuse('method="cascade"', 'relative="share" and unsigned=True')
-
-    @property
-    def uses_gradients(self) -> bool:
-        """Whether scoring needs a backward pass."""
-        return self.method != "nll"
 
     @property
     def uses_references(self) -> bool:

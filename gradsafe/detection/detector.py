@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gradsafe._errors import refuse
 from gradsafe._io.artifacts import load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band
@@ -34,16 +35,6 @@ class Detector:
 
     `Detector.fit` and `Detector.load` make one. A prompt is a text or a conversation: a list of
     `{"role": ..., "content": ...}` messages, the last one from the user or a tool.
-
-    Args:
-        model: The model it was fitted on.
-        tokenizer: Its tokenizer.
-        state: What fitting found.
-        layers: The layers that `state.config` chooses in the model, if they are known already.
-
-    Attributes:
-        layers: The scored layers, see `coverage`.
-        method: The fitted score method.
     """
 
     def __init__(
@@ -306,8 +297,8 @@ class Detector:
         The tokens of the template and of the response are included. The evidence of a token belongs
         to its position, which depends on all tokens before it. The last tokens of the template
         carry much of it, since the response is predicted there; the last token of the response
-        comes after the loss and carries none. An explanation takes two to three times as long as a
-        score, since the backward pass runs twice. No weight gradient is stored.
+        carries none. An explanation takes two to three times as long as a score: the backward pass
+        runs twice.
 
         Args:
             prompt: A text or a conversation.
@@ -326,10 +317,8 @@ class Detector:
         check_explainable(self.config)
         several = isinstance(prompt, (list, tuple)) and not isinstance((*prompt, {})[0], Mapping)
         if several or isinstance(prompt, Mapping):
-            raise TypeError(
-                "gradsafe.Detector.explain: expected prompt to be str or a list of messages, got "
-                f"{type(prompt).__name__}; explain takes one prompt"
-            )
+            expected, got = "prompt to be str or a list of messages", type(prompt).__name__
+            refuse("Detector.explain", expected, got, "explain takes one prompt", TypeError)
         gradients = self._gradients(batch_tokens=1, progress=False)
         encoded = gradients.encode([prompt], [name])
         probes = gradients.encode(probe_prompts(prompt), name)
@@ -363,13 +352,9 @@ class Detector:
     ) -> Scores:
         found = method.score(gradients, prompts, components)
         worst = worst_windows(found.values, prompts.owners, len(prompts))
-        return Scores(
-            found.values[worst],
-            found.components[worst],
-            found.nll[worst],
-            found.backward[worst],
-            self.threshold,
-        )
+        columns = (found.values, found.components, found.nll, found.backward)
+        values, parts, nll, backward = (column[worst] for column in columns)
+        return Scores(values, parts, nll, backward, self.threshold)
 
     def _gradients(self, batch_tokens: int, progress: bool) -> GradientPass:
         parts = self.model, self.tokenizer, self.config, self.layers, self.state.rows
@@ -379,9 +364,7 @@ class Detector:
 def pack(detector: Detector) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything of a detector but the model, as tensors and JSON values; see `unpack`."""
     tensors, metadata = detector.state.pack()
-    metadata["model"] = model_fingerprint(detector.model)
-    metadata["tokenizer"] = tokenizer_fingerprint(detector.tokenizer)
-    return tensors, metadata
+    return tensors, {**metadata, **_fingerprints(detector.model, detector.tokenizer)}
 
 
 def unpack(
@@ -392,14 +375,8 @@ def unpack(
     tokenizer: Any,
     cls: type[Detector] = Detector,
 ) -> Detector:
-    """Restore a detector from the result of `pack`; see `Detector.load`.
-
-    Error messages contain `where`, the place that the result came from.
-    """
-    for what, given in (
-        ("model", model_fingerprint(model)),
-        ("tokenizer", tokenizer_fingerprint(tokenizer)),
-    ):
+    """Restore a detector from the result of `pack`, read from `where`; see `Detector.load`."""
+    for what, given in _fingerprints(model, tokenizer).items():
         if metadata[what] != given:
             raise ValueError(
                 f"gradsafe.Detector.load: {where} was fitted on another {what} (fingerprint "
@@ -408,3 +385,7 @@ def unpack(
             )
     state, layers = DetectorState.unpack(where, tensors, metadata, model)
     return cls(model, tokenizer, state, layers)
+
+
+def _fingerprints(model: nn.Module, tokenizer: Any) -> dict[str, str]:
+    return {"model": model_fingerprint(model), "tokenizer": tokenizer_fingerprint(tokenizer)}

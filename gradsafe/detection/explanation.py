@@ -74,8 +74,8 @@ def explain(
 ) -> Explanation:
     """See `Detector.explain`; `probes` are the `probe_prompts` of the prompt.
 
-    `gradients` must run one window at a time, so that the second backward pass repeats the first
-    bit by bit, also where half precision would round a batch differently.
+    `gradients` must run one window at a time: the second backward pass must repeat the first bit by
+    bit, also in half precision.
     """
     scored = (
         (float(method(table)[0].float()), prompt.items[index], table[0])
@@ -101,10 +101,7 @@ def explain(
 def _token_evidence(
     method: Method, gradients: GradientPass, item: Encoded, shares: Tensor
 ) -> Tensor:
-    """Evidence of every token, `[T]` float64, from a second backward pass.
-
-    All denominators are known now: each layer is contracted to its tokens as it is reached.
-    """
+    """Evidence of every token, `[T]` float64, from a second backward pass, layer by layer."""
     parts: list[Tensor] = []
 
     def visit(layer: LinearLayer, factors: Factors) -> None:

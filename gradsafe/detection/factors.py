@@ -23,19 +23,12 @@ PANEL_BYTES = 2 * 2**20
 
 @dataclass(frozen=True)
 class MatrixFactors:
-    """Factors of the gradients of one matrix.
+    """Factors of the gradients of one matrix."""
 
-    Attributes:
-        x: Inputs `[B, rows, I]`.
-        dy: Output gradients `[B, rows, R]`, where R are the scored rows of the weight.
-        lengths: Rows of each sample; the rows after them are padding.
-        repeat: Rows per token, side by side; 0 where the rows are not tokens.
-    """
-
-    x: Tensor
-    dy: Tensor
-    lengths: list[int]
-    repeat: int = 1
+    x: Tensor  # inputs [B, rows, I]
+    dy: Tensor  # output gradients [B, rows, R], where R are the scored rows of the weight
+    lengths: list[int]  # rows of each sample; the rows after them are padding
+    repeat: int = 1  # rows per token, side by side; 0 where the rows are not tokens
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -107,18 +100,10 @@ class StackFactors:
                 routing = Routing(
                     routing.tokens[kept], routing.experts[kept], routing.samples, routing.width
                 )
-        keys = routing.experts * routing.samples + samples
-        counts = torch.bincount(keys, minlength=stack * routing.samples).tolist()
-        used = [key for key, count in enumerate(counts) if count]
-        return cls(
-            x.contiguous(),
-            dy.contiguous(),
-            routing,
-            [key // routing.samples for key in used],
-            [key % routing.samples for key in used],
-            [counts[key] for key in used],
-            stack,
-        )
+        keys, counts = torch.unique(routing.experts * routing.samples + samples, return_counts=True)
+        experts, samples = (keys // routing.samples).tolist(), (keys % routing.samples).tolist()
+        x, dy = x.contiguous(), dy.contiguous()
+        return cls(x, dy, routing, experts, samples, counts.tolist(), stack)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -135,9 +120,8 @@ class StackFactors:
         table = entries.new_zeros(len(self), self.stack, len(entries), 3 + len(refs))
         table[..., 0] = entries
         if prepare is None:
-            result = grouped_wgrad_moments(
-                self.x, self.dy, refs, self.lengths, self.experts, axis, unsigned
-            )
+            segments = self.lengths, self.experts
+            result = grouped_wgrad_moments(self.x, self.dy, refs, *segments, axis, unsigned)
             table[self.samples, self.experts] = slice_values(result)
         else:
             for sample, (e, x, dy) in zip(self.samples, self._segments(), strict=True):
@@ -175,28 +159,16 @@ class StackFactors:
 
 
 def layer_token_evidence(
-    x: Tensor,
-    dy: Tensor,
-    refs: Sequence[Tensor],
-    factors: Tensor,
-    axis: Axis,
-    unsigned: bool,
+    x: Tensor, dy: Tensor, refs: Sequence[Tensor], factors: Tensor, axis: Axis, unsigned: bool
 ) -> Tensor:
-    """Evidence of every token of one prompt in one layer, `[T]` float64.
+    """Evidence `[T]` float64 of every token of one prompt in one layer.
 
-    Its sum is the sum over slices and references of factor times dot. With G = dy^T x,
+    From x `[T, I]`, dy `[T, O]`, K references `[O, I]` and factors `[slices, K]` float64. Its sum
+    is the sum over slices and references of factor times dot. With G = dy^T x,
     <abs(G), R> = sum_t dy_t^T (sign(G) * R) x_t holds exactly: the sign of G is fixed by the sum
     over all tokens, and the rest is linear in each token. With a factor per slice and reference,
     e_t = dy_t^T (sign(G) * sum_k factor_k * R_k) x_t, so the references are merged into one matrix
     before they are multiplied with the tokens. G is computed in panels of rows.
-
-    Args:
-        x: Layer input `[T, I]`, any floating type.
-        dy: Output gradient `[T, O]`.
-        refs: K references `[O, I]`, at least one.
-        factors: `[slices, K]` float64, rows before columns for axis "both".
-        axis: What a slice is.
-        unsigned: Evidence from abs(G), otherwise from G.
     """
     rows, cols = dy.shape[1], x.shape[1]
     # Gradients may be tiny: factors near 1 keep the float32 products in range.

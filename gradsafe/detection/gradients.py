@@ -40,15 +40,10 @@ class NonFiniteGradientError(ValueError):
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too.
+    """Prompts as token ids, for one detector; see `Detector.encode`. A slice of it is one, too."""
 
-    Attributes:
-        names: What error messages call the prompts.
-        windows: The encoded windows of each prompt; one unless the prompt is too long.
-    """
-
-    names: Sequence[str]
-    windows: Sequence[Sequence[Encoded]]
+    names: Sequence[str]  # what error messages call the prompts
+    windows: Sequence[Sequence[Encoded]]  # of each prompt; one unless the prompt is too long
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -114,8 +109,8 @@ class GradientPass:
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Yield the indices of each batch and the float32 NLL of its items, on the CPU.
 
-        Before that, `visit` was called for every layer, last block first; None stands for a forward
-        pass without gradients. `label` names the progress bar; without one there is none.
+        Before that, `visit` was called for every layer, last block first; None means a forward pass
+        without gradients. `label` names the progress bar; without one there is none.
         """
         budget = self.batch_tokens
         if visit is not None and self.layers.one_at_a_time and len(items) > 1:

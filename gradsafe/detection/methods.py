@@ -41,11 +41,11 @@ class GradCoo(Method):
     def __init__(self, state: DetectorState, layers: Layers) -> None:
         super().__init__(state, layers)
         self.unsigned = self.config.unsigned
-        self.unsafe, self.safe = (state.references[name] for name in ("unsafe", "safe"))
         divide = self.config.normalize and self.config.reference_order == "mean_then_norm"
-        self.stds = [  # what the dots with each reference are divided by
-            standard_deviation(r.sums) if divide else torch.ones_like(r.sums[:, COUNT])
-            for r in (self.unsafe, self.safe)
+        sums = [state.references[name].sums for name in ("unsafe", "safe")]
+        # What the dots with each reference are divided by.
+        self.stds = [
+            standard_deviation(s) if divide else torch.ones_like(s[:, COUNT]) for s in sums
         ]
 
     @classmethod
@@ -85,10 +85,8 @@ class GradCoo(Method):
         else:
             factors /= entries[:, None]
         # A signed share is measured from 0, an unsigned one from the neutral a = b.
-        two_sided = config.relative == "difference" or (
-            config.relative == "share" and config.unsigned
-        )
-        factors[:, 1] *= -1.0 if two_sided else 0.0
+        neutral_share = config.relative == "share" and config.unsigned
+        factors[:, 1] *= -1.0 if neutral_share or config.relative == "difference" else 0.0
         counts = table[:, COUNT] if config.reduce == "weighted" else torch.ones_like(entries)
         return factors, counts / counts.sum()
 
@@ -159,7 +157,7 @@ class GradSafe(Method):
     def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines of the selected slices and their mean."""
         norms = (table[..., SUM_SQ] * self.unsafe.sums[:, SUM_SQ]).sqrt()
-        cosines = torch.where(norms > 0, table[..., DOTS] / norms, 0.0)  # a zero slice: cosine 0
+        cosines = _divide(table[..., DOTS], norms)
         if self.selected is not None:
             cosines = cosines[:, self.selected]
         return cosines.mean(1), cosines
@@ -168,7 +166,7 @@ class GradSafe(Method):
         """The inverse norms, with equal weights for the selected slices."""
         norms = (table[:, SUM_SQ] * self.unsafe.sums[:, SUM_SQ]).sqrt()
         chosen = torch.ones_like(norms) if self.selected is None else self.selected.to(norms)
-        return torch.where(norms > 0, 1.0 / norms, 0.0)[:, None], chosen / chosen.sum()
+        return _divide(1.0, norms)[:, None], chosen / chosen.sum()
 
 
 class GradNorm(Method):
@@ -204,28 +202,23 @@ METHODS: dict[str, type[Method]] = {
 
 def fit(gradients: GradientPass, groups: Groups) -> DetectorState:
     """See `Detector.fit`; `groups` are the encoded "unsafe" and "safe" prompts, or empty."""
-    config = gradients.config
+    config, layers = gradients.config, gradients.layers
     state = DetectorState(config, gradients.rows)
-    if config.uses_gradients:
-        _check_coverage(config, gradients.layers)
+    share = layers.scored_parameters / max(1, layers.block_parameters)
+    if config.method != "nll" and config.modules == "all" and share < 0.5:
+        warnings.warn(
+            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
+            f"are scored, and the gradients of the others are ignored; {layers}",
+            CoverageWarning,
+            stacklevel=3,
+        )
     if groups:
-        _check_stacks(config, gradients.layers)
+        _check_stacks(config, layers)
     if config.granularity == "head":
         item = groups["safe"].items[0]
         state = replace(state, output_projections=find_output_projections(gradients, item))
     state, losses = METHODS[config.method].fit(state, gradients, groups)
     return replace(state, reference_gap=_reference_gap(config, losses)) if losses else state
-
-
-def _check_coverage(config: DetectorConfig, layers: Layers) -> None:
-    share = layers.scored_parameters / max(1, layers.block_parameters)
-    if config.modules == "all" and share < 0.5:
-        warnings.warn(
-            f"gradsafe.Detector.fit: only {100 * share:.0f} % of the weights of the chosen blocks "
-            f"are scored, and the gradients of the others are ignored; {layers}",
-            CoverageWarning,
-            stacklevel=4,
-        )
 
 
 def _check_stacks(config: DetectorConfig, layers: Layers) -> None:
@@ -255,6 +248,6 @@ def _reference_gap(config: DetectorConfig, losses: Mapping[str, Tensor]) -> floa
     return unsafe - safe
 
 
-def _divide(dots: Tensor | float, std: Tensor) -> Tensor:
-    """A component without spread has no direction: its value is zero."""
-    return torch.where(std > 0, dots / std, 0.0)
+def _divide(dots: Tensor | float, spread: Tensor) -> Tensor:
+    """A component without spread, or a zero slice, has no direction: its value is zero."""
+    return torch.where(spread > 0, dots / spread, 0.0)

@@ -10,45 +10,24 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Ranking:
-    """How well scores separate unsafe (1) from safe (0) prompts, without a threshold.
+    """How well scores separate unsafe (1) from safe (0) prompts, without a threshold."""
 
-    Attributes:
-        auprc: Area under the precision-recall curve, as average precision.
-        auroc: Area under the ROC curve.
-        recall_at_fpr: Largest recall of any threshold with at most the given false-positive rate.
-    """
-
-    auprc: float
+    auprc: float  # area under the precision-recall curve, as average precision
     auroc: float
-    recall_at_fpr: float
+    recall_at_fpr: float  # largest of any threshold with at most this false-positive rate
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """How well flags agree with labels.
+    """How well flags agree with labels."""
 
-    Attributes:
-        recall: Share of the unsafe prompts that are flagged.
-        fpr: False-positive rate, the share of the safe prompts that are flagged.
-        f1: F1 of the unsafe class.
-    """
-
-    recall: float
-    fpr: float
-    f1: float
+    recall: float  # share of the unsafe prompts that are flagged
+    fpr: float  # false-positive rate: share of the safe prompts that are flagged
+    f1: float  # of the unsafe class
 
 
 def rank(labels: Sequence[int], scores: Sequence[float], max_fpr: float = 0.01) -> Ranking:
-    """Measures how scores rank labelled prompts.
-
-    Args:
-        labels: 1 for unsafe, 0 for safe; both must occur.
-        scores: Higher means more likely unsafe.
-        max_fpr: False-positive rate of `recall_at_fpr`.
-
-    Raises:
-        ValueError: Only one label occurs.
-    """
+    """Measures how scores rank prompts with labels 1 (unsafe) and 0 (safe); both must occur."""
     from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
     if len(set(labels)) < 2:

@@ -28,28 +28,22 @@ DTYPES = {
 class Reference:
     """The reference gradient of one group of prompts (unsafe or safe).
 
-    Attributes:
-        weights: Per layer name `[R, I]` (`[E, R, I]` for a stack of experts) in the storage dtype,
-            divided by the layer's scale; R are the scored rows.
-        scales: Per layer name what undoes this: the scales keep the small entries of small layers
-            inside the range of 16-bit floats.
-        sums: `[C, 3]` float64, count, sum and sum of squares per component.
+    The scales keep the small entries of small layers inside the range of 16-bit floats.
     """
 
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor]  # by layer: [R, I] or [E, R, I], divided by the layer's scale
     scales: dict[str, float]
-    sums: Tensor
+    sums: Tensor  # [C, 3] float64: count, sum and sum of squares per component
 
 
 def prepare_function(config: DetectorConfig) -> Prepare | None:
     """What changes a gradient in place before its moments are taken; None for nothing."""
     if config.center:
-        return subtract_mean_
+        return _subtract_mean_  # of every slice
     return (lambda grad, _: grad.abs_()) if config.absolute == "before" else None
 
 
-def subtract_mean_(grad: Tensor, axis: Axis) -> Tensor:
-    """Subtract the mean of every slice in place; axis "tensor", "row" or "column"."""
+def _subtract_mean_(grad: Tensor, axis: Axis) -> Tensor:
     result = moments([grad], None, axis)
     assert isinstance(result, Moments)
     mean = (result.sum[0] / result.count[0]).to(grad.dtype)
@@ -77,9 +71,8 @@ def build_reference(
     """Build one group's reference; also returns the `[n]` NLL of the response after each prompt.
 
     The mean over prompts of G_b = dy_b^T x_b is one product over the tokens of all prompts, for a
-    stack of experts one per expert and prompt. If the group fits one batch, each layer's mean is
-    finished as the backward pass reaches it; otherwise float32 sums of all layers are kept until
-    the last batch. `unsigned` references are stored as absolute values.
+    stack of experts one per expert and prompt. If the group does not fit one batch, float32 sums of
+    all layers are kept until the last batch. `unsigned` references are stored as absolute values.
     """
     config = gradients.config
     table = torch.zeros(components.size, 3, dtype=torch.float64)

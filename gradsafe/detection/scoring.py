@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from typing import ClassVar
 
 import torch
@@ -50,22 +51,16 @@ class Scores:
 
 
 class Method:
-    """A fitted score method. A subclass defines `__call__`, and `fit` if it learns anything.
+    """A fitted score method. A subclass defines `__call__`, and `fit` if it learns anything."""
 
-    Attributes:
-        granularity: What a component is; None for the option of that name.
-        unsigned: Whether dots are computed from abs(g).
-        selected: `[C]` bool, the components that are used; None for all.
-    """
-
-    granularity: ClassVar[Granularity | None] = None
-    unsigned: bool = False
+    granularity: ClassVar[Granularity | None] = None  # None for the option of that name
+    unsigned: bool = False  # whether dots are computed from abs(g)
 
     def __init__(self, state: DetectorState, layers: Layers) -> None:
         self.state = state
         self.config = state.config
         self.components = self.component_map(state, layers)
-        self.selected = state.learned.get("selected")
+        self.selected = state.learned.get("selected")  # [C] bool; None for all components
 
     @classmethod
     def component_map(cls, state: DetectorState, layers: Layers) -> ComponentMap:
@@ -102,21 +97,17 @@ class Method:
     def names(self) -> list[str]:
         """Names of the component values, in column order."""
         names = self.components.names
-        if self.selected is None:
-            return names
-        return [name for name, keep in zip(names, self.selected.tolist(), strict=True) if keep]
+        return names if self.selected is None else list(compress(names, self.selected.tolist()))
 
     def score(self, gradients: GradientPass, prompts: EncodedPrompts, keep: bool = True) -> Scores:
         """Score every window; `keep` its component values."""
         count = len(prompts.items)
         nll, values = torch.empty(2, count)
-        components = torch.empty(count, 0)
+        components = torch.empty(count, len(self.names) if keep else 0)
         for indices, batch_nll, table in self.tables(gradients, prompts):
             batch_values, parts = self(table)
             nll[indices], values[indices] = batch_nll, batch_values.float()
             if keep:
-                if components.shape[1] != parts.shape[1]:
-                    components = torch.empty(count, parts.shape[1])
                 components[indices] = parts.float()
         return Scores(values, components, nll, torch.ones(count, dtype=torch.bool))
 

@@ -20,24 +20,13 @@ from gradsafe.models import Layers, find_layers
 
 @dataclass(frozen=True)
 class DetectorState:
-    """What `Detector.fit` and `Detector.calibrate` found.
-
-    Attributes:
-        config: The options.
-        rows: Rows that are scored of each weight; empty for all.
-        output_projections: Layers whose input is divided into heads (granularity "head").
-        references: Reference gradients by the name of their prompts, "unsafe" and "safe".
-        learned: Other tensors that the method learned, by name.
-        reference_gap: See `Detector.reference_gap`.
-        calibration: See `Detector.calibration`.
-        band: See `Detector.band`.
-    """
+    """What `Detector.fit` and `Detector.calibrate` found; see also the properties of `Detector`."""
 
     config: DetectorConfig
     rows: Rows = field(default_factory=dict)
-    output_projections: tuple[str, ...] = ()
-    references: Mapping[str, Reference] = field(default_factory=dict)
-    learned: Mapping[str, Tensor] = field(default_factory=dict)
+    output_projections: tuple[str, ...] = ()  # layers whose input is divided into heads
+    references: Mapping[str, Reference] = field(default_factory=dict)  # "unsafe" and "safe"
+    learned: Mapping[str, Tensor] = field(default_factory=dict)  # other tensors of the method
     reference_gap: float | None = None
     calibration: Calibration | None = None
     band: Band | None = None
@@ -69,10 +58,9 @@ class DetectorState:
         metadata: Mapping[str, Any],
         model: nn.Module,
     ) -> tuple[DetectorState, Layers]:
-        """Restore a state from the result of `pack`; also returns the scored layers of the model.
+        """Restore a state from the result of `pack`, read from `where`, and the scored layers.
 
-        Each reference moves to the device of its layer. Raises StorageError, with `where` in the
-        message, if a tensor is missing, or if a newer version wrote options that are unknown here.
+        Each reference moves to the device of its layer.
         """
         unknown = sorted(set(metadata["config"]) - set(DetectorConfig.__dataclass_fields__))
         if unknown:

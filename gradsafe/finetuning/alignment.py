@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gradsafe._checks import check_value
+from gradsafe._errors import refuse
 from gradsafe.finetuning.chunked_kl import CHUNK_TOKENS, Teacher, chunked_kl
 from gradsafe.finetuning.config import KLTokens
 from gradsafe.finetuning.output_head import OutputHead, unwrapped
@@ -65,9 +66,7 @@ class KLAlignment:
     ) -> None:
         check_value("KLAlignment", "kl_tokens", kl_tokens, KLTokens)
         if chunk_tokens < 1:
-            raise ValueError(
-                f"gradsafe.KLAlignment: expected chunk_tokens >= 1, got {chunk_tokens}"
-            )
+            refuse("KLAlignment", "chunk_tokens >= 1", chunk_tokens)
         if cache is not None and reference != "cached":
             raise ValueError('gradsafe.KLAlignment: cache= is for reference="cached" only')
         self.model = model
@@ -79,17 +78,15 @@ class KLAlignment:
     def _reference(
         self, reference: str | nn.Module, cache: str | os.PathLike[str] | None
     ) -> ModelReference | CachedReference | None:
-        if isinstance(reference, nn.Module):
-            refuse_shared(reference, self.model)
-            return ModelReference(reference, OutputHead.of(reference))
         if reference == "adapter_off":
             return adapter_off(self.model, self.head)
         if reference == "cached":
             return CachedReference(self.model, self.head, cache)
-        raise ValueError(
-            'gradsafe.KLAlignment: expected reference to be "adapter_off", "cached" or a model '
-            f"(load it first), got {reference!r}"
-        )
+        if not isinstance(reference, nn.Module):
+            expected = 'reference to be "adapter_off", "cached" or a model (load it first)'
+            refuse("KLAlignment", expected, repr(reference))
+        refuse_shared(reference, self.model)
+        return ModelReference(reference, OutputHead.of(reference))
 
     def cache(self, batches: Iterable[Batch], path: str | os.PathLike[str] | None = None) -> int:
         """Computes the reference's final hidden states; call it before training.
@@ -151,9 +148,8 @@ class KLAlignment:
                 'gradsafe.KLAlignment: no response token in the batch: every batch["labels"] after '
                 "the first position is -100"
             )
-        counted = {"response": response, "non_pad": mask, "all": torch.ones_like(mask)}[
-            self.kl_tokens
-        ]
+        choices = {"response": response, "non_pad": mask, "all": torch.ones_like(mask)}
+        counted = choices[self.kl_tokens]
         teacher = self._teacher(inputs, counted, labels)
 
         def divergence(hidden: Tensor) -> Tensor:
@@ -172,17 +168,13 @@ class KLAlignment:
         mask = _matrix(batch, "attention_mask", ids.shape)
         inner = unwrapped(self.model)
         device = input_device(inner) or ids.device
-        inputs: dict[str, Any] = {
-            "input_ids": ids.to(device),
-            "attention_mask": mask.to(device),
-            "use_cache": False,
-        }
+        inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
         if "position_ids" in forward_parameters(inner):
             positions = batch.get("position_ids")
             if positions is None:
-                positions = (inputs["attention_mask"].long().cumsum(1) - 1).clamp(min=0)
+                positions = (mask.long().cumsum(1) - 1).clamp(min=0)
             inputs["position_ids"] = positions.to(device)
-        return inputs
+        return {**inputs, "use_cache": False}
 
 
 class SFTAlignment(KLAlignment):
@@ -190,10 +182,6 @@ class SFTAlignment(KLAlignment):
 
     Same interface and code path as `KLAlignment`: the reference distribution of a position has all
     its mass on the label, so the divergence equals the cross-entropy.
-
-    Args:
-        model: As in `KLAlignment`.
-        chunk_tokens: As in `KLAlignment`.
     """
 
     def __init__(self, model: nn.Module, *, chunk_tokens: int = CHUNK_TOKENS) -> None:
@@ -222,7 +210,5 @@ def _matrix(batch: Batch, name: str, shape: tuple[int, ...] | None = None) -> Te
     if not isinstance(value, Tensor) or value.dim() != 2 or value.shape != (shape or value.shape):
         wanted = "[B, T]" if shape is None else list(shape)
         got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(
-            f'gradsafe.KLAlignment: expected batch["{name}"] of shape {wanted}, got {got}'
-        )
+        refuse("KLAlignment", f'batch["{name}"] of shape {wanted}', got)
     return value

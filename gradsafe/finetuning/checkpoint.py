@@ -13,7 +13,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gradsafe._io.artifacts import write_text
 
 FILE = "safegrad.json"
-_LAST_WRITTEN = "trainer_state.json"  # by transformers
 
 
 def last(folder: str | os.PathLike[str]) -> str | None:
@@ -24,7 +23,8 @@ def last(folder: str | os.PathLike[str]) -> str | None:
     found = [
         (int(number), path)
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-        if (number := path.name.rpartition("-")[2]).isdecimal() and _is_json(path / _LAST_WRITTEN)
+        if (number := path.name.rpartition("-")[2]).isdecimal()
+        and _is_json(path / "trainer_state.json")
     ]
     return str(max(found)[1]) if found else None
 
@@ -44,11 +44,7 @@ def write(folder: Path, facts: Mapping[str, Any], drawn: int) -> None:
 
 
 def read(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> int:
-    """Return the number of alignment rows drawn before the checkpoint.
-
-    Raises:
-        ValueError: The file is missing or malformed, or belongs to a run with other facts.
-    """
+    """Return the number of alignment rows drawn before a checkpoint of a run with these facts."""
     path = Path(folder) / FILE
     if not path.is_file():
         raise ValueError(

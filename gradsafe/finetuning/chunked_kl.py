@@ -23,10 +23,9 @@ def chunked_kl(
 ) -> Tensor:
     """Sum over tokens of KL(teacher || student) of final hidden states `[N, d]`, a scalar.
 
-    The gradients of the states and of the head's trainable parameters are computed in the forward
-    pass, while the logits of a chunk exist, and scaled by the incoming gradient in the backward
-    pass. At most two buffers of `chunk_tokens * V` logits exist at a time (three if the head is not
-    a plain linear layer).
+    The gradients are computed in the forward pass, while the logits of a chunk exist, and scaled by
+    the incoming gradient in the backward pass. At most two buffers of `chunk_tokens * V` logits
+    exist at a time (three if the head is not a plain linear layer).
     """
     if not head.plain:
         announce_fallback(

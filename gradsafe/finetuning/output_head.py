@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gradsafe._errors import refuse
 from gradsafe.models.inspection import base_model, text_config
 from gradsafe.models.modes import evaluating
 
@@ -59,16 +60,15 @@ class OutputHead:
         getter = getattr(inner, "get_output_embeddings", None)
         module = getter() if callable(getter) else None
         if not isinstance(module, nn.Module):
-            raise ValueError(
-                f"gradsafe.KLAlignment: expected a causal language model with an output head "
-                f"(get_output_embeddings), got {type(inner).__name__}"
-            )
+            expected = "a causal language model with an output head (get_output_embeddings)"
+            refuse("KLAlignment", expected, type(inner).__name__)
         config = text_config(inner)
-        candidates: list[Transform | None] = []
-        for key, build in _TRANSFORMS.items():
-            value = getattr(config, key, None)
-            if isinstance(value, (int, float)) and value:
-                candidates.append(build(float(value)))
+        constants = {key: getattr(config, key, None) for key in _TRANSFORMS}
+        candidates = [
+            _TRANSFORMS[key](float(constant))
+            for key, constant in constants.items()
+            if isinstance(constant, (int, float)) and constant
+        ]
         return cls(module, None, type(inner).__name__, [*candidates, None])
 
     @property
@@ -109,9 +109,8 @@ class OutputHead:
         """Return the final hidden states `[B, T, d]` of a forward pass of `model`, or their loss.
 
         The pass calls `model` itself, so that the hooks of DDP and others run, but the head gets no
-        position (one position the first time, to find the transform): `[B, T, V]` never exists.
-        `loss` is computed within the call of the head: only there FSDP2 has gathered its weights,
-        and reduces their gradients like all others.
+        position (one the first time, to find the transform). `loss` is computed within the call of
+        the head: only there FSDP2 has gathered its weights, and reduces their gradients.
         """
         if loss is not None and self._candidates:
             with inference(model):
@@ -142,10 +141,8 @@ class OutputHead:
         finally:
             handle.remove()
         if len(seen) != 1 or seen[0].dim() != 3:
-            raise RuntimeError(
-                f"gradsafe.KLAlignment: expected the forward of {self.name} to call its output "
-                f"head once with hidden states [B, T, d], got {len(seen)} calls"
-            )
+            expected = f"the forward of {self.name} to call its output head once with hidden states"
+            refuse("KLAlignment", f"{expected} [B, T, d]", f"{len(seen)} calls", kind=RuntimeError)
         logits = output.logits if hasattr(output, "logits") else output[0]
         if kept:
             self._choose_transform(found[0], logits)

@@ -15,15 +15,22 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from gradsafe._errors import refuse
 from gradsafe._io.fingerprints import model_fingerprint
 from gradsafe.finetuning import checkpoint
 from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment
 from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.finetuning.order import AlignmentOrder
-from gradsafe.finetuning.rows import Row, encode_rows, fingerprint, response_tokens, row_collator
+from gradsafe.finetuning.rows import (
+    AlignmentOrder,
+    Row,
+    encode_rows,
+    fingerprint,
+    response_tokens,
+    row_collator,
+)
 from gradsafe.finetuning.support import check_alignment, check_supported
 from gradsafe.finetuning.surgery import GradientSurgery
-from gradsafe.finetuning.teachers import refuse_shared, without_adapters
+from gradsafe.finetuning.teachers import in_adapters, refuse_shared
 
 AlignmentLoss = Callable[..., Tensor]
 # Options that may change when a run resumes: they only affect warnings, and the encoding, which the
@@ -37,7 +44,6 @@ class SafeGradMixin(Trainer):
     `class Mine(SafeGradMixin, SomeTrainer)` protects `SomeTrainer`, provided that it keeps the
     `training_step` of transformers and leaves the gradients in `.grad`. The user loss is the loss
     of `SomeTrainer`. For the steps and the arguments see `SafeGradTrainer`.
-
     """
 
     def __init__(
@@ -73,10 +79,8 @@ class SafeGradMixin(Trainer):
         if size is None:
             size = self._train_batch_size * self.args.gradient_accumulation_steps * processes
         if size % processes:
-            raise ValueError(
-                f"gradsafe.SafeGradTrainer: expected alignment_batch_size to be a multiple of "
-                f"{processes} processes, got {size}"
-            )
+            expected = f"alignment_batch_size to be a multiple of {processes} processes"
+            refuse("SafeGradTrainer", expected, size)
         return size
 
     @property
@@ -131,15 +135,14 @@ class SafeGradMixin(Trainer):
         columns = 0
         if self.safegrad.kl_tokens == "all":  # padding must not depend on the number of processes
             columns = max(len(row["input_ids"]) for row in drawn)
-        own = drawn[rank::processes]
-        starts = range(0, len(own), self._train_batch_size)
+        own, size = drawn[rank::processes], self._train_batch_size
+        starts = range(0, len(own), size)
         # The compiled module would not run the hooks of the alignment loss.
         runs = getattr(model, "_orig_mod", model)
         self._surgery.stash()
         value = torch.zeros((), device=self.args.device)
         for start in starts:
-            rows = self._collate(own[start : start + self._train_batch_size], columns)
-            batch = self._prepare_inputs(rows)
+            batch = self._prepare_inputs(self._collate(own[start : start + size], columns))
             last = start == starts[-1]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.accelerator.autocast():
@@ -153,8 +156,7 @@ class SafeGradMixin(Trainer):
     def _new_surgery(self, model: nn.Module) -> GradientSurgery:
         assert self.optimizer is not None
         stepped = [p for group in self.optimizer.param_groups for p in group["params"]]
-        known = set(map(id, stepped))
-        names = {}
+        known, names = set(map(id, stepped)), {}
         for name, parameter in model.named_parameters():
             names[id(parameter)] = name
             if parameter.requires_grad and id(parameter) not in known:
@@ -172,11 +174,9 @@ class SafeGradMixin(Trainer):
         )
 
     def _encode(self, name: str, rows: Any) -> list[Row]:
-        progress = not self.args.disable_tqdm
         tokenizer: Any = self.processing_class
-        return encode_rows(
-            name, rows, tokenizer, self.safegrad, model=self.model, progress=progress
-        )
+        hidden = self.args.disable_tqdm
+        return encode_rows(name, rows, tokenizer, self.safegrad, self.model, progress=not hidden)
 
     def _configured_loss(self, model: Any) -> AlignmentLoss:
         options = self.safegrad
@@ -193,17 +193,16 @@ class SafeGradMixin(Trainer):
                 reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         loss = KLAlignment(model, reference, options.kl_tokens)
         if reference == "adapter_off":
-            self._reference_weights = self._of_first_process(lambda: without_adapters(model))
+            self._reference_weights = self._of_first_process(
+                lambda: model_fingerprint(model, in_adapters(model))
+            )
         if reference == "cached":
             # The reference is the model as it is now; train() loads a checkpoint later.
             self._reference_weights = self._of_first_process(lambda: model_fingerprint(model))
-            size = self._train_batch_size
-            rows = self._alignment_rows
+            rows, size = self._alignment_rows, self._train_batch_size
+            batches = (self._collate(rows[i : i + size]) for i in range(0, len(rows), size))
             with self.accelerator.autocast():
-                loss.cache(
-                    self._prepare_inputs(self._collate(rows[i : i + size]))
-                    for i in range(0, len(rows), size)
-                )
+                loss.cache(map(self._prepare_inputs, batches))
         return loss
 
     def _identity(self) -> dict[str, Any]:
@@ -248,11 +247,9 @@ class SafeGradMixin(Trainer):
     def _warn_of_no_relation(self, steps: int, cosine: float) -> None:
         count = self._watched[0] + steps
         total = self._watched[1] + (cosine * steps if steps else 0.0)
-        self._watched = (count, total)
-        if count < self.safegrad.warn_steps:
-            return
-        self._watched = (0, 0.0)
-        if abs(total / count) < self.safegrad.warn_cosine:
+        full = count >= self.safegrad.warn_steps
+        self._watched = (0, 0.0) if full else (count, total)
+        if full and abs(total / count) < self.safegrad.warn_cosine:
             warnings.warn(
                 f"gradsafe.SafeGradTrainer: the mean cosine of user and alignment gradient was "
                 f"{total / count:+.4f} over {count} steps. Either the user data does not conflict "

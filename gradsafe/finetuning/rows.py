@@ -1,10 +1,12 @@
-"""Training rows: prompt and response to token ids and labels, and batches of them."""
+"""Training rows: token ids and labels of prompt and response, their order, and batches."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +31,6 @@ def encode_rows(
     rows: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     options: SafeGradConfig | None = None,
-    *,
     model: nn.Module | None = None,
     progress: bool = True,
 ) -> list[Row]:
@@ -85,6 +86,34 @@ def fingerprint(rows: Sequence[Row]) -> str:
     return digest.hexdigest()
 
 
+class AlignmentOrder:
+    """Draws row numbers in epochs: every row once per epoch, each epoch in a new random order.
+
+    The order depends only on the seed and on the number of rows drawn so far (`drawn`), so it
+    resumes from a checkpoint and is the same in every process.
+    """
+
+    def __init__(self, rows: int, seed: int) -> None:
+        self.rows, self.seed, self.drawn = rows, seed, 0
+
+    def draw(self, count: int) -> list[int]:
+        """Return the next `count` row numbers."""
+        numbers: list[int] = []
+        while len(numbers) < count:
+            epoch, place = divmod(self.drawn, self.rows)
+            taken = _shuffled(self.rows, self.seed, epoch)[place : place + count - len(numbers)]
+            numbers += taken
+            self.drawn += len(taken)
+        return numbers
+
+
+@lru_cache(maxsize=1)
+def _shuffled(rows: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(rows))
+    random.Random(f"{seed} {epoch}").shuffle(order)
+    return order
+
+
 class RowCollator:
     """Pads rows on the right to `input_ids`, `attention_mask` and `labels`, each `[B, T]` int64."""
 
@@ -102,8 +131,8 @@ class RowCollator:
                     "or input_ids and labels, or your own data_collator"
                 )
         width = max(columns, *(len(row["input_ids"]) for row in rows))
-        batch = {}
         fill = {"input_ids": self.pad_id, "attention_mask": 0, "labels": IGNORED}
+        batch = {}
         for key, value in fill.items():
             batch[key] = torch.full((len(rows), width), value, dtype=torch.int64)
             for line, row in zip(batch[key], rows, strict=True):

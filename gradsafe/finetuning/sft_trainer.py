@@ -29,6 +29,5 @@ class SafeGradSFTTrainer(SafeGradMixin, SFTTrainer):
 
     Raises:
         ImportError: TRL is not installed (raised when the class is imported).
-        TypeError: `safegrad` or `alignment_dataset` has another type.
-        ValueError: As in `SafeGradTrainer`.
+        TypeError, ValueError: As in `SafeGradTrainer`.
     """

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradsafe._errors import refuse
 from gradsafe.ops import surgery_, surgery_merge_, surgery_sums
 
 
@@ -43,10 +44,8 @@ def split(user: Sequence[Tensor], align: Sequence[Tensor], tests: Sequence[int])
         local_a, other = local(f"alignment gradient {index}", a)
         if groups != other:
             found = [str(getattr(gradient, "placements", "one tensor")) for gradient in (u, a)]
-            raise ValueError(
-                f"gradsafe.GradientSurgery: expected both gradients of parameter {index} to be "
-                f"sharded alike, got {found[0]} and {found[1]}"
-            )
+            expected = f"both gradients of parameter {index} to be sharded alike"
+            refuse("GradientSurgery", expected, " and ".join(found))
         part = parts.setdefault((local_u.device, tuple(map(id, groups))), Part(groups))
         part.user.append(local_u)
         part.align.append(local_a)

@@ -57,9 +57,9 @@ class RunningStatistics:
         """Return the statistics; synchronises with the device."""
         self._fold()
         values = [0.0] * 7 if self._totals is None else self._totals.tolist()
-        steps, skipped = int(values[0]), int(values[1])
-        means = [value / steps if steps else math.nan for value in values[2:]]
-        return SurgeryStatistics(steps, skipped, *means)
+        steps, skipped, *sums = values
+        means = [value / steps if steps else math.nan for value in sums]
+        return SurgeryStatistics(int(steps), int(skipped), *means)
 
     def reset(self) -> None:
         """Resets everything except `skipped`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gradsafe._errors import refuse
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.models.compat import loaded_sharded, static_graph
 
@@ -44,15 +45,12 @@ def check_supported(trainer: Any) -> None:
 def check_alignment(alignment_dataset: Any, safegrad: Any) -> None:
     """Raises TypeError or ValueError for unusable options or alignment rows."""
     if not isinstance(safegrad, (SafeGradConfig, type(None))):
-        raise TypeError(
-            "gradsafe.SafeGradTrainer: expected safegrad to be a SafeGradConfig, got "
-            f"{type(safegrad).__name__}"
-        )
+        got = type(safegrad).__name__
+        refuse("SafeGradTrainer", "safegrad to be a SafeGradConfig", got, kind=TypeError)
     if alignment_dataset is not None and not hasattr(alignment_dataset, "__len__"):
-        raise TypeError(
-            "gradsafe.SafeGradTrainer: expected alignment_dataset to have a length, since its rows "
-            f"are drawn repeatedly, got {type(alignment_dataset).__name__}; pass list(rows)"
-        )
+        expected = "alignment_dataset to have a length, since its rows are drawn repeatedly"
+        got = type(alignment_dataset).__name__
+        refuse("SafeGradTrainer", expected, got, "pass list(rows)", TypeError)
     if alignment_dataset is None or not len(alignment_dataset):
         raise ValueError(
             "gradsafe.SafeGradTrainer: expected alignment_dataset= with at least one row; "

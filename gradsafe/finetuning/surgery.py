@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from gradsafe._checks import check_value
+from gradsafe._errors import refuse
 from gradsafe.finetuning import shards
 from gradsafe.finetuning.config import Scope
 from gradsafe.finetuning.statistics import RunningStatistics, SurgeryStatistics
 from gradsafe.ops.checks import FLOAT_DTYPES
-from gradsafe.ops.surgery import RESULTS, check_rho
+from gradsafe.ops.surgery import check_rho
 
 OnNonfinite = Literal["drop", "poison"]
 
@@ -25,10 +26,9 @@ class GradientSurgery:
         align_loss.backward(); surgery.merge()    # .grad now holds the merged gradient
         optimizer.step()
 
-    `stash` takes the user gradients out of `.grad` without a copy. `merge` writes the merged
-    gradient into the same buffers (formula: `gradsafe.ops.surgery_`), sets `.grad` to them, and
-    releases the alignment gradients. Both losses may be accumulated over several backward passes.
-    Clip gradients after `merge`.
+    `stash` takes the user gradients out of `.grad` without a copy; `merge` writes the merged
+    gradient into the same buffers (formula: `gradsafe.ops.surgery_`). Both losses may be
+    accumulated over several backward passes. Clip gradients after `merge`.
 
     A parameter without a user gradient is treated as having a zero user gradient: it gets the
     alignment gradient times the coefficient (rho if there is no conflict). A parameter without an
@@ -166,11 +166,9 @@ class GradientSurgery:
             )
         for index, gradient in enumerate(gradients):
             if gradient is not None and gradient.layout is not torch.strided:
-                raise TypeError(
-                    f"gradsafe.GradientSurgery: expected the gradient of parameter {index} "
-                    f"{list(gradient.shape)} to be dense, got {gradient.layout}; use "
-                    "sparse=False in the embedding"
-                )
+                expected = f"the gradient of parameter {index} {list(gradient.shape)} to be dense"
+                do = "use sparse=False in the embedding"
+                refuse("GradientSurgery", expected, gradient.layout, do, TypeError)
         for parameter in self.parameters:
             parameter.grad = None
         return gradients
@@ -183,7 +181,10 @@ def _filled(index: int, user: Tensor | None, align: Tensor | None) -> tuple[Tens
         return torch.zeros_like(align), align
     if align is None:
         return user, torch.zeros_like(user)
-    if _storage(user) == _storage(align):
+    storages = [
+        shards.local("gradient", gradient)[0].untyped_storage() for gradient in (user, align)
+    ]
+    if storages[0].data_ptr() == storages[1].data_ptr() != 0:  # empty shards have no memory
         raise ValueError(
             f"gradsafe.GradientSurgery: the alignment gradient of parameter {index} overwrote its "
             "user gradient; use DistributedDataParallel with gradient_as_bucket_view=False"
@@ -191,15 +192,9 @@ def _filled(index: int, user: Tensor | None, align: Tensor | None) -> tuple[Tens
     return user, align
 
 
-def _storage(gradient: Tensor) -> int:
-    # Empty shards have no memory; their address 0 must not look shared.
-    tensor, _ = shards.local("gradient", gradient)
-    return tensor.untyped_storage().data_ptr() or id(gradient)
-
-
 def _poison(parts: list[shards.Part], results: Tensor) -> None:
     """Adds 0 to the first element of each tensor if all coefficients are finite, else NaN."""
-    nothing = (results[:, RESULTS.index("coefficient")] * 0).sum()
+    nothing = (results[:, 3] * 0).sum()
     for part in parts:
         first = [u.as_strided((1,), (1,)) for u in part.user if u.numel()]
         if first:
@@ -229,45 +224,35 @@ def _layer(name: str | None) -> str:
 def _trained(parameters: Iterable[Any]) -> list[tuple[str | None, Tensor]]:
     """Return the parameters that require a gradient, with their names if given."""
     if isinstance(parameters, Tensor) or not isinstance(parameters, Iterable):
-        raise TypeError(
-            "gradsafe.GradientSurgery: expected parameters to be an iterable, got "
-            f"{type(parameters).__name__}; put a single parameter into a list"
-        )
+        got, do = type(parameters).__name__, "put a single parameter into a list"
+        refuse("GradientSurgery", "parameters to be an iterable", got, do, TypeError)
     named: list[tuple[str | None, Tensor]] = []
     for item in parameters:
         match item:
             case {"params": group}:
                 named += zip(item.get("param_names", [None] * len(group)), group, strict=True)
             case Mapping():
-                raise TypeError(
-                    "gradsafe.GradientSurgery: expected a parameter group to have params, got "
-                    f"{sorted(map(str, item))}"
-                )
+                expected, keys = "a parameter group to have params", sorted(map(str, item))
+                refuse("GradientSurgery", expected, keys, kind=TypeError)
             case (str() | None, _):
                 named.append(item)
             case tuple():
-                raise TypeError(
-                    f"gradsafe.GradientSurgery: expected parameters[{len(named)}] to be a "
-                    "parameter or (name, parameter), got a tuple of "
-                    f"{[type(part).__name__ for part in item]}"
-                )
+                expected = f"parameters[{len(named)}] to be a parameter or (name, parameter)"
+                got = f"a tuple of {[type(part).__name__ for part in item]}"
+                refuse("GradientSurgery", expected, got, kind=TypeError)
             case _:
                 named.append((None, item))
     seen: set[int] = set()
     for index, (_, parameter) in enumerate(named):
         if not isinstance(parameter, Tensor):
-            raise TypeError(
-                f"gradsafe.GradientSurgery: expected parameters[{index}] to be a tensor, got "
-                f"{type(parameter).__name__}"
-            )
+            got = type(parameter).__name__
+            refuse("GradientSurgery", f"parameters[{index}] to be a tensor", got, kind=TypeError)
         if id(parameter) in seen:
             raise ValueError(f"gradsafe.GradientSurgery: parameters[{index}] is listed twice")
         seen.add(id(parameter))
         if parameter.requires_grad and parameter.dtype not in FLOAT_DTYPES:
-            raise TypeError(
-                f"gradsafe.GradientSurgery: expected parameters[{index}] of dtype float32, "
-                f"bfloat16 or float16, got {parameter.dtype}"
-            )
+            expected = f"parameters[{index}] of dtype float32, bfloat16 or float16"
+            refuse("GradientSurgery", expected, parameter.dtype, kind=TypeError)
     trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
     if not trained:
         raise ValueError(

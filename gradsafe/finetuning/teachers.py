@@ -23,14 +23,11 @@ Batch = Mapping[str, Any]
 
 @dataclass
 class ModelReference:
-    """A reference model that runs on every batch: a second model, or the student without adapters.
-
-    `adapters_off` makes the context in which the student is the reference.
-    """
+    """A reference that runs on every batch: a second model, or the student without adapters."""
 
     model: nn.Module
     head: OutputHead
-    adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext
+    adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext  # of the student
 
     def teacher(self, inputs: dict[str, Tensor], counted: Tensor) -> Teacher:
         """Return the teacher of a batch: `inputs` of the forward, positions `counted` `[B, T]`."""
@@ -53,9 +50,8 @@ class CachedReference:
     def __init__(
         self, model: nn.Module, head: OutputHead, path: str | os.PathLike[str] | None = None
     ) -> None:
-        self.model = model
-        self.head = head
-        if self.head.trainable:
+        self.model, self.head = model, head
+        if head.trainable:
             raise ValueError(
                 'gradsafe.KLAlignment: reference="cached" needs a frozen output head (weights tied '
                 "to trained embeddings are trained); freeze it or pass a frozen second model"
@@ -128,7 +124,7 @@ def adapter_off(model: nn.Module, head: OutputHead) -> ModelReference:
             f"got {type(unwrapped(model)).__name__}; use "
             'reference="cached" or pass a frozen second model'
         )
-    switched_off = _in_adapters(peft)
+    switched_off = in_adapters(peft)
     for name, parameter in peft.named_parameters():
         if parameter.requires_grad and id(parameter) not in switched_off:
             raise ValueError(
@@ -137,11 +133,6 @@ def adapter_off(model: nn.Module, head: OutputHead) -> ModelReference:
                 f"freeze it or pass a frozen second model"
             )
     return ModelReference(peft, head, lambda: _adapters_off(peft))
-
-
-def without_adapters(model: nn.Module) -> str:
-    """Return the fingerprint of the model with its adapters off."""
-    return model_fingerprint(model, _in_adapters(model))
 
 
 def _teacher(
@@ -188,7 +179,7 @@ def _adapters_off(peft: Any) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-def _in_adapters(model: nn.Module) -> set[int]:
+def in_adapters(model: nn.Module) -> set[int]:
     """Return the `id` of the weights that are not used when the adapters are switched off."""
     inside: set[int] = set()
     base: set[int] = set()

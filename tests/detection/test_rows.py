@@ -49,7 +49,7 @@ def test_references_shrink_with_the_fraction(model, tokenizer):
     part = fit(model, tokenizer, row_fraction=0.25)
     assert whole.state.rows == {}
     for layer in part.layers.scored:
-        shape = part.method.unsafe.weights[layer.name].shape
+        shape = part.state.references["unsafe"].weights[layer.name].shape
         assert shape == (-(-layer.out_features // 4), layer.in_features)
     assert len(part.components) == len(whole.components)
 

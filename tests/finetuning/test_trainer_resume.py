@@ -16,7 +16,7 @@ from torch import nn
 
 from gradsafe import SafeGradConfig
 from gradsafe.finetuning.checkpoint import FILE, last
-from gradsafe.finetuning.order import AlignmentOrder
+from gradsafe.finetuning.rows import AlignmentOrder
 
 
 def test_a_killed_run_goes_on_as_if_undisturbed(tmp_path: Path) -> None:
