@@ -1,4 +1,4 @@
-"""Checks of configurations: every field against its annotation, in words that name the field."""
+"""Errors about arguments in one form, and checks of configurations against their annotations."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import types
 from collections.abc import Mapping
 from dataclasses import fields
 from numbers import Integral, Real
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 _PLURAL = {int: "whole numbers", float: "numbers", str: "texts"}
+
+
+def refuse(
+    where: str, expected: str, got: object, do: str = "", kind: type[Exception] = ValueError
+) -> NoReturn:
+    """Raise the error of a wrong argument: `gradsafe.where: expected X, got Y; do Z`."""
+    raise kind(f"gradsafe.{where}: expected {expected}, got {got}" + (f"; {do}" if do else ""))
 
 
 def check_fields(owner: str, config: Any, least: Mapping[str, float] | None = None) -> None:
@@ -33,7 +40,7 @@ def check_fields(owner: str, config: Any, least: Mapping[str, float] | None = No
         check_value(owner, name, value, hint)
         if isinstance(value, Real) and not isinstance(value, bool):
             bound = (least or {}).get(name, -math.inf)
-            if not bound <= value < math.inf:
+            if not bound <= float(value) < math.inf:
                 limits = ["finite"] * (not isinstance(value, Integral))
                 limits += [f"at least {bound}"] * (bound > -math.inf)
                 limit = " and ".join(limits)

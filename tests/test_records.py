@@ -14,14 +14,13 @@ from gradsafe._io.records import (
     Records,
     check_output,
     labels_of,
-    pair,
     part_paths,
-    prompt_of,
     read_jsonl,
     read_rows,
     record_key,
     to_line,
 )
+from gradsafe.models.rows import pair, prompt_of
 
 
 def written(path: Path, content: str | bytes) -> Path:

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradsafe._io.records import LABELS, Prompt, Row, pair, prompt_of, read_rows
+from gradsafe._io.records import LABELS, Row, read_rows
+from gradsafe.models.encoding import Prompt
+from gradsafe.models.rows import pair, prompt_of
 
 HUB = "hf:"  # begins the name of a data set: hf:ID, hf:ID:SPLIT or hf:ID,CONFIG:SPLIT
 

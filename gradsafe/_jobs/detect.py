@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 
 from gradsafe import detection
 from gradsafe._io.processes import Processes, SharedProgress
-from gradsafe._io.records import Records, Row, check_output, labels_of, prompt_of, record_key
+from gradsafe._io.records import Records, Row, check_output, labels_of, record_key
 from gradsafe._jobs import detector as detectors
 from gradsafe._jobs.data import located, prompts_of, read_prompts, refuse_inputs
 from gradsafe._jobs.detector import FitOptions
 from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, save_config, transient
 from gradsafe.detection.config import DetectorConfig
+from gradsafe.models.rows import prompt_of
 
 SLICE = 64  # prompts per call of the detector: what an interruption loses at most
 FLOAT32_MAX = 3.4028234663852886e38

@@ -11,10 +11,11 @@ from typing import Any
 from gradsafe import detection
 from gradsafe._io.artifacts import read_manifest
 from gradsafe._io.processes import Processes
-from gradsafe._io.records import Row, prompt_of
+from gradsafe._io.records import Row
 from gradsafe._jobs.data import located, prompts_of, read_prompts
 from gradsafe._jobs.options import as_options, changed, plain
 from gradsafe.detection.config import DetectorConfig
+from gradsafe.models.rows import prompt_of
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from typing import ClassVar
 
 from gradsafe import detection
 from gradsafe._io.processes import Processes
-from gradsafe._io.records import Prompt, check_output, prompt_of
+from gradsafe._io.records import check_output
 from gradsafe._jobs import detector as detectors
 from gradsafe._jobs.data import read_prompts, refuse_inputs
 from gradsafe._jobs.detector import FitOptions
 from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, save_config, transient
 from gradsafe.detection.config import DetectorConfig
+from gradsafe.models.encoding import Prompt
+from gradsafe.models.rows import prompt_of
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import beta
 from torch import Tensor
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 
 
 @dataclass(frozen=True)

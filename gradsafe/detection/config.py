@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from gradsafe._checks import check_fields
-from gradsafe._errors import refuse
+from gradsafe._checks import check_fields, refuse
 
 Method = Literal["gradcoo", "gradsafe", "cascade", "nll", "gradnorm"]
 Granularity = Literal["tensor", "row", "column", "row+column", "head", "layer", "expert"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe._io.artifacts import load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band

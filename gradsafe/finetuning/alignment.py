@@ -10,8 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gradsafe._checks import check_value
-from gradsafe._errors import refuse
+from gradsafe._checks import check_value, refuse
 from gradsafe.finetuning.chunked_kl import CHUNK_TOKENS, Teacher, chunked_kl
 from gradsafe.finetuning.config import KLTokens
 from gradsafe.finetuning.output_head import OutputHead, unwrapped

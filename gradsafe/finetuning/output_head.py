@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.models.inspection import base_model, text_config
 from gradsafe.models.modes import evaluating
 

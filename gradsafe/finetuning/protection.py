@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe._io.fingerprints import model_fingerprint
 from gradsafe.finetuning import checkpoint
 from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment

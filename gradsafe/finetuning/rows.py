@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from gradsafe._io.records import pair
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.models import Encoding, context_length, encode, pad_token_id
 from gradsafe.models.encode import located
+from gradsafe.models.rows import pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

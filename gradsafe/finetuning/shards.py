@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.ops import surgery_, surgery_merge_, surgery_sums
 
 

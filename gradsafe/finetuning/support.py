@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.models.compat import loaded_sharded, static_graph
 

@@ -8,8 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gradsafe._checks import check_value
-from gradsafe._errors import refuse
+from gradsafe._checks import check_value, refuse
 from gradsafe.finetuning import shards
 from gradsafe.finetuning.config import Scope
 from gradsafe.finetuning.statistics import RunningStatistics, SurgeryStatistics

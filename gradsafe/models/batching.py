@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.models.encode import Encoded
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.models.encoding import Encoding, Prompt, check_rendered, expect_text, messages_of
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 
 #: One user turn, or a conversation: dicts with "role" and "content", the last turn of a user or
 #: tool. Other keys of a turn ("name", "tool_calls", ...) reach the chat template unchanged.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import nn
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.models.candidates import LinearLayer, find_candidates
 from gradsafe.models.coverage import Skipped, skipped_parameters
 from gradsafe.models.decoder import decoder_blocks, head_dimension

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.models.encode import ContextOverflowError, Encoded, Encoder, located
 from gradsafe.models.encoding import Encoding, Prompt, last_user_turn
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradsafe._backend import cuda_problem
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REF_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
     check_dense,
     check_device,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.ops.checks import check_ints
 from gradsafe.ops.moments import Axis, Moments, axis_code, out_size
 from gradsafe.ops.registry import operator

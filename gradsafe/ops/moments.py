@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
     FLOAT_DTYPES,
     REF_DTYPES,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gradsafe._errors import refuse
+from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
     check_dense,
     check_device,

@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from gradsafe._io.records import Row, pair, read_jsonl
+from gradsafe._io.records import Row, read_jsonl
 from gradsafe.models import Encoded, Encoding, Prompt, context_length, encode, encode_windows
 from gradsafe.models.encode import located
+from gradsafe.models.rows import pair
 
 Id = str | int
 Samples = str | os.PathLike[str] | Iterable[Mapping[str, Any]]

@@ -6,8 +6,8 @@ from typing import Any
 
 from gradsafe._cli.render import html
 from gradsafe._cli.render.tables import table, visible
-from gradsafe._io.records import pair
 from gradsafe._jobs.trace import QueryResult
+from gradsafe.models.rows import pair
 
 HIDDEN = "·"  # stands for a token whose text is not shown
 WIDTH = 60  # characters of a text in a table
