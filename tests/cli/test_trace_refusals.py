@@ -61,7 +61,7 @@ def test_no_model_is_loaded_for_what_cannot_work(
     ("options", "message"),
     [
         (("-k", "few"), "k must be a whole number, got few"),
-        (("-k", "0"), "expected k of at least 1, got 0"),
+        (("-k", "0"), "expected k to be at least 1, got 0"),
     ],
 )
 def test_a_wrong_count_is_refused_in_plain_words(
