@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import make_model, make_tokenizer
+from tokenizers import normalizers
 from torch import nn
+from transformers import AutoTokenizer
 
-from gradsafe import fingerprints
+from gradsafe._io import fingerprints
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 
 
@@ -54,13 +58,41 @@ class TestModelFingerprint:
         model.scale.data.fill_(3)
         assert model_fingerprint(model) != before
 
-    def test_samples_at_most_1024_values_over_the_whole_parameter(self) -> None:
+    def test_sees_every_single_value(self) -> None:
         model = nn.Linear(512, 64, bias=False)
-        assert len(fingerprints._sampled_bytes(model.weight)) == 1024 * 4
         before = model_fingerprint(model)
         with torch.no_grad():
-            model.weight[-1, -512 // 16 :] += 1
+            model.weight[33, 17] += 1
         assert model_fingerprint(model) != before
+        with torch.no_grad():
+            model.weight[33, 17] -= 1
+        again = nn.Linear(512, 64, bias=False)
+        again.load_state_dict(model.state_dict())
+        assert model_fingerprint(again) == model_fingerprint(model)
+
+    def test_hashes_a_weight_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = self.model()
+        before = model_fingerprint(model)
+        monkeypatch.setattr(fingerprints, "_weight_digest", lambda _: pytest.fail("again"))
+        assert model_fingerprint(model) == before
+        assert model_fingerprint(model, [id(model[0].weight)]) != before
+
+    @pytest.mark.parametrize(
+        "change", [{"rms_norm_eps": 1e-3}, {"rope_theta": 5e3}, {"hidden_act": "gelu"}]
+    )
+    def test_sees_what_changes_the_forward_pass(self, change: dict[str, object]) -> None:
+        model = make_model("llama")
+        before = model_fingerprint(model)
+        for name, value in change.items():
+            setattr(model.config, name, value)
+        assert model_fingerprint(model) != before
+
+    def test_ignores_where_a_model_comes_from(self, tmp_path: Path) -> None:
+        model = make_model("llama")
+        model.save_pretrained(tmp_path)
+        loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+        loaded.config.use_cache = False
+        assert model_fingerprint(loaded) == model_fingerprint(model)
 
     def test_meta_parameters_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"weight 'weight' is on the meta device"):
@@ -93,3 +125,13 @@ class TestTokenizerFingerprint:
     def test_sees_every_part(self, change: dict[str, object]) -> None:
         changed = self.tokenizer(**change)
         assert tokenizer_fingerprint(changed) != tokenizer_fingerprint(self.tokenizer())
+
+    def test_sees_the_normalizer_and_survives_saving_and_use(self, tmp_path: Path) -> None:
+        tokenizer = make_tokenizer()
+        before = tokenizer_fingerprint(tokenizer)
+        tokenizer("some text", truncation=True, max_length=4, padding="max_length")
+        tokenizer.save_pretrained(tmp_path)
+        loaded = AutoTokenizer.from_pretrained(tmp_path)
+        assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(loaded) == before
+        tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        assert tokenizer_fingerprint(tokenizer) != before

@@ -29,6 +29,9 @@ def folder(tmp_path: Path) -> Path:
 def edit_manifest(folder: Path, **changes: object) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest.update(changes)
+    del manifest["digest"]
+    if all(value is not None for value in changes.values()):
+        manifest["digest"] = storage._digest(manifest)  # of one who knows how
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -147,8 +150,8 @@ class TestReplacing:
         assert list(load_folder(folder, "detector")[0]) == ["a"]
 
     def test_a_crash_between_the_renames_is_explained(self, folder: Path) -> None:
-        folder.rename(folder.with_name(".saved.previous"))
-        with pytest.raises(StorageError, match=r"interrupted save left .*\.saved\.previous"):
+        folder.rename(folder.with_name(".saved.previous-0a"))
+        with pytest.raises(StorageError, match=r"interrupted save left .*\.saved\.previous-0a"):
             load_folder(folder, "detector")
 
     def test_follows_a_symbolic_link(self, folder: Path) -> None:
@@ -193,12 +196,12 @@ class TestDamage:
     @pytest.mark.parametrize("key", ["kind", "format_version", "metadata", "files"])
     def test_incomplete_manifest(self, folder: Path, key: str) -> None:
         edit_manifest(folder, **{key: None})
-        with pytest.raises(StorageError, match=f"malformed: '{key}'"):
+        with pytest.raises(StorageError, match=rf"malformed: .*at `\$\.{key}`"):
             load_folder(folder, "detector")
 
     @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b"])
     def test_manifest_cannot_point_outside(self, folder: Path, name: str) -> None:
-        edit_manifest(folder, files={name: {"sha256": "", "bytes": 1}})
+        edit_manifest(folder, files={name: {"sha256": "0" * 64, "bytes": 1}})
         with pytest.raises(StorageError, match="bad file entry"):
             load_folder(folder, "detector")
 

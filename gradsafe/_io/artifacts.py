@@ -8,20 +8,42 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import msgspec
 
 from gradsafe._version import __version__
 
 if TYPE_CHECKING:  # the command line imports this file, and must not wait for torch
     from torch import Tensor
 
-FORMAT = "gradsafe"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+MANIFEST_BYTES = 1 << 28  # larger ones are refused before they are read
 TENSORS = "tensors.safetensors"
 PARTIAL = ".partial"  # ends the name of everything that is still being written
+
+
+T = TypeVar("T")
+
+
+class FileRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """What a manifest says of one file."""
+
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
+    format: Literal["gradsafe"]
+    kind: str
+    format_version: Annotated[int, msgspec.Meta(ge=1)]
+    gradsafe_version: str
+    metadata: dict[str, Any]
+    files: dict[str, FileRecord]
+    digest: str
 
 
 class StorageError(ValueError):
@@ -171,13 +193,14 @@ def write_manifest(
         TypeError, ValueError: The metadata is not JSON.
     """
     manifest = {
-        "format": FORMAT,
+        "format": "gradsafe",
         "kind": kind,
         "format_version": FORMAT_VERSION,
         "gradsafe_version": __version__,
         "metadata": dict(metadata),
         "files": dict(files),
     }
+    manifest["digest"] = _digest(manifest)
     text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False)
     write_text(folder / MANIFEST, text + "\n")
 
@@ -195,25 +218,25 @@ def read_manifest(folder: str | os.PathLike[str], kind: str | None = None) -> di
     """
     folder = Path(folder)
     if not folder.is_dir():
-        rescued = _previous(folder.resolve())
-        hint = f" (an interrupted save left the former one in {rescued})" * rescued.is_dir()
+        rescued = sorted(folder.resolve().parent.glob(f".{folder.resolve().name}.previous-*"))
+        hint = f" (an interrupted save left the former one in {rescued[-1]})" if rescued else ""
         raise StorageError(f"no such folder: {folder}{hint}")
     path = folder / MANIFEST
     if not path.is_file():
         raise StorageError(f"{folder} was not written by gradsafe: it has no {MANIFEST}")
+    if path.stat().st_size > MANIFEST_BYTES:
+        raise StorageError(f"{path} is malformed: larger than {MANIFEST_BYTES} bytes")
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        manifest = msgspec.json.decode(path.read_bytes())
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise StorageError(f"{path} is malformed: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != "gradsafe":
         raise StorageError(f"{folder} was not written by gradsafe: {MANIFEST} says otherwise")
-    expected = {"kind": str, "format_version": int, "metadata": dict, "files": dict}
-    for key, type_ in expected.items():
-        if not isinstance(manifest.get(key), type_):
-            raise StorageError(f"{path} is malformed: {key!r} must be of type {type_.__name__}")
-    for name, record in manifest["files"].items():
-        # A manifest must not be able to point out of its folder.
-        if Path(name).name != name or not isinstance(record, dict):
+    checked(path, manifest, _Manifest)
+    if manifest["digest"] != _digest({k: v for k, v in manifest.items() if k != "digest"}):
+        raise StorageError(f"{path} is damaged or altered: its contents do not fit its digest")
+    for name in manifest["files"]:
+        if Path(name).name != name:  # a manifest must not point out of its folder
             raise StorageError(f"{path} is malformed: bad file entry {name!r}")
     if kind is not None and manifest["kind"] != kind:
         raise StorageError(f"{folder} is of kind {manifest['kind']!r}, expected {kind!r}")
@@ -278,16 +301,20 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         flush_to_disk(scratch)
         # A folder cannot be renamed over a full one, so the former one is renamed first. If the
         # process dies in between, nothing is lost, and `read_manifest` says where it is.
-        previous = _previous(target)
-        if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            target.rename(previous)
-        try:
-            scratch.rename(target)
-        except BaseException:
-            if previous.exists():
-                previous.rename(target)
-            raise
+        previous = target.with_name(f".{target.name}.previous-{secrets.token_hex(4)}")
+        while True:  # other threads and processes may save the same folder
+            with suppress(FileNotFoundError):
+                target.rename(previous)
+            try:
+                scratch.rename(target)
+                break
+            except BaseException as error:
+                if target.exists() and isinstance(error, OSError):
+                    shutil.rmtree(previous, ignore_errors=True)
+                    continue
+                if previous.exists():
+                    previous.rename(target)
+                raise
         flush_to_disk(target.parent)
         shutil.rmtree(previous, ignore_errors=True)
     finally:
@@ -329,5 +356,18 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _previous(target: Path) -> Path:
-    return target.with_name(f".{target.name}.previous")
+def checked(where: object, value: Any, kind: type[T]) -> T:
+    """Converts JSON values of a file to a type of msgspec.
+
+    Raises:
+        StorageError: A value is missing, of another type, or out of range; the message names it.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise StorageError(f"{where} is malformed: {error}") from error
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    text = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -32,6 +32,13 @@ class Calibration:
     fpr_interval: tuple[float, float]
     n: int
 
+    def __post_init__(self) -> None:
+        rates = (self.fpr, *self.fpr_interval)
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"expected a finite threshold, got {self.threshold}")
+        if not (0 < self.max_fpr < 1 and all(0 <= rate <= 1 for rate in rates) and self.n >= 1):
+            raise ValueError("expected rates between 0 and 1, of at least one prompt")
+
     def __str__(self) -> str:
         low, high = self.fpr_interval
         return (

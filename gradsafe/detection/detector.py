@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from gradsafe._checks import refuse
-from gradsafe._io.artifacts import load_folder, save_folder
+from gradsafe._io.artifacts import StorageError, checked, load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band
 from gradsafe.detection.components import choose_rows
@@ -376,15 +376,22 @@ def unpack(
     cls: type[Detector] = Detector,
 ) -> Detector:
     """Restore a detector from the result of `pack`, read from `where`; see `Detector.load`."""
-    for what, given in _fingerprints(model, tokenizer).items():
-        if metadata[what] != given:
+    fingerprints = _fingerprints(model, tokenizer)
+    saved = checked(where, {name: metadata.get(name) for name in fingerprints}, dict[str, str])
+    for what, given in fingerprints.items():
+        if saved[what] != given:
             raise ValueError(
                 f"gradsafe.Detector.load: {where} was fitted on another {what} (fingerprint "
-                f"{metadata[what][:16]}, given {given[:16]}); load it with that {what}, or fit a "
-                "new detector"
+                f"{saved[what][:16]}, given {given[:16]}); load it with that {what}, or fit a new "
+                "detector"
             )
-    state, layers = DetectorState.unpack(where, tensors, metadata, model)
-    return cls(model, tokenizer, state, layers)
+    rest = {name: value for name, value in metadata.items() if name not in fingerprints}
+    state, layers = DetectorState.unpack(where, tensors, rest, model)
+    detector = cls(model, tokenizer, state, layers)
+    for group, reference in state.references.items():
+        if len(reference.sums) != detector.method.components.size:
+            raise StorageError(f"{where} is malformed: {group}/sums are of other components")
+    return detector
 
 
 def _fingerprints(model: nn.Module, tokenizer: Any) -> dict[str, str]:

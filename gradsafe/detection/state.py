@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
-from gradsafe._io.artifacts import StorageError
+from gradsafe._io.artifacts import StorageError, checked
 from gradsafe.detection.calibration import Band, Calibration
 from gradsafe.detection.components import Rows
 from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.references import Reference
+from gradsafe.detection.references import DTYPES, Reference
 from gradsafe.models import Layers, find_layers
+
+
+class Metadata(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON values of a state, as `DetectorState.unpack` accepts them."""
+
+    config: dict[str, Any]
+    output_projections: tuple[str, ...]
+    scales: dict[Literal["unsafe", "safe"], dict[str, Annotated[float, msgspec.Meta(gt=0)]]]
+    reference_gap: float | None
+    calibration: Calibration | None
+    band: Band | None
 
 
 @dataclass(frozen=True)
@@ -62,43 +74,73 @@ class DetectorState:
 
         Each reference moves to the device of its layer.
         """
-        unknown = sorted(set(metadata["config"]) - set(DetectorConfig.__dataclass_fields__))
+        facts = checked(where, metadata, Metadata)
+        unknown = sorted(set(facts.config) - set(DetectorConfig.__dataclass_fields__))
         if unknown:
             raise StorageError(
                 f"{where} uses options this version does not know: {unknown}; update gradsafe"
             )
-        config = DetectorConfig(**metadata["config"])
+        config = checked(where, facts.config, DetectorConfig)
         layers = find_layers(model, config.layers, config.modules)
+        expected = {"gradsafe": {"unsafe"}}.get(config.method, {"unsafe", "safe"})
+        if set(facts.scales) != (expected if config.uses_references else set()):
+            raise StorageError(f"{where} is malformed: it has references {sorted(facts.scales)}")
 
-        def get(name: str) -> Tensor:
+        def get(name: str, shape: Sequence[int | None], *dtypes: torch.dtype) -> Tensor:
+            """A tensor, after a look at its shape (None for any size), dtype and values."""
             if name not in tensors:
                 raise StorageError(f"{where} is incomplete: it holds no tensor {name}")
-            return tensors[name]
+            found = tensors[name]
+            sizes = zip(found.shape, shape, strict=False)
+            fits = found.ndim == len(shape) and all(b in (None, a) for a, b in sizes)
+            if not fits or found.dtype not in dtypes:
+                raise StorageError(
+                    f"{where} is malformed: {name} is {list(found.shape)} {found.dtype}, expected "
+                    f"{list(shape)} {dtypes[0]}"
+                )
+            if found.is_floating_point() and not found.float().isfinite().all():
+                raise StorageError(f"{where} is malformed: {name} holds NaN or Inf")
+            return found
 
-        def named(group: str) -> dict[str, Tensor]:
-            found = (name for name in tensors if name.startswith(f"{group}/"))
-            return {name.removeprefix(f"{group}/"): tensors[name] for name in found}
-
+        rows: Rows = {}
+        for layer in layers.scored if any(name.startswith("rows/") for name in tensors) else ():
+            kept = rows[layer.name] = get(f"rows/{layer.name}", [None], torch.int64)
+            edges = torch.tensor([-1, *kept.tolist(), layer.out_features])
+            if not len(kept) or not (edges.diff() > 0).all():
+                raise StorageError(f"{where} is malformed: rows/{layer.name} are no rows of it")
         references = {}
-        for group, scales in metadata["scales"].items():
-            weights = {
-                layer.name: get(f"{group}/weights/{layer.name}").to(_device(layer.module))
-                for layer in layers.scored
-            }
-            references[group] = Reference(weights, scales, get(f"{group}/sums"))
-        calibration, band = metadata["calibration"], metadata["band"]
-        if calibration is not None:
-            interval = tuple(calibration["fpr_interval"])
-            calibration = Calibration(**{**calibration, "fpr_interval": interval})
+        for group, scales in facts.scales.items():
+            weights, squares = {}, 0.0
+            for layer in layers.scored:
+                if layer.name not in scales:
+                    raise StorageError(f"{where} is incomplete: no scale of {group} {layer.name}")
+                out = len(rows[layer.name]) if rows else layer.out_features
+                shape = [layer.experts] * bool(layer.experts) + [out, layer.in_features]
+                weight = get(f"{group}/weights/{layer.name}", shape, DTYPES[config.reference_dtype])
+                squares += float(weight.float().square().sum()) * scales[layer.name] ** 2
+                weights[layer.name] = weight.to(_device(layer.module))
+            sums = get(f"{group}/sums", [None, 3], torch.float64)
+            # Rows and columns count every entry twice; the stored weights are rounded.
+            times = float(sums[:, 0].sum()) / sum(weight.numel() for weight in weights.values())
+            total = float(sums[:, 2].sum()) / max(times, 1.0)
+            if (sums[:, [0, 2]] < 0).any() or not total / 2 <= squares <= total * 2:
+                raise StorageError(f"{where} is malformed: {group}/sums do not fit its weights")
+            references[group] = Reference(weights, scales, sums)
+        learned = {}
+        if config.method == "gradsafe":
+            count = len(references["unsafe"].sums)
+            learned["selected"] = get("learned/selected", [count], torch.bool)
+            if not learned["selected"].any():
+                raise StorageError(f"{where} is malformed: learned/selected chooses nothing")
         state = cls(
             config=config,
-            rows=named("rows"),  # those of the references, whatever a new draw would give
-            output_projections=tuple(metadata["output_projections"]),
+            rows=rows,  # those of the references, whatever a new draw would give
+            output_projections=facts.output_projections,
             references=references,
-            learned=named("learned"),
-            reference_gap=metadata["reference_gap"],
-            calibration=calibration,
-            band=None if band is None else Band(**band),
+            learned=learned,
+            reference_gap=facts.reference_gap,
+            calibration=facts.calibration,
+            band=facts.band,
         )
         return state, layers
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -20,6 +21,7 @@ from gradsafe._io.artifacts import (
     PARTIAL,
     StorageError,
     check_destination,
+    checked,
     file_record,
     flush_to_disk,
     read_manifest,
@@ -30,21 +32,40 @@ from gradsafe._io.artifacts import (
 )
 from gradsafe._io.processes import Processes
 from gradsafe.models import Encoded
+from gradsafe.models.encoding import Encoding
+from gradsafe.tracing.config import PartNorm
 from gradsafe.tracing.examples import Id
 from gradsafe.tracing.lock import LOCK, building_alone
 
 KIND = "trace-index"
 WORK = ".work-"  # begins the name of a folder with the batches of an unfinished shard
 FAISS = "faiss-"  # begins the names of the files of `approximate`
-_MISSING = object()
-_METADATA: dict[str, Any] = {
-    "settings": {"model": str, "tokenizer": str, "layer": (int, str), "encoding": dict},
-    "layer": int,
-    "layer_curve": (list, type(None)),
-    "part_norm": str,
-    "shard_samples": int,
-    "parts": [{"examples": str, "count": int}],
-}
+SHARDS = 1_000_000  # more than any index has
+
+_Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Part(msgspec.Struct, forbid_unknown_fields=True):
+    examples: _Digest
+    count: Annotated[int, msgspec.Meta(ge=1, le=1 << 40)]
+
+
+class _Settings(msgspec.Struct, forbid_unknown_fields=True):
+    model: _Digest
+    tokenizer: _Digest
+    layer: int | Literal["last", "auto", "auto-lower", "auto-single"]
+    encoding: Encoding
+
+
+class _Metadata(msgspec.Struct, forbid_unknown_fields=True):
+    """The metadata of the manifest, as `IndexFolder.open` accepts them."""
+
+    settings: _Settings
+    layer: Annotated[int, msgspec.Meta(ge=0)]
+    layer_curve: list[float] | None
+    part_norm: PartNorm
+    shard_samples: Annotated[int, msgspec.Meta(ge=1)]
+    parts: Annotated[list[_Part], msgspec.Meta(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -100,14 +121,15 @@ class IndexFolder:
     def open(cls, path: Path) -> IndexFolder:
         """Read the manifest, and no shard; raises StorageError if that is impossible."""
         manifest = read_manifest(path, KIND)
-        metadata = manifest["metadata"]
-        place = f"{path / MANIFEST} is malformed"
-        _check(place, "metadata", metadata, _METADATA)
-        if not metadata["parts"] or min(part["count"] for part in metadata["parts"]) < 1:
-            raise StorageError(f"{place}: it has a part without samples")
-        if metadata["shard_samples"] < 1:
-            raise StorageError(f"{place}: 'shard_samples' must be at least 1")
-        return cls(path, metadata, dict(manifest["files"]))
+        metadata, place = manifest["metadata"], path / MANIFEST
+        checked(place, metadata, _Metadata)
+        step = metadata["shard_samples"]
+        if sum(-(-part["count"] // step) for part in metadata["parts"]) > SHARDS:
+            raise StorageError(f"{place} is malformed: more than {SHARDS} shards")
+        folder = cls(path, metadata, dict(manifest["files"]))
+        if strangers := sorted(folder.files.keys() - {shard.name for shard in folder.plan}):
+            raise StorageError(f"{place} is malformed: it lists {strangers[0]}, which is no shard")
+        return folder
 
     def write_manifest(self) -> None:
         """Replace the manifest."""
@@ -230,9 +252,20 @@ class IndexFolder:
 
     def ids(self, plan: ShardPlan) -> tuple[list[Id], Tensor]:
         """Ids of the samples of one shard, and the number of the sample of each row."""
-        with _reading(self.path / plan.name) as file:
-            ids, owners = file.get_tensor("ids"), file.get_tensor("owners")
-        return json.loads(bytes(ids.numpy()).decode()), owners
+        path = self.path / plan.name
+        with _reading(path) as file:
+            text, owners = file.get_tensor("ids"), file.get_tensor("owners")
+        try:
+            ids = msgspec.json.decode(bytes(text.numpy()), type=list[str | int])
+        except (msgspec.DecodeError, ValueError) as error:
+            raise StorageError(f"{path} is malformed: ids: {error}") from error
+        steps = owners.diff(prepend=torch.tensor([plan.first]), append=owners[-1:])
+        last = plan.first + plan.count - 1
+        if len(ids) != plan.count or owners[-1:].tolist() != [last] or not steps.le(1).all():
+            raise StorageError(f"{path} is malformed: its rows are not of {plan.count} samples")
+        if (steps < 0).any():
+            raise StorageError(f"{path} is malformed: its rows are out of order")
+        return ids, owners
 
     def item(self, plan: ShardPlan, row: int) -> Encoded:
         """Token ids of one row of a shard."""
@@ -291,15 +324,3 @@ def _reading(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, FileNotFoundError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
-
-
-def _check(place: str, name: str, found: Any, expected: Any) -> None:
-    """Raises StorageError where a JSON value lacks an entry or has one of another type."""
-    if isinstance(expected, list):
-        for entry in found if isinstance(found, list) else (None,):
-            _check(place, name, entry, expected[0])
-    elif not isinstance(found, dict if isinstance(expected, dict) else expected):
-        raise StorageError(f"{place}: {name!r} is missing or of the wrong type")
-    elif isinstance(expected, dict):
-        for key, kind in expected.items():
-            _check(place, key, found.get(key, _MISSING), kind)

@@ -9,7 +9,7 @@ import pytest
 from trace_samples import QUERIES, build, files
 
 from gradsafe import TraceIndex
-from gradsafe._io.artifacts import MANIFEST, StorageError
+from gradsafe._io.artifacts import MANIFEST, StorageError, write_manifest
 from gradsafe._io.processes import Processes
 from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.lock import BusyFolderError, building_alone
@@ -46,7 +46,7 @@ def test_a_malformed_manifest_is_a_storage_error(model, tokenizer, index, place,
         del entry[place[-1]]
     else:
         entry[place[-1]] = value
-    (index.path / MANIFEST).write_text(json.dumps(manifest))
+    write_manifest(index.path, "trace-index", manifest["metadata"], manifest["files"])
     for use in (
         lambda: TraceIndex.load(index.path, model, tokenizer),
         lambda: TraceIndex.repair(index.path),
