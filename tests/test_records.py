@@ -56,6 +56,9 @@ class TestReading:
             (b"\xff\xfe", "not UTF-8"),
             (b"[" * 100_000, "not readable JSON"),
             (b'{"n": ' + b"1" * 5000 + b"}", "not readable JSON"),
+            (b'{"source_id": NaN}', "not readable JSON: NaN is not a finite number"),
+            (b'{"source_id": 1e999}', "not readable JSON: 1e999 is not a finite number"),
+            (b'{"a": 1, "b": {"c": 1, "c": 2}}', "not readable JSON: the field 'c' is given twice"),
         ],
     )
     def test_names_file_and_line_of_a_malformed_record(

@@ -17,6 +17,7 @@ from gradsafe._checks import in_words
 T = TypeVar("T")
 
 LISTED = 10  # names in an error message
+DEPTH = 20  # of nested values in a YAML file
 
 
 class UsageError(ValueError):
@@ -127,6 +128,8 @@ class Command:
     def _explained(self, text: str) -> str:
         """An error of the library in the words of this command line."""
         text = " ".join(text.split())
+        if text.startswith("Problems parsing config"):
+            return f"--config: not valid YAML: {text.partition(': ')[2]}"
         if match := re.search(r"unrecognized arguments: (\S+)", text):
             given = match[1].partition("=")[0]
             if not given.startswith("-"):
@@ -162,6 +165,8 @@ class _Files:
             names = [
                 name.rpartition(".")[2] for name in types if name.rpartition(".")[0] == section
             ]
+            if not names:
+                raise UsageError(f"{where}: {section} must be {in_words(types[section])}, got keys")
             prefix = f"{section}: " * bool(section)
             unknown = key.rpartition(".")[2]
             raise UsageError(f"{where}: {prefix}unknown key {unknown!r}, {nearest(unknown, names)}")
@@ -189,7 +194,9 @@ def _keys(path: Path) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         raise UsageError(f"--config {path}: no such file")
     try:
-        top = yaml.compose(path.read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        text = path.read_text(encoding="utf-8-sig")
+        _check_events(path, yaml.parse(text, Loader=yaml.SafeLoader))
+        top = yaml.compose(text, Loader=yaml.SafeLoader)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from error
     except yaml.reader.ReaderError as error:
@@ -204,10 +211,27 @@ def _keys(path: Path) -> Iterator[tuple[str, str]]:
     yield from _walk(path, top, "")
 
 
+def _check_events(path: Path, events: Iterator[Any]) -> None:
+    """Refuses what no configuration needs: tags, anchors, and nesting without an end."""
+    depth = 0
+    for event in events:
+        where = f"{path}:{event.start_mark.line + 1}"
+        kind = type(event).__name__
+        depth += kind.endswith("StartEvent") - kind.endswith("EndEvent")
+        if depth > DEPTH:
+            raise UsageError(f"{where}: values are nested more than {DEPTH} times")
+        if getattr(event, "anchor", None) is not None:
+            raise UsageError(f"{where}: anchors and aliases are not supported: write the value")
+        if getattr(event, "tag", None) is not None:
+            raise UsageError(f"{where}: the tag {event.tag} is not supported: write a plain value")
+
+
 def _walk(path: Path, node: Any, prefix: str) -> Iterator[tuple[str, str]]:
     seen: dict[str, int] = {}
     for key_node, value_node in node.value:
         key, line = str(key_node.value), key_node.start_mark.line + 1
+        if key_node.id != "scalar":
+            raise UsageError(f"{path}:{line}: expected a name as key")
         if key in seen:
             raise UsageError(f"{path}:{line}: {key!r} is given twice, first in line {seen[key]}")
         seen[key] = line

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -274,14 +275,18 @@ def check_destination(
     advice = "choose another path or remove it"
     try:
         manifest = read_manifest(target)
-    except StorageError as error:
+        names = {entry.name for entry in target.iterdir()} - {MANIFEST, *manifest["files"]}
+    except (StorageError, FileNotFoundError) as error:
+        if not target.exists() or isinstance(
+            error, FileNotFoundError
+        ):  # another thread or process is replacing it
+            return
         raise FileExistsError(f"refusing to replace {target}: {error}; {advice}") from error
     if manifest["kind"] != kind:
         raise FileExistsError(
             f"refusing to replace {target}: it is of kind {manifest['kind']!r}, not {kind!r}; "
             f"{advice}"
         )
-    names = {entry.name for entry in target.iterdir()} - {MANIFEST, *manifest["files"]}
     strangers = sorted(name for name in names if not is_ours(name))
     if strangers:
         raise FileExistsError(
@@ -309,7 +314,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 scratch.rename(target)
                 break
             except BaseException as error:
-                if target.exists() and isinstance(error, OSError):
+                if getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST):
                     shutil.rmtree(previous, ignore_errors=True)
                     continue
                 if previous.exists():

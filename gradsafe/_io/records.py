@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -317,7 +318,9 @@ def _rows(path: str | os.PathLike[str], limit: int | None, parse: Any) -> list[R
 
 def _parse(text: str, where: str, line: int) -> Row:
     try:
-        value = json.loads(text)
+        value = json.loads(
+            text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number
+        )
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at column {error.colno}"
         raise ValueError(f"{where}: not valid JSON: {reason}") from error
@@ -326,3 +329,19 @@ def _parse(text: str, where: str, line: int) -> Row:
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return Row(value, where, line)
+
+
+def _object(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(items)
+    if len(found) < len(items):
+        names = [name for name, _ in items]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice!r} is given twice")
+    return found
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
+    return value

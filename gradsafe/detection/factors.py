@@ -182,7 +182,7 @@ def layer_token_evidence(
     for begin in range(0, rows, height):
         panel = slice(begin, begin + height)
         outputs = dy[:, panel].float()
-        merged = torch.zeros(outputs.shape[1], cols, device=dy.device)
+        merged = torch.zeros(outputs.shape[1], cols, device=dy.device, dtype=torch.float32)
         for k, ref in enumerate(refs):
             factor = by_column[:, k]
             if axis in ("row", "both"):

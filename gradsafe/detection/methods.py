@@ -114,7 +114,8 @@ class Cascade(GradCoo):
             return super().score(gradients, prompts, keep)
         nll = gradients.losses(items, None, "NLL")
         unsure, values = band.unsure(nll), band.sure_scores(nll)
-        components = torch.full((len(items), self.components.size if keep else 0), torch.nan)
+        shape = (len(items), self.components.size if keep else 0)
+        components = torch.full(shape, torch.nan, dtype=torch.float32)
         chosen = unsure.nonzero()[:, 0].tolist()
         if chosen:
             names = [prompts.names[owners[i]] for i in chosen]

@@ -89,7 +89,7 @@ def build_reference(
         if total is None:
             stack = (layer.experts,) if layer.experts else ()
             shape = (*stack, factors.dy.shape[-1], factors.x.shape[-1])
-            total = torch.zeros(shape, device=factors.dy.device)
+            total = torch.zeros(shape, device=factors.dy.device, dtype=torch.float32)
         if per_prompt:
             assert isinstance(factors, MatrixFactors)
             for x, dy in factors.samples():

@@ -102,8 +102,8 @@ class Method:
     def score(self, gradients: GradientPass, prompts: EncodedPrompts, keep: bool = True) -> Scores:
         """Score every window; `keep` its component values."""
         count = len(prompts.items)
-        nll, values = torch.empty(2, count)
-        components = torch.empty(count, len(self.names) if keep else 0)
+        nll, values = torch.empty(2, count, dtype=torch.float32)
+        components = torch.empty(count, len(self.names) if keep else 0, dtype=torch.float32)
         for indices, batch_nll, table in self.tables(gradients, prompts):
             batch_values, parts = self(table)
             nll[indices], values[indices] = batch_nll, batch_values.float()

@@ -19,12 +19,17 @@ from gradsafe.detection.references import DTYPES, Reference
 from gradsafe.models import Layers, find_layers
 
 
+Scale = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
+
+
 class Metadata(msgspec.Struct, forbid_unknown_fields=True):
     """The JSON values of a state, as `DetectorState.unpack` accepts them."""
 
     config: dict[str, Any]
     output_projections: tuple[str, ...]
-    scales: dict[Literal["unsafe", "safe"], dict[str, Annotated[float, msgspec.Meta(gt=0)]]]
+    scales: dict[
+        Literal["unsafe", "safe"], dict[str, Annotated[float, msgspec.Meta(gt=0, le=1e30)]]
+    ]
     reference_gap: float | None
     calibration: Calibration | None
     band: Band | None

@@ -140,7 +140,7 @@ class SafeGradMixin(Trainer):
         # The compiled module would not run the hooks of the alignment loss.
         runs = getattr(model, "_orig_mod", model)
         self._surgery.stash()
-        value = torch.zeros((), device=self.args.device)
+        value = torch.zeros((), device=self.args.device, dtype=torch.float32)
         for start in starts:
             batch = self._prepare_inputs(self._collate(own[start : start + size], columns))
             last = start == starts[-1]
@@ -230,7 +230,8 @@ class SafeGradMixin(Trainer):
         super()._save_checkpoint(*args, **options)
 
     def _reset_window(self) -> None:
-        self._window = torch.zeros(2, device=self.args.device)  # alignment losses: count and sum
+        # Of the alignment losses: count and sum.
+        self._window = torch.zeros(2, device=self.args.device, dtype=torch.float32)
 
     def _read_window(self, surgery: GradientSurgery) -> dict[str, float]:
         statistics = surgery.statistics()

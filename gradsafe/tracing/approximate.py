@@ -7,10 +7,12 @@ import json
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -24,8 +26,10 @@ from gradsafe._io.artifacts import (
     write_tensors,
 )
 from gradsafe.tracing.folder import FAISS, IndexFolder, digest
+from gradsafe.tracing.lock import LOCK
 from gradsafe.tracing.matching import FeatureMoments, Metric, feature_moments
 
+UNREADABLE = (ValueError, SafetensorError, OSError, RuntimeError, KeyError, TypeError)
 PER_ROW = 10  # candidates for each row that is asked for
 LEAST = 100  # candidates
 TRAINING = 64  # rows per list that the lists are learned from
@@ -66,17 +70,21 @@ class Candidates:
         self._rows = rows
         self._path = folder.path / f"{FAISS}{_name(metric)}.index"
         self._shards = [[plan.name, folder.files[plan.name]["sha256"]] for plan in folder.present]
-        try:
-            covered = self._load()
-        except (ValueError, SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
-            warnings.warn(
-                f"gradsafe.TraceIndex: cannot use {self._path} ({error}); it is built again",
-                stacklevel=2,
-            )
-            covered = 0
-        if covered < len(self._shards):
-            self._add(covered, progress)
-            self._save()
+        with ExitStack() as stack:
+            with suppress(OSError, NotImplementedError):  # a folder that cannot be written
+                # One process builds, and the others wait for its files.
+                stack.enter_context(FileLock(folder.path / f"{LOCK}{FAISS}{_name(metric)}"))
+            try:
+                covered = self._load()
+            except UNREADABLE as error:
+                warnings.warn(
+                    f"gradsafe.TraceIndex: cannot use {self._path} ({error}); it is built again",
+                    stacklevel=2,
+                )
+                covered = 0
+            if covered < len(self._shards):
+                self._add(covered, progress)
+                self._save()
 
     def __call__(self, queries: Tensor, needed: int) -> list[Tensor]:
         """Row numbers for each of `[Q, 2d]` raw signatures, ascending, at least `needed`."""
@@ -153,7 +161,7 @@ class Candidates:
     def _save(self) -> None:
         """Saves the index and maps the file; where that is impossible, it stays in memory."""
         moments = [*(self._trained_moments or ()), *(self.moments or ())]
-        stacked = torch.stack(moments) if moments else torch.empty(0)
+        stacked = torch.stack(moments) if moments else torch.empty(0, dtype=torch.float32)
         try:
             with atomic_path(self._path) as partial:
                 self._faiss.write_index(self._index, str(partial))

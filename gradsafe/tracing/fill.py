@@ -75,7 +75,7 @@ def fill(
             own = examples[plan.first - before :][: plan.count]
             items, owners = encode.all(own)
             names = [own[owner].where for owner in owners]
-            rows: list[Tensor] = [torch.empty(0)] * len(items)
+            rows: list[Tensor] = [torch.empty(0, dtype=torch.float32)] * len(items)
             done = shown = 0
             for indices, values in _signatures(job, folder, plan, runner, items, names):
                 for index, row in zip(indices, values, strict=True):

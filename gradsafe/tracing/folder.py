@@ -123,6 +123,11 @@ class IndexFolder:
         manifest = read_manifest(path, KIND)
         metadata, place = manifest["metadata"], path / MANIFEST
         checked(place, metadata, _Metadata)
+        if unknown := metadata["settings"]["encoding"].keys() - Encoding.__dataclass_fields__:
+            raise StorageError(
+                f"{place} uses options this version does not know: {sorted(unknown)}; update "
+                "gradsafe"
+            )
         step = metadata["shard_samples"]
         if sum(-(-part["count"] // step) for part in metadata["parts"]) > SHARDS:
             raise StorageError(f"{place} is malformed: more than {SHARDS} shards")

@@ -51,7 +51,7 @@ class Metric:
             return rows
         weight = EQUAL if self.gradient_weight is None else self.gradient_weight
         factors = (math.sqrt(1 - weight), math.sqrt(weight))
-        prepared = torch.empty(rows.shape)
+        prepared = torch.empty(rows.shape, dtype=torch.float32)
         for part, target in zip(rows.split(BLOCK), prepared.split(BLOCK), strict=True):
             exact = part.to(torch.float64, copy=True)
             if self.part_norm == "zscore":
@@ -124,7 +124,7 @@ def best_samples(
     Samples (`row_owners`) and queries (`query_owners`) may consist of several windows, of which the
     most similar pair decides.
     """
-    scores = torch.empty(queries, k)
+    scores = torch.empty(queries, k, dtype=torch.float32)
     rows = torch.empty(queries, k, dtype=torch.int64)
     lists: list[list[tuple[float, int]]] = [[] for _ in range(queries)]
     for owner, values, places in zip(
