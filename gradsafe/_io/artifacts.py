@@ -51,6 +51,10 @@ class StorageError(ValueError):
     """A file or folder cannot be used: missing, foreign, damaged, or written for something else."""
 
 
+class _MissingFolderError(StorageError):
+    """There is no such folder."""
+
+
 @contextmanager
 def atomic_path(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[Path]:
     """Yields a new file beside `path` that takes its place when the block ends without an error.
@@ -221,7 +225,7 @@ def read_manifest(folder: str | os.PathLike[str], kind: str | None = None) -> di
     if not folder.is_dir():
         rescued = sorted(folder.resolve().parent.glob(f".{folder.resolve().name}.previous-*"))
         hint = f" (an interrupted save left the former one in {rescued[-1]})" if rescued else ""
-        raise StorageError(f"no such folder: {folder}{hint}")
+        raise _MissingFolderError(f"no such folder: {folder}{hint}")
     path = folder / MANIFEST
     if not path.is_file():
         raise StorageError(f"{folder} was not written by gradsafe: it has no {MANIFEST}")

@@ -18,7 +18,6 @@ from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.references import DTYPES, Reference
 from gradsafe.models import Layers, find_layers
 
-
 Scale = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
 
 
@@ -27,9 +26,7 @@ class Metadata(msgspec.Struct, forbid_unknown_fields=True):
 
     config: dict[str, Any]
     output_projections: tuple[str, ...]
-    scales: dict[
-        Literal["unsafe", "safe"], dict[str, Annotated[float, msgspec.Meta(gt=0, le=1e30)]]
-    ]
+    scales: dict[Literal["unsafe", "safe"], dict[str, Scale]]
     reference_gap: float | None
     calibration: Calibration | None
     band: Band | None
