@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from gradsafe._backend import _C
+
+# No test needs the network; a name that is no folder must not wait for it.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Files whose tests are slow; `pytest -m "not slow"` runs the others in about three minutes.
+SLOW = (
+    *("emulated/test_planted", "emulated/test_wgrad", "emulated/test_grouped", "zoo/"),
+    *(
+        "finetuning/test_trainer_",
+        "finetuning/test_cli_finetune",
+        "tracing/test_build_",
+        "processes",
+    ),
+    *("cli/test_trace_processes", "docs/test_scripts", "docs/test_examples", "testbed/"),
+    *("ops/test_fallback", "test_gpu_run", "test_benchmark_oracle", "test_recorded", "test_cost"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +60,9 @@ def one_thread() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if any(name in item.path.as_posix() for name in SLOW):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from gradsafe import detection
@@ -140,6 +141,9 @@ class Detect:
         self.model.check()
         self.fit.check(self.config)
         check_positive(batch_tokens=self.batch_tokens, limit=self.limit)
+        both = self.output and self.save_detector
+        if both and Path(self.output).resolve() == Path(self.save_detector).resolve():
+            raise ValueError("-o and --save_detector name the same path: choose two")
         if (self.resume or self.overwrite) and not self.output:
             raise ValueError("--resume and --overwrite need -o FILE")
         if processes.count > 1 and not self.output:
