@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 
 _announced: set[str] = set()
+_guard = threading.Lock()
 
 
 class FallbackWarning(UserWarning):
@@ -23,6 +25,8 @@ def announce_fallback(text: str) -> None:
     """
     if os.environ.get("GRADSAFE_STRICT", "0") not in ("", "0"):
         raise RuntimeError(f"{text} (refused: GRADSAFE_STRICT is set)")
-    if text not in _announced:
+    with _guard:
+        new = text not in _announced
         _announced.add(text)
+    if new:
         warnings.warn(text, FallbackWarning, stacklevel=3)

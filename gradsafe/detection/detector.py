@@ -35,6 +35,9 @@ class Detector:
 
     `Detector.fit` and `Detector.load` make one. A prompt is a text or a conversation: a list of
     `{"role": ..., "content": ...}` messages, the last one from the user or a tool.
+
+    Any number of threads may use one detector, or several on one model, while others run the
+    model's forward pass: batches that need gradients take turns, see "Threads" in the guide.
     """
 
     def __init__(
@@ -131,7 +134,7 @@ class Detector:
     @property
     def threshold(self) -> float | None:
         """Calibrated threshold, None before `calibrate`."""
-        return self.calibration.threshold if self.calibration else None
+        return self.state.threshold
 
     @property
     def band(self) -> Band | None:
@@ -271,7 +274,9 @@ class Detector:
         Warns:
             UncalibratedWarning: The neutral score is used as threshold; it rarely fits a model.
         """
-        threshold = self.threshold
+        # Once: another thread may calibrate.
+        method, gradients = self.method, self._gradients(batch_tokens, progress)
+        threshold = method.state.threshold
         if threshold is None:
             threshold = self.config.default_threshold
             advice = "call detector.calibrate(benign_prompts) first"
@@ -283,7 +288,7 @@ class Detector:
                 UncalibratedWarning,
                 stacklevel=2,
             )
-        values = self.score(prompts, batch_tokens, progress, components=False).values
+        values = self._score(method, gradients, gradients.encode(prompts, "prompts")).values
         return (values > threshold) | values.isnan()
 
     def explain(self, prompt: Prompt, name: str = "prompt") -> Explanation:
@@ -322,7 +327,8 @@ class Detector:
         gradients = self._gradients(batch_tokens=1, progress=False)
         encoded = gradients.encode([prompt], [name])
         probes = gradients.encode(probe_prompts(prompt), name)
-        return explain(self.method, gradients, encoded, probes, self.threshold)
+        method = self.method  # another thread may calibrate
+        return explain(method, gradients, encoded, probes, method.state.threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the detector (not the model) to a folder of safetensors and JSON, atomically.
@@ -354,7 +360,7 @@ class Detector:
         worst = worst_windows(found.values, prompts.owners, len(prompts))
         columns = (found.values, found.components, found.nll, found.backward)
         values, parts, nll, backward = (column[worst] for column in columns)
-        return Scores(values, parts, nll, backward, self.threshold)
+        return Scores(values, parts, nll, backward, method.state.threshold)
 
     def _gradients(self, batch_tokens: int, progress: bool) -> GradientPass:
         parts = self.model, self.tokenizer, self.config, self.layers, self.state.rows

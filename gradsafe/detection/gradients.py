@@ -30,6 +30,7 @@ from gradsafe.models import (
     response_nll,
 )
 from gradsafe.models.modes import evaluating
+from gradsafe.models.threads import alone
 
 Visit = Callable[[LinearLayer, Factors], None]
 
@@ -148,7 +149,7 @@ class GradientPass:
     def _batch(self, items: list[Encoded], visit: Visit | None) -> Tensor:
         batch = collate(items, pad_token_id(self.tokenizer))
         if visit is None:
-            with torch.no_grad(), evaluating(self.model, ()):
+            with alone(self.model), torch.no_grad(), evaluating(self.model, ()):
                 return response_nll(self.model, batch).float().cpu()
         width = batch.input_ids.shape[1]
 

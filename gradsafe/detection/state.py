@@ -45,6 +45,11 @@ class DetectorState:
     calibration: Calibration | None = None
     band: Band | None = None
 
+    @property
+    def threshold(self) -> float | None:
+        """Calibrated threshold, None before."""
+        return self.calibration.threshold if self.calibration else None
+
     def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The state as tensors and JSON values; see `unpack`."""
         tensors = {f"rows/{name}": rows for name, rows in self.rows.items()}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gradsafe._checks import check_value, refuse
 from gradsafe.finetuning.chunked_kl import CHUNK_TOKENS, Teacher, chunked_kl
 from gradsafe.finetuning.config import KLTokens
-from gradsafe.finetuning.output_head import OutputHead, unwrapped
+from gradsafe.finetuning.output_head import OutputHead
 from gradsafe.finetuning.rows import IGNORED
 from gradsafe.finetuning.teachers import (
     Batch,
@@ -22,7 +22,7 @@ from gradsafe.finetuning.teachers import (
     adapter_off,
     refuse_shared,
 )
-from gradsafe.models.inspection import forward_parameters, input_device
+from gradsafe.models.inspection import forward_parameters, input_device, unwrapped
 
 
 class KLAlignment:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from gradsafe._checks import refuse
-from gradsafe.models.inspection import base_model, text_config
+from gradsafe.models.inspection import text_config, unwrapped
 from gradsafe.models.modes import evaluating
+from gradsafe.models.threads import alone, own
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -27,20 +28,10 @@ _TRANSFORMS: dict[str, Callable[[float], Transform]] = {
 }
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, `torch.compile` and PEFT wrappers."""
-    while True:
-        module = getattr(model, "module", None)
-        inner = base_model(module if isinstance(module, nn.Module) else model)
-        if inner is model:
-            return model
-        model = inner
-
-
 @contextmanager
-def inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside the block; restores the mode of every module."""
-    with evaluating(model, ()), torch.no_grad():
+def inference(model: nn.Module, part: nn.Module | None = None) -> Iterator[None]:
+    """Eval mode (of one part) and no gradients inside the block; restores every module's mode."""
+    with alone(model), evaluating(part or model, ()), torch.no_grad():
         yield
 
 
@@ -135,7 +126,7 @@ class OutputHead:
                 found.append(loss(hidden))
             return (hidden[:, :kept], *args[1:])
 
-        handle = self.module.register_forward_pre_hook(capture)
+        handle = self.module.register_forward_pre_hook(own(capture))
         try:
             output = model(**inputs)
         finally:

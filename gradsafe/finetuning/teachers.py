@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from gradsafe._io.artifacts import StorageError, load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint
 from gradsafe.finetuning.chunked_kl import Teacher
-from gradsafe.finetuning.output_head import OutputHead, inference, is_sharded, unwrapped
+from gradsafe.finetuning.output_head import OutputHead, inference, is_sharded
+from gradsafe.models.inspection import unwrapped
 
 KIND = "alignment_reference"
 Batch = Mapping[str, Any]
@@ -38,7 +39,8 @@ class ModelReference:
             )
         with inference(self.model), self.adapters_off():
             hidden = self.head.run(self.model, inputs)
-        return _teacher(self.head, hidden[counted.to(hidden.device)], self.adapters_off)
+        chosen = hidden[counted.to(hidden.device)]
+        return _teacher(self.model, self.head, chosen, self.adapters_off)
 
 
 class CachedReference:
@@ -90,7 +92,8 @@ class CachedReference:
                     'reference="cached", got "all": padding has no cached states'
                 )
             parts.append(self.states[key][wanted[real].cpu()])
-        return _teacher(self.head, torch.cat(parts).to(inputs["input_ids"].device))
+        hidden = torch.cat(parts).to(inputs["input_ids"].device)
+        return _teacher(self.model, self.head, hidden)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a folder of safetensors with the fingerprints of the model and its head."""
@@ -136,6 +139,7 @@ def adapter_off(model: nn.Module, head: OutputHead) -> ModelReference:
 
 
 def _teacher(
+    model: nn.Module,
     head: OutputHead,
     hidden: Tensor,
     adapters_off: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -144,7 +148,7 @@ def _teacher(
     off = nullcontext if head.linear else adapters_off  # a linear head has no adapter
 
     def logits(begin: int, end: int) -> Tensor:
-        with inference(head.module), off():
+        with inference(model, head.module), off():
             return head.logits(hidden[begin:end])
 
     return logits

@@ -18,6 +18,7 @@ from gradsafe.models.experts import Routing, replaced_experts
 from gradsafe.models.layers import Layers
 from gradsafe.models.modes import checkpointing_modules, decoder_loop, evaluating, frozen
 from gradsafe.models.products import Product, watch_calls, watch_products
+from gradsafe.models.threads import alone, own
 
 # consume(layer, x, dy), with a Routing behind them for a layer with experts.
 Consume = Callable[..., None]
@@ -31,6 +32,7 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
     `dy[b].T @ x[b]`, `[O, I]`. The graph starts in the first scored block: blocks below run
     forward only. The model is in eval mode (dropout off); activation checkpointing stays active.
     All flags are restored at the end, also after an exception, and existing `.grad` are untouched.
+    Only passes of this thread are captured; another `capture` of the model waits for the end.
 
     Args:
         model: The model that runs, PEFT wrapper or not.
@@ -60,6 +62,7 @@ def capture(model: nn.Module, layers: Layers, consume: Consume) -> Iterator[None
     checkpointed = checkpointing_modules(model, layers.blocks, start)
     session = _Session(layers, consume)
     with ExitStack() as stack:
+        stack.enter_context(alone(model))
         stack.enter_context(frozen(model))
         stack.enter_context(evaluating(model, checkpointed))
         for handle in session.register(model):
@@ -92,15 +95,15 @@ class _Session:
 
     def register(self, model: nn.Module) -> Iterator[Any]:
         """Register the hooks that observe; yields their handles."""
-        yield model.register_forward_pre_hook(self._begin, with_kwargs=True)
-        yield model.register_forward_hook(self._end, always_call=True)
+        yield model.register_forward_pre_hook(own(self._begin), with_kwargs=True)
+        yield model.register_forward_hook(own(self._end), always_call=True)
         scored = {id(layer.module) for layer in self.layers.scored}
         for index in sorted({layer.block for layer in self.layers.scored}):
             block = self.layers.blocks[index]
             # Children too: a recomputation enters the block behind its own hooks.
             for module in [block, *block.children()]:
                 if id(module) not in scored:
-                    yield module.register_forward_pre_hook(self._note_shape, with_kwargs=True)
+                    yield module.register_forward_pre_hook(own(self._note_shape), with_kwargs=True)
         called = [layer for layer in self.layers.scored if layer.use == "call"]
         yield from watch_calls(called, self._called)
         multiplied = [layer for layer in self.layers.scored if layer.use == "product"]

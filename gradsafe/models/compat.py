@@ -91,11 +91,11 @@ def differentiable_layouts(model: nn.Module) -> Iterator[None]:
     """
     flag = "support_avx512bf16_for_cpu"
     layers = [module for module in model.modules() if getattr(module, flag, False)]
-    for layer in layers:
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):  # type: ignore[union-attr]
-            layer.state_dict()  # a layer unpacks its weight to save it
-        setattr(layer, flag, False)
     try:
+        for layer in layers:
+            if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):  # type: ignore[union-attr]
+                layer.state_dict()  # a layer unpacks its weight to save it
+            setattr(layer, flag, False)
         yield
     finally:
         for layer in layers:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from gradsafe.models.compat import hooks_inside_checkpoint
 from gradsafe.models.inspection import base_model
 from gradsafe.models.modes import decoder_loop
+from gradsafe.models.threads import own
 
 
 def start_graph(
@@ -35,17 +36,17 @@ def start_graph(
     cuts = {0, start}
     if inside and start > 0:
         cuts = {0}  # and one in front of the checkpoint
-        yield blocks[start - 1].register_forward_hook(_differentiable_output)
+        yield blocks[start - 1].register_forward_hook(own(_differentiable_output))
     elif inside or decoder_loop(model, blocks) in checkpointed:
         # Here a cut is inside the checkpoint, and the reentrant kind needs an unbroken chain of
         # inputs that require grad, from the embedding up to the first scored block.
         cuts = {start}
         base: Any = base_model(model)
-        yield base.get_input_embeddings().register_forward_hook(_differentiable_output)
+        yield base.get_input_embeddings().register_forward_hook(own(_differentiable_output))
     for index in cuts:
         cut = _Cut(running, requires_grad=bool(checkpointed) and index == start)
-        yield model.register_forward_pre_hook(cut.begin)
-        yield blocks[index].register_forward_pre_hook(cut, with_kwargs=True)
+        yield model.register_forward_pre_hook(own(cut.begin))
+        yield blocks[index].register_forward_pre_hook(own(cut), with_kwargs=True)
 
 
 class _Cut:

@@ -15,10 +15,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from gradsafe.models.candidates import LinearLayer
 from gradsafe.models.compat import has_gate
+from gradsafe.models.threads import own
 
 IMPLEMENTATION = "gradsafe_capture"
 
-# The public property would also change the configs of other towers.
 _SETTING = "_experts_implementation_internal"
 
 
@@ -43,9 +43,6 @@ class Routing:
 # experts are as in `Routing`, total is the number of tokens that the module sees.
 Observe = Callable[[LinearLayer, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
-# What observes a weight, by id of the experts module and name of the weight.
-_taps: dict[tuple[int, str], Callable[..., Tensor]] = {}
-
 
 def stacked_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
     """Fused weights that the interface reaches: name to (E, O, I); empty for other modules."""
@@ -64,24 +61,46 @@ def stacked_parameters(module: nn.Module) -> dict[str, tuple[int, int, int]]:
 
 @contextmanager
 def replaced_experts(layers: Sequence[LinearLayer], observe: Observe) -> Iterator[None]:
-    """Run the modules of these layers through `experts_forward`; `observe` sees their products."""
-    if not layers:
-        yield
-        return
+    """Run the modules of these layers through `experts_forward`; `observe` sees their products.
+
+    In this thread only: others find the implementation that the config names.
+    """
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
-    taps = {(id(layer.module), layer.parameter): partial(observe, layer) for layer in layers}
-    configs: dict[int, Any] = {id(c): c for c in (layer.module.config for layer in layers)}
-    before = {key: getattr(config, _SETTING) for key, config in configs.items()}
+    taps: dict[Any, dict[str, Callable[..., Tensor]]] = {}
+    for layer in layers:
+        taps.setdefault(layer.module, {})[layer.parameter] = partial(observe, layer)
+    before = {module: module.config for module in taps}
     try:
-        for config in configs.values():
-            setattr(config, _SETTING, IMPLEMENTATION)
-        _taps.update(taps)
+        for module, config in before.items():
+            module.config = _ConfigWithTaps(config, taps[module])
         yield
     finally:
-        for key in taps:
-            _taps.pop(key, None)
-        for config in configs.values():
-            setattr(config, _SETTING, before[id(config)])
+        for module, config in before.items():
+            module.config = config
+
+
+class _ConfigWithTaps:
+    """The config of an experts module that names `experts_forward` in the thread that made it.
+
+    The config itself stays as it is: other modules and threads read it, `generate` writes to it.
+    """
+
+    def __init__(self, config: Any, taps: dict[str, Callable[..., Tensor]]) -> None:
+        vars(self).update(config=config, taps=taps, choose=own(lambda: IMPLEMENTATION))
+
+    @property
+    def _experts_implementation(self) -> Any:
+        return self.choose() or self.config._experts_implementation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["config"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.config, name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy of a module gets a copy of the config."""
+        return self.config.__reduce_ex__(protocol)
 
 
 def experts_forward(
@@ -98,7 +117,7 @@ def experts_forward(
     Returns:
         `[T, H]`, dtype of `hidden_states`.
     """
-    gated = has_gate(module)
+    gated, taps = has_gate(module), module.config.taps
     up_name = "gate_up_proj" if gated else "up_proj"
     count, width = getattr(module, up_name).shape[0], top_k_index.shape[-1]
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
@@ -109,8 +128,8 @@ def experts_forward(
 
     def project(name: str, x: Tensor) -> Tensor:
         output = _grouped_linear(x, getattr(module, name), counts, module.is_transposed)
-        if (id(module), name) in _taps:
-            output = _taps[id(module), name](output, x, tokens, experts, len(top_k_index))
+        if name in taps:
+            output = taps[name](output, x, tokens, experts, len(top_k_index))
         return output + getattr(module, f"{name}_bias")[experts] if module.has_bias else output
 
     inner = project(up_name, hidden_states[tokens])

@@ -28,6 +28,16 @@ def base_model(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP, `torch.compile` and PEFT wrappers."""
+    while True:
+        module = getattr(model, "module", None)
+        inner = base_model(module if isinstance(module, nn.Module) else model)
+        if inner is model:
+            return model
+        model = inner
+
+
 def text_config(model: nn.Module) -> Any:
     """Return the config of the text decoder (multimodal configs hold several).
 

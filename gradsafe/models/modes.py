@@ -1,4 +1,7 @@
-"""Temporary model states: frozen weights, dropout off, checkpointing still on."""
+"""Temporary model states: frozen weights, dropout off, checkpointing still on.
+
+All threads see these states, so whoever asks for one holds `threads.alone(model)`.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,8 @@ def evaluating(model: nn.Module, checkpointed: Sequence[nn.Module] = ()) -> Iter
     """Put the model in eval mode, except the own flag of `checkpointed`; restore all at the end.
 
     transformers checkpoints a block only while that block is in training mode. Only the block's own
-    flag is raised, its submodules stay in eval mode.
+    flag is raised, its submodules stay in eval mode. A forward pass of another thread then may
+    checkpoint too: its results are the same, but some versions of transformers drop its cache.
     """
     flags = [(module, module.training) for module in model.modules()]
     try:

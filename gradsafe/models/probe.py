@@ -16,6 +16,7 @@ from gradsafe.models.layout import Layout, find_layout
 from gradsafe.models.linear import linear_shape
 from gradsafe.models.modes import evaluating, frozen
 from gradsafe.models.products import Product, watch_calls, watch_products
+from gradsafe.models.threads import alone, own
 
 SAMPLES, TOKENS = 3, 7  # sizes that no model is likely to have elsewhere
 SHORT = 5  # tokens of a padded text
@@ -48,12 +49,12 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> bool:
         return True
     single = [c for c in candidates if c.use is None]
     fused = [c for c in candidates if c.use is not None]
-    with ExitStack() as handles, frozen(model), evaluating(model):
-        for handle in (*_hooks(single), *_expert_hooks(fused)):
-            handles.callback(handle.remove)
-        with torch.inference_mode(False), torch.enable_grad():
-            _run(model)
-    with evaluating(model):
+    with alone(model), evaluating(model):
+        with frozen(model), ExitStack() as handles:
+            for handle in (*_hooks(single), *_expert_hooks(fused)):
+                handles.callback(handle.remove)
+            with torch.inference_mode(False), torch.enable_grad():
+                _run(model)
         padding = _padding_is_harmless(model)
     _mark_routed(single)
     for candidate in candidates:
@@ -127,7 +128,8 @@ def _hooks(candidates: Sequence[Candidate]) -> Iterator[Any]:
 def _expert_hooks(candidates: Sequence[Candidate]) -> Iterator[Any]:
     for module in {id(c.module): c.module for c in candidates}.values():
         group = [c for c in candidates if c.module is module]
-        yield module.register_forward_hook(lambda m, args, out, group=group: _noted(out, group))
+        hook = own(lambda m, args, out, group=group: _noted(out, group))
+        yield module.register_forward_hook(hook)
 
 
 def _called(candidate: Candidate, module: nn.Module, x: Tensor | None, output: Any) -> Any:

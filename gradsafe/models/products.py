@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from gradsafe.models.candidates import Candidate, LinearLayer
 from gradsafe.models.linear import linear_shape
+from gradsafe.models.threads import own
 
 _RIGHT = {  # functions of (x, W) with W [..., I, O]
     torch.matmul,
@@ -69,7 +70,7 @@ def watch_calls(
     for weight in weights:
         modules: list[nn.Module] = [weight.module, *weight.twins]
         for module in modules:
-            yield module.register_forward_hook(partial(hook, weight), with_kwargs=True)
+            yield module.register_forward_hook(own(partial(hook, weight)), with_kwargs=True)
 
 
 def watch_products(
@@ -96,8 +97,8 @@ def watch_products(
         mode = _Products(group, observe)
         yield mode
         for module in modules.values():
-            yield module.register_forward_pre_hook(mode.enter, prepend=True)
-            yield module.register_forward_hook(mode.leave, always_call=True)
+            yield module.register_forward_pre_hook(own(mode.enter), prepend=True)
+            yield module.register_forward_hook(own(mode.leave), always_call=True)
 
 
 class _Products(TorchFunctionMode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import tempfile
+import threading
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,7 +36,9 @@ class IncompleteIndexWarning(UserWarning):
 class TraceIndex:
     """Finds the training samples that caused a behavior of the model (RepT).
 
-    Create one with `TraceIndex.build` or `TraceIndex.load`.
+    Create one with `TraceIndex.build` or `TraceIndex.load`. Any number of threads may use one
+    index, or several on one model, while others run the model's forward pass: batches take turns,
+    and so do calls of `extend`.
 
     Attributes:
         path: Its folder.
@@ -50,6 +53,7 @@ class TraceIndex:
     def __init__(self, folder: IndexFolder, model: nn.Module, tokenizer: Any) -> None:
         self.model = model
         self.tokenizer = tokenizer
+        self._extending = threading.Lock()
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._open(folder)
 
@@ -180,7 +184,7 @@ class TraceIndex:
         job = Job(
             self.model, self.tokenizer, batch_tokens, progress, processes or Processes.of_group()
         )
-        with job.processes.ending_together():
+        with self._extending, job.processes.ending_together():
             self._open(building.extend_folder(job, self._folder, examples))
             if job.processes.first and importlib.util.find_spec("faiss"):
                 for metric in saved_metrics(self._folder):
@@ -243,17 +247,19 @@ class TraceIndex:
         check_value("TraceIndex.query", "batch_tokens", batch_tokens, int)
         if approximate:
             load_faiss()  # before the signatures are computed
-        if not len(self):
+        search = self._search  # another thread may extend the index
+        count = len(search.ids)
+        if not count:
             raise ValueError(
                 f"gradsafe.TraceIndex.query: {self.path} has no complete sample yet: finish its "
                 "build"
             )
-        if k > len(self):
+        if k > count:
             raise ValueError(
-                f"gradsafe.TraceIndex.query: expected k at most {len(self)}, the number of samples "
+                f"gradsafe.TraceIndex.query: expected k at most {count}, the number of samples "
                 f"in the index, got {k}; pass min(k, len(index))"
             )
-        needed = rows_needed(k, self._search.owners)
+        needed = rows_needed(k, search.owners)
         source = [queries] if isinstance(queries, Mapping) else queries
         samples = read_examples(source, "queries")
         encoding = Encoding(**self._folder.metadata["settings"]["encoding"])
@@ -267,10 +273,10 @@ class TraceIndex:
             "queries" if progress else None,
             names=[samples[owner].where for owner in owners],
         )[self.layer]
-        best = self._search.best_rows(found, needed, metric, approximate, progress)
-        scores, rows = best_samples(best, self._search.owners, owners, len(samples), k)
-        positions = self._search.owners[rows]
-        ids = [[self._search.ids[position] for position in row] for row in positions.tolist()]
+        best = search.best_rows(found, needed, metric, approximate, progress)
+        scores, rows = best_samples(best, search.owners, owners, len(samples), k)
+        positions = search.owners[rows]
+        ids = [[search.ids[position] for position in row] for row in positions.tolist()]
         last_windows = list(dict(zip(owners, items, strict=True)).values())
         return Hits(ids, scores, positions, rows, self, last_windows)
 

@@ -12,6 +12,7 @@ from torch.nn import functional
 from gradsafe.models import Encoded, collate, plan_batches
 from gradsafe.models.inspection import forward_parameters, input_device
 from gradsafe.models.modes import evaluating
+from gradsafe.models.threads import alone
 from gradsafe.tracing.config import RULES, LayerRule
 from gradsafe.tracing.response_pass import model_inputs
 
@@ -79,7 +80,7 @@ def similarity_curve(
 ) -> Tensor:
     """Mean cosine similarity of consecutive hidden states, layers (1, 2) to (L - 1, L), float64."""
     total: Tensor | None = None
-    with torch.no_grad(), evaluating(model, ()):
+    with alone(model), torch.no_grad(), evaluating(model, ()):
         for indices in plan_batches([p.prompt_length for p in probes], batch_tokens):
             states = _prompt_states(model, [probes[i] for i in indices], pad_id)
             part = functional.cosine_similarity(states[1:-1], states[2:], dim=-1).sum(1)

@@ -17,6 +17,7 @@ from gradsafe.models.compat import cache_argument, is_recurrent, returned_cache
 from gradsafe.models.decoder import decoder_blocks
 from gradsafe.models.inspection import base_model, forward_parameters, input_device
 from gradsafe.models.modes import decoder_loop, evaluating, frozen
+from gradsafe.models.threads import alone, own
 
 
 class LayerView(NamedTuple):
@@ -91,7 +92,7 @@ class ResponsePass:
         first_only = first_only and self.prompt_only
         responses = [item.input_ids[item.prompt_length :] for item in items]
         targets = self._pad([ids[:1] if first_only else ids for ids in responses])
-        with frozen(self.model), evaluating(self.model, ()):
+        with alone(self.model), frozen(self.model), evaluating(self.model, ()):
             prepared = None
             if self.cache_name is not None and not first_only:
                 prepared = self._after_cached_prompts(items, self.cache_name)
@@ -206,8 +207,9 @@ class ResponsePass:
             return hidden
 
         if layer == len(self.blocks):
-            return self.decoder.register_forward_hook(_on_output(take))
-        return self.blocks[layer].register_forward_pre_hook(_on_input(take), with_kwargs=True)
+            return self.decoder.register_forward_hook(own(_on_output(take)))
+        hook = own(_on_input(take))
+        return self.blocks[layer].register_forward_pre_hook(hook, with_kwargs=True)
 
     def _check(self, held: dict[int, Tensor], shape: Sequence[int]) -> None:
         for layer in self.layers:

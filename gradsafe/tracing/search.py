@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,9 @@ from gradsafe.tracing.approximate import Candidates
 from gradsafe.tracing.examples import Id
 from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.matching import FeatureMoments, Metric, best_rows, feature_moments
+
+# What all queries share (FAISS files, moments) is made by one thread, and the others wait.
+_making = threading.RLock()
 
 TOGETHER = 64  # queries whose candidates are in memory at once
 
@@ -55,16 +59,15 @@ class Search:
         progress bar is that of an index of FAISS that has to be built.
         """
         candidates = self.candidates(metric, progress) if approximate else None
-        if metric.part_norm == "zscore" and self._moments is None:
-            self._moments = feature_moments(self._signatures)
+        moments = self._moments_of(metric)
         if candidates is None:
-            return best_rows(queries, self._signatures(), k, metric, self._moments)
+            return best_rows(queries, self._signatures(), k, metric, moments)
         found = []
         for part in queries.float().split(TOGETHER):
             proposed = candidates(part, k)
             union = torch.cat(proposed).unique()
-            rows = metric.prepare(self._read(union), self._moments)
-            ready = metric.prepare(part, self._moments).contiguous()
+            rows = metric.prepare(self._read(union), moments)
+            ready = metric.prepare(part, moments).contiguous()
             for query, own in zip(ready, proposed, strict=True):
                 places = torch.searchsorted(union, own)
                 scores, indices = cosine_topk(query[None], rows[places], k)
@@ -74,15 +77,23 @@ class Search:
     def candidates(self, metric: Metric, progress: bool) -> Candidates:
         """FAISS's candidates for a metric: those that are saved, with the rows they lack."""
         if metric not in self._candidates:
-            found = Candidates(self._folder, metric, len(self.owners), progress)
-            self._candidates[metric] = found
-            self._moments = found.moments or self._moments
+            with _making:
+                if metric not in self._candidates:
+                    found = Candidates(self._folder, metric, len(self.owners), progress)
+                    self._moments = found.moments or self._moments
+                    self._candidates[metric] = found
         return self._candidates[metric]
 
     def item(self, row: int) -> Encoded:
         """Token ids of a row."""
         shard = bisect.bisect_right(self._starts, row) - 1
         return self._folder.item(self._shards[shard], row - self._starts[shard])
+
+    def _moments_of(self, metric: Metric) -> FeatureMoments | None:
+        if metric.part_norm == "zscore" and self._moments is None:
+            with _making:
+                self._moments = self._moments or feature_moments(self._signatures)
+        return self._moments
 
     def _signatures(self) -> Iterator[Tensor]:
         return self._folder.signatures(self._shards)

@@ -13,7 +13,7 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 
 from gradsafe import Detector
 from gradsafe.detection import CoverageWarning
-from gradsafe.models import capture, collate, encode, experts, find_layers, response_nll
+from gradsafe.models import capture, collate, encode, find_layers, response_nll
 
 UNSAFE, SAFE, PROMPTS = (
     ["do harm", "steal it"],
@@ -243,7 +243,7 @@ def test_everything_is_restored_after_an_exception(model):
     with pytest.raises(KeyboardInterrupt), capture(model, layers, consume):
         response_nll(model, batch).sum().backward()
     assert model.config._experts_implementation == "eager"
-    assert not experts._taps
+    assert all(m.config is model.config for m in model.modules() if hasattr(m, "is_transposed"))
     assert torch.equal(model(torch.arange(6)[None]).logits, before)
 
 
