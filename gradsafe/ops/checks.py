@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gradsafe._backend import cuda_problem
 from gradsafe._checks import refuse
@@ -17,9 +19,22 @@ REF_DTYPES = (*FLOAT_DTYPES, torch.float8_e4m3fn)
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
-    """A tensor."""
+    """A dense tensor without a tangent of forward-mode differentiation, which would be lost."""
     if not isinstance(value, Tensor):
         refuse(op, f"{name} to be a tensor", type(value).__name__, kind=TypeError)
+    if value.layout is not torch.strided or value.is_nested:
+        got = "a nested tensor" if value.is_nested else value.layout
+        refuse(op, f"{name} to be dense", got, kind=TypeError)
+    if in_forward_mode() and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"gradsafe.{op}: expected {name} without a tangent, got one of forward-mode "
+            "differentiation (jvp), which is not implemented"
+        )
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def check_tensor_list(op: str, name: str, tensors: Sequence[Tensor]) -> None:
@@ -38,19 +53,36 @@ def check_same_length(op: str, name: str, tensors: Sequence[Tensor], like: str, 
 
 
 def check_ints(op: str, name: str, values: Sequence[int]) -> None:
-    """A list of ints, not a tensor: the backend needs the values on the host."""
+    """A list of whole numbers, not a tensor: the backend needs the values on the host."""
     if isinstance(values, Tensor):
         do = f"they are needed on the host, pass {name}.tolist()"
         refuse(op, f"{name} to be a list of ints", "a tensor", do, TypeError)
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        refuse(op, f"{name} to be a list of ints", type(values).__name__, kind=TypeError)
+    for index, value in enumerate(values):
+        check_int(op, f"{name}[{index}]", value)
 
 
-def check_number(op: str, name: str, value: float) -> None:
+def check_int(op: str, name: str, value: int) -> None:
+    """A whole number; a bool is none."""
+    if isinstance(value, bool) or not isinstance(value, (Integral, torch.SymInt)):
+        refuse(op, f"{name} to be an int", type(value).__name__, kind=TypeError)
+
+
+def check_bool(op: str, name: str, value: bool) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        refuse(op, f"{name} to be True or False", repr(value), kind=TypeError)
+
+
+def check_number(op: str, name: str, value: float, below: float = math.inf) -> None:
     """A finite number, not negative."""
     if isinstance(value, bool) or not isinstance(value, Real):
         got = "a tensor" if isinstance(value, Tensor) else repr(value)
         refuse(op, f"{name} to be a number", got, kind=TypeError)
-    if not 0 <= value < math.inf:
-        refuse(op, f"{name} to be finite and >= 0", value)
+    if not 0 <= value < below or value > sys.float_info.max:
+        limit = "to be finite and >= 0" if below == math.inf else f"at least 0 and below {below}"
+        refuse(op, f"{name} {limit}", value)
 
 
 def are_alike(
@@ -63,12 +95,15 @@ def are_alike(
     """
     if not tensors:
         return True
+    if in_forward_mode():
+        return False
     dtype, strided = getattr(tensors[0], "dtype", None), torch.strided
     return dtype in dtypes and all(
         isinstance(t, Tensor)
         and t.dtype == dtype
         and t.device == device
         and t.layout is strided
+        and not t.is_nested
         and t.dim() == 2
         and (t.stride(1) == 1 or t.shape[1] <= 1)
         for t in tensors
@@ -106,9 +141,7 @@ def check_rows(
 def check_dense(
     op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES
 ) -> None:
-    """Dense and of one of the dtypes that the operator takes there."""
-    if tensor.layout is not torch.strided:
-        refuse(op, f"{name} to be dense", tensor.layout, kind=TypeError)
+    """Of one of the dtypes that the operator takes there (`check_tensor`: and dense)."""
     if tensor.dtype not in dtypes:
         *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         expected = f"{name} of dtype {', '.join(most)}{' or ' if most else ''}{last}"
@@ -153,6 +186,38 @@ def check_device(op: str, name: str, tensor: Tensor, other_name: str, other: Ten
     """Same device as another argument."""
     if tensor.device != other.device:
         refuse(op, f"{name} on {other.device} like {other_name}", tensor.device)
+
+
+def check_apart(op: str, name: str, written: Tensor, other_name: str, other: Tensor) -> None:
+    """A tensor that is written shares no element with another argument. Both consist of rows."""
+    kinds = {type(written), type(other)} - {Tensor, torch.nn.Parameter}
+    if torch.compiler.is_compiling() or kinds or "meta" in (written.device.type, other.device.type):
+        return  # without memory, or it belongs to another
+    begin, size, step, rows = _rows(written)
+    other_begin, other_size, other_step, other_rows = _rows(other)
+    if not rows or not other_rows or other_begin >= begin + (rows - 1) * step + size:
+        return
+    if begin >= other_begin + (other_rows - 1) * other_step + other_size:
+        return
+    # For each row of the other the first written row that ends behind its begin.
+    for at in range(other_begin, other_begin + other_rows * other_step, other_step):
+        row = max(0, (at - begin - size) // step + 1)
+        if row < rows and begin + row * step < at + other_size:
+            expected = f"{name} and {other_name} not to share memory"
+            refuse(op, expected, "two that do", "copy one of them", RuntimeError)
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Address and size in bytes of a tensor's first row, bytes to the next row, number of rows."""
+    width = tensor.element_size()
+    if not tensor.numel() or is_unbroken(tensor):
+        size = tensor.numel() * width
+        return tensor.data_ptr(), size, size, min(size, 1)
+    count, columns = tensor.shape
+    if count > 1 and not tensor.stride(0):  # one row, repeated
+        count = 1
+    step = tensor.stride(0) if count > 1 else columns
+    return tensor.data_ptr(), columns * width, step * width, count
 
 
 def check_supported_device(op: str, tensor: Tensor) -> None:

@@ -12,6 +12,7 @@ from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
     check_dense,
     check_device,
+    check_int,
     check_matrix,
     check_supported_device,
     check_tensor,
@@ -20,6 +21,7 @@ from gradsafe.ops.registry import operator
 
 OP = "cosine_topk"
 MAX_K = 1024
+MAX_INDEX = 2**63 - 1
 
 
 class TopK(NamedTuple):
@@ -110,6 +112,10 @@ def merge_topk(parts: Sequence[tuple[Tensor, Tensor]], k: int) -> TopK:
         ValueError: no part, shapes or devices that do not fit, a negative k.
     """
     op = "merge_topk"
+    if not isinstance(parts, Sequence) or isinstance(parts, (str, TopK)):
+        expected = "parts to be a list of pairs (scores, indices)"
+        refuse(op, expected, type(parts).__name__, kind=TypeError)
+    check_int(op, "k", k)
     if not parts:
         refuse(op, "at least one part", "none")
     if k < 0:
@@ -139,8 +145,7 @@ def _check(queries: Tensor, rows: Tensor, k: int, start: int, earlier: int) -> N
     check_device(OP, "rows", rows, "queries", queries)
     check_supported_device(OP, queries)
     for name, value in (("k", k), ("start", start)):
-        if isinstance(value, (bool, float, Tensor)):
-            refuse(OP, f"{name} to be an int", type(value).__name__, kind=TypeError)
+        check_int(OP, name, value)
     if not 0 <= k <= MAX_K:
         refuse(OP, f"k between 0 and {MAX_K}", k)
     if k > rows.shape[0] + earlier:
@@ -149,6 +154,8 @@ def _check(queries: Tensor, rows: Tensor, k: int, start: int, earlier: int) -> N
         refuse(OP, expected, k, "pass min(k, N)")
     if start < 0:
         refuse(OP, "start of at least 0", start)
+    if start > MAX_INDEX - rows.shape[0]:
+        refuse(OP, f"start + N of at most {MAX_INDEX}", f"start = {start}")
 
 
 def _check_pair(op: str, name: str, pair: tuple[Tensor, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradsafe._checks import refuse
-from gradsafe.ops.checks import check_ints
+from gradsafe.ops.checks import check_bool, check_ints
 from gradsafe.ops.moments import Axis, Moments, axis_code, out_size
 from gradsafe.ops.registry import operator
 from gradsafe.ops.wgrad_moments import check_wgrad, unpack
@@ -58,6 +58,7 @@ def grouped_wgrad_moments(
         RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
     """
     code = axis_code(OP, axis)
+    check_bool(OP, "unsigned", unsigned)
     check_wgrad(OP, x, dy, refs, ("N",), stacked=True)
     _check_segments(len(x), lengths, experts, len(refs[0]) if refs else None)
     out = torch.ops.gradsafe.grouped_wgrad_moments(

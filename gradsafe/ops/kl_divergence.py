@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
+    check_apart,
     check_dense,
     check_device,
     check_matrix,
@@ -24,8 +25,8 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
     One read of both: maxima and sums are found together, sums run in float32 within 1,024 columns
     (on CUDA within a thread) and in float64 across. Nothing of the size of the logits is allocated.
-    Differentiable once with respect to the student; the backward pass copies its logits. To save
-    that copy, use `kl_divergence_`.
+    Differentiable once with respect to the student, in reverse mode; the backward pass copies its
+    logits. To save that copy, use `kl_divergence_`.
 
     A row depends on its own logits only: not on threads, on the CPU's vector width (AVX2 or
     AVX-512) or on the other rows. Equal rows give exactly 0. A token the teacher excludes (logit
@@ -45,6 +46,7 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes, strides or devices do not fit.
         RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
+        NotImplementedError: a second derivative, or one in forward mode.
     """
     _check("kl_divergence", student_logits, teacher_logits)
     return torch.ops.gradsafe.kl_divergence(student_logits, teacher_logits)
@@ -72,7 +74,8 @@ def kl_divergence_(student_logits: Tensor, teacher_logits: Tensor, weight: Tenso
     Raises:
         TypeError: something is no tensor, or of another dtype.
         ValueError: shapes, strides or devices do not fit, or autograd records the logits.
-        RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
+        RuntimeError: student_logits share memory with another argument, CUDA tensors without CUDA
+            kernels, or CUDA failed.
     """
     op = "kl_divergence_"
     _check(op, student_logits, teacher_logits)
@@ -90,6 +93,8 @@ def kl_divergence_(student_logits: Tensor, teacher_logits: Tensor, weight: Tenso
     check_device(op, "weight", weight, "student_logits", student_logits)
     named = {"student_logits": student_logits, "teacher_logits": teacher_logits, "weight": weight}
     for name, tensor in named.items():
+        if name != "student_logits":
+            check_apart(op, "student_logits", student_logits, name, tensor)
         if torch.is_grad_enabled() and tensor.requires_grad:
             do = "the gradient replaces the logits; call .detach() first, or use kl_divergence"
             refuse(op, f"{name} without requires_grad", "a tensor that requires it", do)
@@ -128,9 +133,28 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
     student, teacher = ctx.saved_tensors
     if ctx.needs_input_grad[1]:
         _refuse_teacher()
-    gradient = student.detach().clone(memory_format=torch.contiguous_format)
-    torch.ops.gradsafe.kl_divergence_(gradient, teacher.detach(), grad.detach().contiguous())
-    return gradient, None
+    return _Gradient.apply(student, teacher, grad), None
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient, which is not differentiable again."""
+
+    @staticmethod
+    def forward(student: Tensor, teacher: Tensor, grad: Tensor) -> Tensor:
+        gradient = student.detach().clone(memory_format=torch.contiguous_format)
+        torch.ops.gradsafe.kl_divergence_(gradient, teacher.detach(), grad.detach().contiguous())
+        return gradient
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise NotImplementedError(
+            "gradsafe.kl_divergence has no second derivative; detach its gradient, or use "
+            "torch.nn.functional.kl_div"
+        )
 
 
 def _refuse_teacher() -> NoReturn:

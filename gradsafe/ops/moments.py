@@ -14,6 +14,7 @@ from gradsafe.ops.checks import (
     FLOAT_DTYPES,
     REF_DTYPES,
     are_alike,
+    check_bool,
     check_device,
     check_like,
     check_matrix,
@@ -103,6 +104,7 @@ def moments(
         RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
     """
     code = axis_code("moments", axis)
+    check_bool("moments", "unsigned", unsigned)
     flat_refs, num_refs = _alike(grads, refs) or _check(grads, refs)
     if not grads:
         empty = Moments([], [], [], [])
@@ -113,7 +115,7 @@ def moments(
 
 def axis_code(op: str, axis: Axis) -> int:
     """The operator's number for an axis."""
-    if axis not in AXES:
+    if not isinstance(axis, str) or axis not in AXES:
         refuse(op, f"axis in {list(AXES)}", repr(axis))
     return AXES.index(axis)
 
@@ -163,10 +165,14 @@ def _check(
         check_supported_device(op, grads[0])
     if refs is None:
         return [], 0
-    if isinstance(refs, Tensor) or len(refs) != len(grads):
-        got = "a tensor" if isinstance(refs, Tensor) else len(refs)
-        expected = f"refs to hold one list of references for each of {len(grads)} gradients"
-        refuse(op, expected, got)
+    expected = f"refs to hold one list of references for each of {len(grads)} gradients"
+    if isinstance(refs, str) or not isinstance(refs, Sequence):
+        got = "a tensor" if isinstance(refs, Tensor) else type(refs).__name__
+        refuse(op, expected, got, kind=TypeError)
+    if len(refs) != len(grads):
+        refuse(op, expected, len(refs))
+    if refs:
+        check_tensor_list(op, "refs[0]", refs[0])
     num_refs = len(refs[0]) if refs else 0
     if num_refs > MAX_REFS:
         refuse(op, f"0 to {MAX_REFS} references per gradient", num_refs)

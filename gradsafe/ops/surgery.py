@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
+    check_apart,
     check_dense,
     check_device,
     check_ints,
@@ -142,6 +143,8 @@ def surgery_merge_(
     check_rho(op, rho)
     if user:
         check_device(op, "sums", sums, "user[0]", user[0])
+        for index, tensor in enumerate(user):
+            check_apart(op, f"user[{index}]", tensor, "sums", table)
     with torch.no_grad():
         out = torch.ops.gradsafe.surgery_merge_(list(user), list(align), table, float(rho), numbers)
     written(user)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
+    check_apart,
     check_dense,
     check_device,
     check_number,
@@ -78,18 +79,21 @@ def surgery_adamw_(
     steps = _check(params, user, align, exp_avg, exp_avg_sq, step)
     for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
         check_number(OP, name, value)
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        refuse(OP, "betas to be a pair of numbers", repr(betas), kind=TypeError)
     for index, beta in enumerate(betas):
-        if not 0 <= beta < 1:
-            refuse(OP, f"betas[{index}] at least 0 and below 1", beta)
+        check_number(OP, f"betas[{index}]", beta, below=1)
     check_rho(OP, rho)
     table = None if sums is None else check_sums(OP, sums, groups)
     numbers, count = check_pairs(OP, user, align, groups, None if table is None else len(table))
     if not params:
         out = no_conflict(count, rho)
     else:
-        if sums is not None:
-            check_device(OP, "sums", sums, "params[0]", params[0])
         lists = [list(tensors) for tensors in (params, user, align, exp_avg, exp_avg_sq)]
+        if sums is not None and table is not None:
+            check_device(OP, "sums", sums, "params[0]", params[0])
+            for tensor in (*params, *exp_avg, *exp_avg_sq, *steps):
+                check_apart(OP, "a tensor that is written", tensor, "sums", table)
         options = [float(value) for value in (rho, lr, *betas, eps, weight_decay)]
         with torch.no_grad():
             out = torch.ops.gradsafe.surgery_adamw_(*lists, steps, table, *options, numbers, count)

@@ -10,6 +10,7 @@ from torch import Tensor
 from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
     REF_DTYPES,
+    check_bool,
     check_dense,
     check_device,
     check_ints,
@@ -64,6 +65,7 @@ def wgrad_moments(
         RuntimeError: CUDA tensors without CUDA kernels, or CUDA failed.
     """
     code = axis_code(OP, axis)
+    check_bool(OP, "unsigned", unsigned)
     check_wgrad(OP, x, dy, refs, ("B", "T"))
     sizes = _check_lengths(x, lengths)
     out = torch.ops.gradsafe.wgrad_moments(x, dy, list(refs), sizes, code, unsigned)

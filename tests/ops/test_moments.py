@@ -289,6 +289,14 @@ def test_is_not_differentiable():
         result.sum[0].backward()
 
 
+def test_forward_mode_is_refused():
+    grad, refs = make((3, 4), 1)
+    with pytest.raises(
+        NotImplementedError, match=r"moments: expected grads\[0\] without a tangent"
+    ):
+        torch.func.jvp(lambda g: moments([g], [refs]).sum[0], (grad,), (refs[0],))
+
+
 G, R = torch.ones(3, 4), torch.ones(3, 4)
 BAD_CALLS = [
     (lambda: moments(G), TypeError, "list of tensors, got Tensor"),
@@ -304,6 +312,11 @@ BAD_CALLS = [
     (lambda: moments([G, G], [[R], [R.half()]]), TypeError, r"refs\[1\]\[0\] of dtype"),
     (lambda: moments([G], [[R.to("meta")]]), ValueError, r"refs\[0\]\[0\] on cpu"),
     (lambda: moments([G], [[R]], "rows"), ValueError, "expected axis in"),
+    (lambda: moments([G], [[R]], ["row"]), ValueError, "expected axis in"),
+    (lambda: moments([G], 5), TypeError, "refs to hold one list of .* got int"),
+    (lambda: moments([G], [None]), TypeError, r"refs\[0\] to be a list of tensors, got NoneType"),
+    (lambda: moments([G], [[R]], unsigned=1), TypeError, "unsigned to be True or False, got 1"),
+    (lambda: moments([torch.nested.nested_tensor([R[0], R[0, :2]])]), TypeError, "to be dense"),
 ]
 
 

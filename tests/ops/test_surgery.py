@@ -400,6 +400,11 @@ BAD_CALLS = [
     (lambda: surgery_([U], [A], groups=[0, 0]), ValueError, "one group for each of 1 tensors"),
     (lambda: surgery_([U], [A], groups=[1]), ValueError, r"groups\[0\] between 0 and 0"),
     (lambda: surgery_([U], [A], groups=torch.zeros(1)), TypeError, "list of ints, got a tensor"),
+    (lambda: surgery_([U], [A], groups=[None]), TypeError, r"groups\[0\] to be an int, got None"),
+    (lambda: surgery_([U], [A], groups=3), TypeError, "groups to be a list of ints, got int"),
+    (lambda: surgery_([U], [A], 10**400), ValueError, "rho to be finite and >= 0"),
+    (lambda: surgery_([U.to_sparse()], [A]), TypeError, r"user\[0\] to be dense"),
+    (lambda: surgery_([U], [A.to_sparse()]), TypeError, r"align\[0\] to be dense"),
     (lambda: surgery_merge_([U], [A], 1.0), TypeError, "sums to be a tensor, got float"),
     (lambda: surgery_merge_([U], [A], S.float()), TypeError, "sums of dtype float64"),
     (lambda: surgery_merge_([U], [A], S[:2]), ValueError, r"sums of shape \[3\], got \[2\]"),
@@ -421,6 +426,15 @@ def test_bad_arguments_name_the_argument(call, error, text):
     with pytest.raises(error, match=text):
         call()
     assert torch.equal(U, before)
+
+
+def test_the_sums_are_no_part_of_what_is_written():
+    buffer = torch.zeros(12, dtype=torch.float64)
+    user, align = [buffer.view(torch.float32)[:16]], [torch.zeros(16)]
+    with pytest.raises(RuntimeError, match=r"user\[0\] and sums not to share memory"):
+        surgery_merge_(user, align, buffer[7:10])
+    surgery_merge_(user, align, buffer[8:11])
+    surgery_merge_(user, [user[0].clone()], buffer[9:12])
 
 
 T = torch.ones(3, 4).t()

@@ -282,6 +282,10 @@ BAD_CALLS = [
     (changed(1, [T], lr=torch.ones(())), TypeError, "lr to be a number, got a tensor"),
     (changed(1, [T], eps=math.nan), ValueError, "eps to be finite"),
     (changed(1, [T], betas=(0.9, 1.0)), ValueError, r"betas\[1\] at least 0 and below 1, got 1.0"),
+    (changed(1, [T], betas=(0.9,)), TypeError, r"betas to be a pair of numbers, got \(0.9,\)"),
+    (changed(1, [T], betas=(0.9, 0.9, 0.9)), TypeError, "betas to be a pair of numbers"),
+    (changed(1, [T], betas=(0.9, "1")), TypeError, r"betas\[1\] to be a number, got '1'"),
+    (changed(1, [T], betas=(math.nan, 0.9)), ValueError, r"betas\[0\] at least 0 and below 1"),
     (changed(1, [T], rho=math.inf), ValueError, "rho to be finite"),
     (changed(1, [T], sums=torch.ones(3)), TypeError, "sums of dtype float64"),
     (changed(1, [T.clone().requires_grad_()]), ValueError, r"call \.detach\(\) first"),
@@ -300,6 +304,17 @@ def test_written_tensors_may_not_overlap():
         state[a] = state[b]
         with pytest.raises(RuntimeError, match="not to share memory"):
             surgery_adamw_(*state)
+    state = make([(3, 4)])
+    sums = torch.zeros(8, dtype=torch.float64)
+    for index in (0, 3, 4):
+        state = make([(3, 4)])
+        state[index] = [sums.view(torch.float32)[:12].view(3, 4)]
+        with pytest.raises(RuntimeError, match="sums not to share memory"):
+            surgery_adamw_(*state, sums=sums[5:])
+    state = make([(3, 4)])
+    state[5] = sums.view(torch.float32)[0]
+    with pytest.raises(RuntimeError, match="sums not to share memory"):
+        surgery_adamw_(*state, sums=sums[:3])
     state = make([(3, 4)])
     state[2] = state[1]  # both are only read
     surgery_adamw_(*state)

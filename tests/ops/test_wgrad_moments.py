@@ -248,6 +248,11 @@ BAD_CALLS = [
     (lambda: wgrad_moments(X, DY, [R], lengths=torch.ones(2)), TypeError, "tolist"),
     (lambda: wgrad_moments(X, DY, [R], "cell"), ValueError, "expected axis in"),
     (lambda: wgrad_moments(X.transpose(1, 2), DY, [R]), ValueError, "contiguous|like x"),
+    (lambda: wgrad_moments(X, DY, 5), TypeError, "refs to be a list of tensors, got int"),
+    (lambda: wgrad_moments(X, DY, [R], lengths=3), TypeError, "lengths to be a list of ints"),
+    (lambda: wgrad_moments(X, DY, lengths=[3, 2.0]), TypeError, r"lengths\[1\] to be an int"),
+    (lambda: wgrad_moments(X, DY, lengths=[3, True]), TypeError, r"lengths\[1\] to be an int"),
+    (lambda: wgrad_moments(X, DY, [R], unsigned=None), TypeError, "unsigned to be True or False"),
     (lambda: wgrad_moments("x", DY, [R]), TypeError, "x to be a tensor"),
 ]
 
