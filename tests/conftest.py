@@ -15,14 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Files whose tests are slow; `pytest -m "not slow"` runs the others in about three minutes.
 SLOW = (
-    *("emulated/test_planted", "emulated/test_wgrad", "emulated/test_grouped", "zoo/"),
-    *(
-        "finetuning/test_trainer_",
-        "finetuning/test_cli_finetune",
-        "tracing/test_build_",
-        "processes",
-    ),
-    *("cli/test_trace_processes", "docs/test_scripts", "docs/test_examples", "testbed/"),
+    *("emulated/test_", "zoo/", "testbed/", "processes", "docs/test_scripts", "docs/test_examples"),
+    *("finetuning/test_trainer_", "finetuning/test_cli_finetune", "tracing/test_build_"),
     *("ops/test_fallback", "test_gpu_run", "test_benchmark_oracle", "test_recorded", "test_cost"),
 )
 

@@ -23,7 +23,7 @@ _FREE = {
     *("id2label", "label2id", "problem_type", "chunk_size_feed_forward", "quantization_config"),
     *("base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version", "revision"),
     *("_attn_implementation", "attn_implementation", "_experts_implementation", "auto_map"),
-    *("experts_implementation", "_attn_implementation_autoset", "gradient_checkpointing"),
+    *("experts_implementation", "_attn_implementation_autoset"),
 }
 _CHUNK = 1 << 24  # bytes that are copied to the host at a time
 _SAMPLES = 256  # values of a weight that are looked at again on every call
