@@ -92,11 +92,13 @@ class SafeGradMixin(Trainer):
         """Trains as `transformers.Trainer.train` does; also resumes the order of alignment rows.
 
         `resume_from_checkpoint=True` selects the newest complete checkpoint and ignores those whose
-        saving was interrupted.
+        saving was interrupted. Only `max_steps` and `num_train_epochs` may change, to a larger
+        number; a schedule of the learning rate that depends on the number of steps changes then.
 
         Raises:
-            ValueError: There is no checkpoint, `SafeGradTrainer` did not write it, or it belongs to
-                a run with other alignment rows or options.
+            ValueError: There is no checkpoint, `SafeGradTrainer` did not write it, it belongs to a
+                run with other rows, options or trainable parameters, or it has every step already;
+                a token id or label of a row is out of range; or no optimizer step was taken.
         """
         folder = resume_from_checkpoint
         if folder is True:
@@ -109,7 +111,21 @@ class SafeGradMixin(Trainer):
         self._order.drawn = checkpoint.read(folder, self._identity()) if folder else 0
         self._surgery = None
         self._reset_window()
-        return super().train(folder, *args, **options)
+        start = checkpoint.step(folder) if folder else 0
+        if 0 < self.args.max_steps <= start:  # transformers would take one step more
+            refuse(
+                "SafeGradTrainer",
+                f"max_steps above the {start} of {folder}",
+                self.args.max_steps,
+                "raise it, or use the weights of the checkpoint",
+            )
+        result = super().train(folder, *args, **options)
+        if self.state.global_step <= start:
+            expected = "training to take at least one optimizer step"
+            got = f"none after the {start} of the checkpoint" if folder else "none"
+            do = "check num_train_epochs, dataloader_drop_last, callbacks and train_dataset"
+            refuse("SafeGradTrainer", expected, got, do)
+        return result
 
     def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
         """Runs one micro-batch of user data; after the last one of a step, protects the step."""

@@ -93,7 +93,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("kind", ["adapter_off", "cached", "model"])
     def test_another_reference(self, kind: str, tmp_path: Path) -> None:
-        def build(change: float) -> Any:
+        def build(change: float, steps: int = 2) -> Any:
             model = make_model(lora=kind != "model")
             reference = make_model(lora=False) if kind == "model" else kind
             changed = reference if kind == "model" else model
@@ -106,15 +106,24 @@ class TestRefused:
                 tmp_path,
                 model,
                 safegrad=SafeGradConfig(reference=reference),
-                max_steps=1,
+                max_steps=steps,
                 save_strategy="steps",
                 save_steps=1,
             )
 
-        build(0.0).train()
+        build(0.0, steps=1).train()
         build(0.0).train(True)
         with pytest.raises(ValueError, match="reference_weights was"):
-            build(0.5).train(True)
+            build(0.5, steps=3).train(True)
+
+    @pytest.mark.parametrize("length", [{"max_steps": 1}, {"num_train_epochs": 1}])
+    def test_nothing_left_to_do(self, length: dict[str, int], tmp_path: Path) -> None:
+        options = {"max_steps": -1, "save_strategy": "steps", "save_steps": 1, **length}
+        rows = make_rows(4, seed=1)
+        make_trainer(tmp_path, train_dataset=rows, **options).train()
+        message = "max_steps above the 1 of" if "max_steps" in length else "got none after the 1"
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, train_dataset=rows, **options).train(True)
 
 
 class TestOrder:
