@@ -37,6 +37,15 @@ def _is_json(path: Path) -> bool:
     return True
 
 
+def step(folder: str | os.PathLike[str]) -> int:
+    """Return the number of optimizer steps before a checkpoint."""
+    path = Path(folder) / "trainer_state.json"
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"gradsafe.SafeGradTrainer: {path} is unreadable: {error}") from error
+
+
 def write(folder: Path, facts: Mapping[str, Any], drawn: int) -> None:
     """Writes the file into a checkpoint folder, which is created if needed."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import math
 import warnings
 from collections.abc import Callable
@@ -33,9 +35,19 @@ from gradsafe.finetuning.surgery import GradientSurgery
 from gradsafe.finetuning.teachers import in_adapters, refuse_shared
 
 AlignmentLoss = Callable[..., Tensor]
+# Training arguments that must stay the same when a run resumes.
+_TRAINING_FACTS = (
+    *("learning_rate", "optim", "lr_scheduler_type", "weight_decay", "max_grad_norm"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "seed", "data_seed"),
+)
 # Options that may change when a run resumes: they only affect warnings, and the encoding, which the
 # fingerprint of the rows covers.
 _FREE = ("warn_cosine", "warn_steps", "template", "system", "append_eos", "max_length")
+
+
+def _plain(value: Any) -> Any:
+    """A training argument as a JSON value."""
+    return getattr(value, "value", value)
 
 
 class SafeGradMixin(Trainer):
@@ -92,11 +104,13 @@ class SafeGradMixin(Trainer):
         """Trains as `transformers.Trainer.train` does; also resumes the order of alignment rows.
 
         `resume_from_checkpoint=True` selects the newest complete checkpoint and ignores those whose
-        saving was interrupted.
+        saving was interrupted. Only `max_steps` and `num_train_epochs` may change, to a larger
+        number; a schedule of the learning rate that depends on the number of steps changes then.
 
         Raises:
-            ValueError: There is no checkpoint, `SafeGradTrainer` did not write it, or it belongs to
-                a run with other alignment rows or options.
+            ValueError: There is no checkpoint, `SafeGradTrainer` did not write it, it belongs to a
+                run with other rows, options or trainable parameters, or it has every step already;
+                a token id or label of a row is out of range; or no optimizer step was taken.
         """
         folder = resume_from_checkpoint
         if folder is True:
@@ -109,7 +123,21 @@ class SafeGradMixin(Trainer):
         self._order.drawn = checkpoint.read(folder, self._identity()) if folder else 0
         self._surgery = None
         self._reset_window()
-        return super().train(folder, *args, **options)
+        start = checkpoint.step(folder) if folder else 0
+        if 0 < self.args.max_steps <= start:  # transformers would take one step more
+            refuse(
+                "SafeGradTrainer",
+                f"max_steps above the {start} of {folder}",
+                self.args.max_steps,
+                "raise it, or use the weights of the checkpoint",
+            )
+        result = super().train(folder, *args, **options)
+        if self.state.global_step <= start:
+            expected = "training to take at least one optimizer step"
+            got = f"none after the {start} of the checkpoint" if folder else "none"
+            do = "check num_train_epochs, dataloader_drop_last, callbacks and train_dataset"
+            refuse("SafeGradTrainer", expected, got, do)
+        return result
 
     def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
         """Runs one micro-batch of user data; after the last one of a step, protects the step."""
@@ -213,6 +241,28 @@ class SafeGradMixin(Trainer):
             "alignment_seed": self._order.seed,
             "alignment_rows": fingerprint(self._alignment_rows),
             "reference_weights": self._reference_weights,
+            **self._training_facts(),
+        }
+
+    def _training_facts(self) -> dict[str, Any]:
+        """Return the settings of the user's training that change its result."""
+        args, rows = self.args, self.train_dataset
+        batch = self._train_batch_size * args.gradient_accumulation_steps
+        model: Any = self.model
+        trained = [
+            [name, list(parameter.shape)]
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad
+        ]
+        if isinstance(rows, list) and rows and {"input_ids", "labels"} <= set(rows[0]):
+            users = fingerprint(rows)
+        else:  # a data set of the datasets library; others are not compared
+            users = getattr(rows, "_fingerprint", None)
+        return {
+            **{name: _plain(getattr(args, name)) for name in _TRAINING_FACTS},
+            "batch_size": batch * self.accelerator.num_processes,
+            "trainable_parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest(),
+            "train_rows": users,
         }
 
     def _of_first_process(self, fingerprint: Callable[[], str]) -> str:

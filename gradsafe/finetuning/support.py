@@ -2,16 +2,53 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from gradsafe._checks import refuse
+from gradsafe._checks import check_value, refuse
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.models.compat import loaded_sharded, static_graph
+
+_FINITE = math.nextafter(math.inf, 0.0)
+# Smallest and largest value of training arguments; beyond them, training does nothing, goes
+# astray, or fails later with an error that does not name the argument.
+_LIMITS: Mapping[str, tuple[type, float, float]] = {
+    "per_device_train_batch_size": (int, 1, math.inf),
+    "gradient_accumulation_steps": (int, 1, math.inf),
+    "learning_rate": (float, 0.0, _FINITE),
+    "weight_decay": (float, 0.0, _FINITE),
+    "max_grad_norm": (float, 0.0, math.inf),
+    "adam_beta1": (float, 0.0, math.nextafter(1.0, 0.0)),
+    "adam_beta2": (float, 0.0, math.nextafter(1.0, 0.0)),
+    "adam_epsilon": (float, 0.0, _FINITE),
+}
+
+
+def check_arguments(args: Any) -> None:
+    """Raises TypeError or ValueError for training arguments that cannot train."""
+    owner = "SafeGradTrainer"
+    for name, (kind, least, most) in _LIMITS.items():
+        value = getattr(args, name)
+        if name == "max_grad_norm" and value is None:  # no clipping
+            continue
+        check_value(owner, name, value, kind)
+        if not least <= value <= most:
+            below = "" if most == math.inf else " and finite" if most > 1 else " and below 1"
+            refuse(owner, f"{name} to be at least {least:g}{below}", value)
+    check_value(owner, "max_steps", args.max_steps, int)
+    if args.max_steps < 1 and args.max_steps != -1:
+        refuse(owner, "max_steps to be at least 1, or -1 for num_train_epochs", args.max_steps)
+    if args.max_steps == -1:
+        check_value(owner, "num_train_epochs", args.num_train_epochs, float)
+        if not 0 < args.num_train_epochs < math.inf:
+            refuse(owner, "num_train_epochs to be above 0 and finite", args.num_train_epochs)
 
 
 def check_supported(trainer: Any) -> None:
     """Raises ValueError for setups in which the surgery cannot find the gradients."""
     args = trainer.args
+    check_arguments(args)
     optimizer = str(getattr(args.optim, "value", args.optim))
     fsdp = trainer.is_fsdp_enabled
     problems = {

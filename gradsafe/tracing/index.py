@@ -240,7 +240,8 @@ class TraceIndex:
             ImportError: FAISS is asked for and not installed.
 
         Warns:
-            UserWarning: The saved index of FAISS cannot be used, or cannot be saved.
+            UserWarning: The saved index of FAISS cannot be used, or cannot be saved; or all samples
+                of the index are equal, so that "zscore" gives 0 for each.
         """
         config = QueryConfig(k, part_norm, gradient_weight, approximate)
         metric = Metric(part_norm or self.part_norm, config.gradient_weight)
@@ -274,6 +275,13 @@ class TraceIndex:
             names=[samples[owner].where for owner in owners],
         )[self.layer]
         best = search.best_rows(found, needed, metric, approximate, progress)
+        if search.is_blank(metric):
+            warnings.warn(
+                f"gradsafe.TraceIndex.query: all scores are 0: {self.path} has one sample, or "
+                'equal ones only, and part_norm "zscore" compares differences between samples; '
+                'pass part_norm="unit"',
+                stacklevel=2,
+            )
         scores, rows = best_samples(best, search.owners, owners, len(samples), k)
         positions = search.owners[rows]
         ids = [[search.ids[position] for position in row] for row in positions.tolist()]

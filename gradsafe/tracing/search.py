@@ -84,6 +84,11 @@ class Search:
                     self._candidates[metric] = found
         return self._candidates[metric]
 
+    def is_blank(self, metric: Metric) -> bool:
+        """Whether every score of `best_rows` was 0: no feature differs between the rows."""
+        moments = self._moments if metric.part_norm == "zscore" else None
+        return moments is not None and not moments.inverse_std.any()
+
     def item(self, row: int) -> Encoded:
         """Token ids of a row."""
         shard = bisect.bisect_right(self._starts, row) - 1

@@ -65,7 +65,9 @@ def build(family: str) -> nn.Module:
         config = GptOssConfig(**EXPERTS, head_dim=8, experts_implementation="eager")
         return GptOssForCausalLM(config).eval()
     implementation = family.removeprefix("mixtral_")  # "eager" or transformers' fast one
-    return MixtralForCausalLM(MixtralConfig(**EXPERTS, experts_implementation=implementation)).eval()
+    return MixtralForCausalLM(
+        MixtralConfig(**EXPERTS, experts_implementation=implementation)
+    ).eval()
 
 
 FAMILIES = ["llama", "mixtral_eager", "mixtral_grouped_mm", "gpt_oss"]
@@ -98,7 +100,9 @@ def state(model: nn.Module) -> dict[str, Any]:
     return {
         "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
         "training": {name: m.training for name, m in modules.items()},
-        "hooks": {n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in modules.items()},
+        "hooks": {
+            n: (len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in modules.items()
+        },
         "configs": {n: id(m.config) for n, m in modules.items() if hasattr(m, "config")},
         "experts": getattr(model.config, "_experts_implementation", None),
         "gradients": [name for name, p in model.named_parameters() if p.grad is not None],
@@ -256,9 +260,7 @@ def test_a_score_and_its_threshold_belong_to_one_calibration(tokenizer):
     calls = iter([0.1, 0.4] * 20)
 
     def calibrate() -> None:
-        detector.calibrate(
-            PROMPTS, next(calls), progress=False, unsafe_prompts=UNSAFE, max_fnr=0.4
-        )
+        detector.calibrate(PROMPTS, next(calls), progress=False, unsafe_prompts=UNSAFE, max_fnr=0.4)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -331,6 +331,32 @@ class TestRefused:
         with pytest.raises(ValueError, match="ddp_static_graph=True"):
             make_trainer(tmp_path, ddp_static_graph=True)
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            *[("gradient_accumulation_steps", value) for value in (-2, 0, 2.5)],
+            *[("per_device_train_batch_size", value) for value in (-1, 0)],
+            *[("max_steps", value) for value in (0, -2, 1.5)],
+            *[("num_train_epochs", value) for value in (0, -1, math.nan, math.inf)],
+            *[("learning_rate", value) for value in (-1e-5, math.nan, math.inf)],
+            *[("weight_decay", value) for value in (-0.1, math.nan)],
+            *[("max_grad_norm", value) for value in (-1.0, math.nan)],
+            *[(f"adam_beta{i}", value) for i in (1, 2) for value in (1.0, -0.1, math.nan)],
+            ("adam_epsilon", math.nan),
+        ],
+    )
+    def test_training_arguments(self, name: str, value: Any, tmp_path: Path) -> None:
+        options = {name: value} if name == "max_steps" else {"max_steps": -1, name: value}
+        with pytest.raises(
+            (TypeError, ValueError), match=f"gradsafe.SafeGradTrainer: expected {name} to be"
+        ):
+            make_trainer(tmp_path, **options)
+
+    def test_a_run_without_a_step(self, tmp_path: Path) -> None:
+        trainer = make_trainer(tmp_path, train_dataset=USER[:2], dataloader_drop_last=True)
+        with pytest.raises(ValueError, match="to take at least one optimizer step, got none"):
+            trainer.train()
+
     def test_types(self, tmp_path: Path) -> None:
         with pytest.raises(TypeError, match="expected safegrad to be a SafeGradConfig, got dict"):
             make_trainer(tmp_path, safegrad={"rho": 1.0})

@@ -82,6 +82,29 @@ class TestRefused:
         with pytest.raises(ValueError, match=r"alignment_seed was 0, now it is 3"):
             other.train(True)
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"learning_rate": 1e-3}, "learning_rate was 0.01, now it is 0.001"),
+            ({"per_device_train_batch_size": 2}, "batch_size was 4, now it is 2"),
+            ({"gradient_accumulation_steps": 2}, "batch_size was 4, now it is 8"),
+            ({"optim": "sgd"}, "optim was 'adamw_torch.*', now it is 'sgd'"),
+            (
+                {"lr_scheduler_type": "linear"},
+                "lr_scheduler_type was 'constant', now it is 'linear'",
+            ),
+            ({"weight_decay": 0.1}, "weight_decay was 0.0, now it is 0.1"),
+            ({"train_dataset": make_rows(48, seed=9)}, "train_rows was"),
+            ({"model": make_model(targets=("q_proj",))}, "trainable_parameters was"),
+        ],
+    )
+    def test_other_settings_of_the_training(
+        self, checkpoint: Path, change: dict[str, Any], message: str
+    ) -> None:
+        other = make_trainer(checkpoint.parent, **change)
+        with pytest.raises(ValueError, match=message):
+            other.train(True)
+
     def test_a_checkpoint_of_another_trainer(self, checkpoint: Path) -> None:
         trainer = make_trainer(checkpoint.parent)
         (checkpoint / FILE).write_text(json.dumps({"rho": 1.0}))
@@ -93,7 +116,7 @@ class TestRefused:
 
     @pytest.mark.parametrize("kind", ["adapter_off", "cached", "model"])
     def test_another_reference(self, kind: str, tmp_path: Path) -> None:
-        def build(change: float) -> Any:
+        def build(change: float, steps: int = 2) -> Any:
             model = make_model(lora=kind != "model")
             reference = make_model(lora=False) if kind == "model" else kind
             changed = reference if kind == "model" else model
@@ -106,15 +129,24 @@ class TestRefused:
                 tmp_path,
                 model,
                 safegrad=SafeGradConfig(reference=reference),
-                max_steps=1,
+                max_steps=steps,
                 save_strategy="steps",
                 save_steps=1,
             )
 
-        build(0.0).train()
+        build(0.0, steps=1).train()
         build(0.0).train(True)
         with pytest.raises(ValueError, match="reference_weights was"):
-            build(0.5).train(True)
+            build(0.5, steps=3).train(True)
+
+    @pytest.mark.parametrize("length", [{"max_steps": 1}, {"num_train_epochs": 1}])
+    def test_nothing_left_to_do(self, length: dict[str, int], tmp_path: Path) -> None:
+        options = {"max_steps": -1, "save_strategy": "steps", "save_steps": 1, **length}
+        rows = make_rows(4, seed=1)
+        make_trainer(tmp_path, train_dataset=rows, **options).train()
+        message = "max_steps above the 1 of" if "max_steps" in length else "got none after the 1"
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, train_dataset=rows, **options).train(True)
 
 
 class TestOrder:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -348,6 +349,18 @@ def test_a_damaged_shard_is_named_and_the_rest_stays_usable(model, tokenizer, bu
         rest.extend([{"prompt": "new", "response": "one"}], progress=False)
     build(model, tokenizer, index.path)
     assert files(index.path) == files(built.path)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_scores_that_are_all_zero_come_with_a_warning(model, tokenizer, tmp_path, count):
+    index = build(
+        model, tokenizer, tmp_path / "x", [{**EXAMPLES[3], "id": i} for i in range(count)]
+    )
+    with pytest.warns(UserWarning, match='all scores are 0: .*; pass part_norm="unit"'):
+        assert not index.query(QUERIES, 1).scores.any()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert index.query(QUERIES, 1, part_norm="unit").scores.all()
 
 
 def test_foreign_folders_are_refused(model, tokenizer, tmp_path):
