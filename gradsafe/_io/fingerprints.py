@@ -62,7 +62,7 @@ def model_fingerprint(model: nn.Module, without: Collection[int] = ()) -> str:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # hashlib releases the interpreter's lock
         digests = pool.map(lambda name: _weight_digest(weights[name]), waiting)
         known |= {n: (waiting[n], digest) for n, digest in zip(waiting, digests, strict=True)}
-    lines = [_config(model)]
+    lines = [_config(model, adapters=not without)]
     for name, weight in weights.items():
         if id(weight) not in without:
             lines.append(f"{name} {tuple(weight.shape)} {weight.dtype} {known[name][1]}")
@@ -83,7 +83,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         "special_tokens": tokenizer.special_tokens_map,
         "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),
     }
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     if hasattr(backend, "to_str"):
         definition = json.loads(backend.to_str())
         # Calls of the tokenizer change these two, and gradsafe sets both.
@@ -94,13 +94,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
-def _config(model: nn.Module) -> str:
-    """The config of a model and of its adapters, as far as they change the forward pass."""
+def _config(model: nn.Module, *, adapters: bool) -> str:
+    """The config of a model, and of its adapters, as far as they change the forward pass."""
     found: list[Any] = [getattr(model, "config", None)]
-    adapters = getattr(model, "peft_config", None)
+    known = getattr(model, "peft_config", None)
     active = getattr(model, "active_adapters", ())
-    if isinstance(adapters, dict) and not callable(active):
-        found += [adapters[name] for name in active if name in adapters]
+    if adapters and isinstance(known, dict) and not callable(active):
+        found += [known[name] for name in active if name in known]
     parts = [config.to_dict() for config in found if hasattr(config, "to_dict")]
     return json.dumps([_reduced(part) for part in parts], sort_keys=True, default=str)
 

@@ -141,8 +141,8 @@ class Detect:
         self.model.check()
         self.fit.check(self.config)
         check_positive(batch_tokens=self.batch_tokens, limit=self.limit)
-        both = self.output and self.save_detector
-        if both and Path(self.output).resolve() == Path(self.save_detector).resolve():
+        places = [Path(path).resolve() for path in (self.output, self.save_detector) if path]
+        if len(set(places)) < len(places):
             raise ValueError("-o and --save_detector name the same path: choose two")
         if (self.resume or self.overwrite) and not self.output:
             raise ValueError("--resume and --overwrite need -o FILE")

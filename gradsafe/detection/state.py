@@ -115,7 +115,7 @@ class DetectorState:
             edges = torch.tensor([-1, *kept.tolist(), layer.out_features])
             if not len(kept) or not (edges.diff() > 0).all():
                 raise StorageError(f"{where} is malformed: rows/{layer.name} are no rows of it")
-        references = {}
+        references: dict[str, Reference] = {}
         for group, scales in facts.scales.items():
             weights, squares = {}, 0.0
             for layer in layers.scored:

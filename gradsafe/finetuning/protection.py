@@ -255,7 +255,7 @@ class SafeGradMixin(Trainer):
             if parameter.requires_grad
         ]
         if isinstance(rows, list) and rows and {"input_ids", "labels"} <= set(rows[0]):
-            users = fingerprint(rows)
+            users: str | None = fingerprint(rows)
         else:  # a data set of the datasets library; others are not compared
             users = getattr(rows, "_fingerprint", None)
         return {

@@ -453,7 +453,8 @@ def test_recomputation_in_a_thread_of_autograd_is_captured(family, reentrant, to
         Nested.apply(x, 70, innermost).sum().backward()
 
     expected, found = run(Tensor.backward), run(elsewhere)
-    assert threads and threading.get_ident() not in threads
+    assert threads
+    assert threading.get_ident() not in threads
     assert len(expected) == len(layers.scored)
     for name, pair in expected.items():
         assert all(map(torch.equal, found[name], pair))

@@ -91,7 +91,7 @@ class TestRefused:
             ({"optim": "sgd"}, "optim was 'adamw_torch.*', now it is 'sgd'"),
             (
                 {"lr_scheduler_type": "linear"},
-                "lr_scheduler_type was 'constant', now it is 'linear'",
+                "lr_scheduler_type was 'constant'",
             ),
             ({"weight_decay": 0.1}, "weight_decay was 0.0, now it is 0.1"),
             ({"train_dataset": make_rows(48, seed=9)}, "train_rows was"),
