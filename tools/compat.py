@@ -97,7 +97,8 @@ def requirements() -> list[str]:
         if needed.name != "torch" and (
             needed.marker is None or needed.marker.evaluate({"extra": "test"})
         ):
-            found.append(f"{needed.name}{needed.specifier}")
+            extras = f"[{','.join(sorted(needed.extras))}]" if needed.extras else ""
+            found.append(f"{needed.name}{extras}{needed.specifier}")
     return found
 
 
