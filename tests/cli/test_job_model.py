@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
-from gradsafe._jobs import model
+from gradsafe._jobs import model as loading
+from gradsafe._jobs.options import ModelOptions
 
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     """Pretends that CUDA works; returns the devices made current."""
     current: list[torch.device] = []
-    monkeypatch.setattr(model, "cuda_problem", lambda: None)
+    monkeypatch.setattr(loading, "cuda_problem", lambda: None)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
     return current
@@ -20,20 +24,52 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
 
 @pytest.mark.parametrize("device", ["cuda", "auto"])
 def test_each_process_has_its_gpu(two_gpus: list[torch.device], device: str) -> None:
-    assert model.choose_device(device, 1) == torch.device("cuda:1")
+    assert loading.choose_device(device, 1) == torch.device("cuda:1")
     assert two_gpus == [torch.device("cuda:1")]
     with pytest.raises(ValueError, match="process 2 of this machine has no GPU of its own"):
-        model.choose_device(device, 2)
-    assert model.choose_device("cpu", 2) == torch.device("cpu")
+        loading.choose_device(device, 2)
+    assert loading.choose_device("cpu", 2) == torch.device("cpu")
 
 
 def test_a_process_alone_takes_the_current_gpu(two_gpus: list[torch.device]) -> None:
-    assert model.choose_device("auto") == torch.device("cuda")
+    assert loading.choose_device("auto") == torch.device("cuda")
     assert two_gpus == []
 
 
 def test_an_idle_gpu_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "cuda_problem", lambda: "no kernels")
+    monkeypatch.setattr(loading, "cuda_problem", lambda: "no kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.warns(UserWarning, match="using the CPU: no kernels"):
-        assert model.choose_device("auto") == torch.device("cpu")
+        assert loading.choose_device("auto") == torch.device("cpu")
+
+
+class TestOptions:
+    def test_an_adapter_changes_the_model(self, model: Path, tmp_path: Path) -> None:
+        plain, tokenizer = loading.load_model(ModelOptions(str(model), device="cpu"))
+        peft = get_peft_model(plain, LoraConfig(init_lora_weights=False, target_modules=["q_proj"]))
+        peft.save_pretrained(tmp_path / "adapter")
+        options = ModelOptions(str(model), adapter=str(tmp_path / "adapter"), device="cpu")
+        adapted, _ = loading.load_model(options)
+        ids = torch.tensor([tokenizer("abc")["input_ids"]])
+        with torch.no_grad():
+            assert torch.equal(adapted(ids).logits, peft.eval()(ids).logits)
+            with peft.disable_adapter():
+                assert not torch.equal(adapted(ids).logits, peft(ids).logits)
+
+    @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+    def test_weights_are_quantised(self, model: Path, quantization: str) -> None:
+        options = ModelOptions(str(model), quantization=quantization, device="cpu")
+        loaded, _ = loading.load_model(options)
+        kind = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}[quantization]
+        assert type(loaded.model.layers[0].mlp.up_proj).__name__ == kind
+
+    def test_a_missing_adapter_is_named(self, model: Path) -> None:
+        options = ModelOptions(str(model), adapter="gone", device="cpu")
+        with pytest.raises(ValueError, match=r"^--adapter gone: no such folder"):
+            loading.load_model(options)
+
+    def test_options_that_exclude_each_other(self) -> None:
+        with pytest.raises(ValueError, match="--model is missing"):
+            ModelOptions().check()
+        with pytest.raises(ValueError, match="--device_map places the model itself"):
+            ModelOptions("m", device="cpu", device_map="auto").check()
