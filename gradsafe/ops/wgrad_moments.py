@@ -57,7 +57,7 @@ def wgrad_moments(
     Returns:
         `Moments` whose fields are tensors with a leading B instead of lists: `count`, `sum` and
         `sum_sq` `[B, *slice]`, `dots` `[B, K, *slice]`, float64. For axis "both" the pair (rows,
-        columns).
+        columns). A sample without tokens, or whose dy is 0, has zeros, whatever the references.
 
     Raises:
         TypeError: something is no tensor, or of another dtype.
