@@ -229,7 +229,10 @@ def logits(make: Maker) -> tuple[Tensor, Tensor]:
 def near_value(found: Tensor, student: Tensor, teacher: Tensor) -> None:
     apart = (teacher.double() - student.double()).abs()
     spread = apart.nan_to_num(0, posinf=0).amax(1) + 1
-    near(found, reference.kl_divergence(student, teacher), 8 * UNIT * spread)
+    # Where the student excludes a token, only a probability that underflows in float32 is harmless.
+    gone = (student == -math.inf) & (teacher < teacher.amax(1, keepdim=True) - 87)
+    wanted = reference.kl_divergence(student, teacher.masked_fill(gone, -math.inf))
+    near(found, wanted, 12 * UNIT * spread)
 
 
 def kl_divergence(make: Maker) -> Call:
@@ -256,7 +259,8 @@ def kl_divergence_(make: Maker) -> Call:
         )
         bound = UNIT * weight.double()[:, None] * moved
         kind = torch.finfo(student.dtype)
-        near(student, exact, bound + kind.eps * exact.abs() + kind.smallest_normal * kind.eps)
+        smallest = max(kind.smallest_normal * kind.eps, 1e-37)  # what float32 or float16 lose
+        near(student, exact, bound + kind.eps * exact.abs() + smallest)
 
     return Call("kl_divergence_", args, check, ("student_logits",))
 
@@ -411,11 +415,14 @@ def wrong_values(call: Call, name: str, make: Maker) -> Iterator[Any]:
     elif name == "sums" and value is None:
         yield from (5, "x", [1.0, 2.0, 3.0], torch.zeros(3), torch.zeros(5, 2).double())
     else:
-        yield from wrong_tensors(name, value, alone=False)
+        empty = name in ("sums", "step") and not call.args["user"]
+        yield from wrong_tensors(name, value, alone=empty)
 
 
 def wrong_tensors(name: str, tensor: Tensor, alone: bool) -> Iterator[Any]:
-    yield from (None, 5, 1.5, "x", [tensor], tensor.tolist(), object(), {})
+    yield from () if name == "sums" else (None,)
+    yield from () if name == "step" else ([tensor],)  # a list of one counter is fine
+    yield from (5, 1.5, "x", tensor.tolist(), object(), {})
     for dtype in (torch.float64, torch.int64, torch.bool, torch.complex64, torch.uint8):
         if tensor.dtype is not dtype:
             yield tensor.to(dtype)
@@ -426,7 +433,13 @@ def wrong_tensors(name: str, tensor: Tensor, alone: bool) -> Iterator[Any]:
         yield tensor[None]
     else:
         yield torch.ones(2)
-    if tensor.dim() and tensor.shape[0] and name not in ("grads", "queries", "rows"):
+    stacked = name == "refs" and tensor.dim() == 3  # one expert fewer, which may be an idle one
+    if (
+        tensor.dim()
+        and tensor.shape[0]
+        and not stacked
+        and name not in ("grads", "queries", "rows")
+    ):
         yield tensor[1:]
 
 
