@@ -4,6 +4,7 @@
 #   make demo        train or load the testbed, detect unsafe prompts, print a table
 #   make test        build and run all tests (GPU tests are skipped, visibly, without a GPU)
 #   make fast        the tests that are not slow
+#   make attack      the tests in tests/attack with 20,000 generated calls of operators
 #   make docs        the documentation, as a site in build/site
 #   make wheel       build a wheel, check it, and import it in an environment of its own
 #   make bench       CPU benchmarks; tables and CSV in benchmarks/results
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' \
 	-o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | grep -v csrc/tests)
 
-.PHONY: build demo test fast docs wheel bench lint compat reinstall cuda-check emulate audit clean
+.PHONY: build demo test fast attack docs wheel bench lint compat reinstall cuda-check emulate audit clean
 
 build: $(VENV)/.built
 
@@ -50,6 +51,9 @@ test: build
 
 fast: build
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+attack: build
+	GRADSAFE_ATTACK_CALLS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/attack
 
 docs: build
 	$(BIN)/pip install --quiet $(PINS) "mkdocs-material" "mkdocstrings[python]"

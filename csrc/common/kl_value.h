@@ -23,24 +23,24 @@ constexpr float kLowestLogit = -3.4028234663852886e38f;
 struct KlSums {
   double student;  // sum of exp(s - max s)
   double teacher;  // sum of exp(t - max t)
-  double cross;    // sum of exp(t - max t) (t - s); 0 where the exponential is 0
+  double cross;    // sum of exp(t - max t) ((t - max t) - (s - max s)); 0 where the exponential is 0
 };
 
-// Sums move to larger maxima by factors. What underflows has no share left, even if `cross` was
+// `cross` after its maxima grew: `factor` is exp(-growth of max t), `apart` the growth of max t less
+// that of max s, `teacher` the sum before. What underflows has no share left, even if `cross` was
 // infinite; NaN stays in the two other sums.
 template <class Float>
-GRADSAFE_HOST_DEVICE inline Float moved_cross(Float cross, Float factor) {
-  return factor == 0 ? Float{0} : cross * factor;
+GRADSAFE_HOST_DEVICE inline Float moved_cross(Float cross, Float teacher, Float apart,
+                                              Float factor) {
+  if (factor == 0) return Float{0};
+  return factor * (teacher == 0 || apart == 0 ? cross : cross - apart * teacher);
 }
 
-// sum p_t (log p_t - log p_s) = cross / Z_t + logsumexp(s) - logsumexp(t). Equal rows give exactly
-// 0; rounding may push a tiny value below 0, where no divergence is.
-// Maxima are in multiples of `unit`.
-GRADSAFE_HOST_DEVICE inline float kl_value(const KlMaxima& maxima, const KlSums& sums,
-                                           double unit = 1.0) {
-  const double shift =
-      unit * (static_cast<double>(maxima.student) - static_cast<double>(maxima.teacher));
-  const double value = sums.cross / sums.teacher + (shift + log(sums.student / sums.teacher));
+// sum p_t (log p_t - log p_s) = cross / Z_t + log(Z_s / Z_t): differences to the maxima are small
+// where p_t is not, so large logits cost no accuracy. Equal rows give exactly 0; rounding may push a
+// tiny value below 0, where no divergence is. `cross` is in multiples of `unit`.
+GRADSAFE_HOST_DEVICE inline float kl_value(const KlSums& sums, double unit = 1.0) {
+  const double value = unit * (sums.cross / sums.teacher) + log(sums.student / sums.teacher);
   return static_cast<float>(value < 0 ? 0.0 : value);
 }
 

@@ -26,11 +26,12 @@ KlSegment segment_at(const KlProblem& p, int64_t row, int64_t col) {
   return s;
 }
 
-// exp(before - after); 0 where it would be 0 in float32, as for the logits themselves.
-double factor(float before, float after) {
-  const double by = static_cast<double>(before) - static_cast<double>(after);
-  return by == 0 ? 1.0 : by < -104 ? 0.0 : exp(by);
+double growth(float before, float after) {
+  return static_cast<double>(after) - static_cast<double>(before);
 }
+
+// exp(-growth); 0 where it would be 0 in float32, as for the logits themselves.
+double factor(double growth) { return growth == 0 ? 1.0 : growth > 104 ? 0.0 : exp(-growth); }
 
 void write_gradient(const KlProblem& p, int64_t row, const KlScales& scales,
                     const CpuKernels& kernel) {
@@ -55,13 +56,15 @@ void kl_divergence_cpu(const KlProblem& p, int64_t begin, int64_t end) {
       const KlMaxima before = maxima;
       KlSums part{};
       kernel.kl_sums(segment_at(p, row, col), &maxima, &part);
-      const double student = factor(before.student, maxima.student);
-      const double teacher = factor(before.teacher, maxima.teacher);
-      total.student = total.student * student + part.student;
+      const double of_student = growth(before.student, maxima.student);
+      const double of_teacher = growth(before.teacher, maxima.teacher);
+      const double teacher = factor(of_teacher);
+      total.cross = moved_cross(total.cross, total.teacher, of_teacher - of_student, teacher);
+      total.cross += part.cross;
+      total.student = total.student * factor(of_student) + part.student;
       total.teacher = total.teacher * teacher + part.teacher;
-      total.cross = moved_cross(total.cross, teacher) + part.cross;
     }
-    p.out[row] = kl_value(maxima, total);
+    p.out[row] = kl_value(total);
     if (!p.gradient) continue;
     KlScales scales{};
     scales.maxima = maxima;

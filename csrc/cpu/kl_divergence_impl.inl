@@ -38,11 +38,12 @@ struct KlRow {
     teacher_max = broadcast(maxima->teacher);
     Vec student = zero(), teacher = zero(), cross = zero();
     const auto accumulate = [&](Pair at) {
-      const Vec e = exp_nonpositive(sub(at.teacher, teacher_max));
-      student = add(student, exp_nonpositive(sub(at.student, student_max)));
+      const Vec s = sub(at.student, student_max), t = sub(at.teacher, teacher_max);
+      const Vec e = exp_nonpositive(t);
+      student = add(student, exp_nonpositive(s));
       teacher = add(teacher, e);
       // 0 * (-inf - s) and 0 * (t + inf) are 0 here: what has no probability has no share.
-      cross = add(cross, zero_if_zero(e, mul(e, sub(at.teacher, at.student))));
+      cross = add(cross, zero_if_zero(e, mul(e, sub(t, s))));
     };
     walk(a.count, [&](int64_t c) { accumulate(read<false>(a, c, kLanes)); },
          [&](int64_t c, int n) { accumulate(read<true>(a, c, n)); });

@@ -63,8 +63,12 @@ struct Exponential {
 #endif
   }
   __device__ static float reference(float logit) { return kFast ? logit * kLog2E : logit; }
+  // `power` of it is the exponential of the logit relative to the reference.
+  __device__ static float exponent(float logit, float reference) {
+    return kFast ? fmaf(logit, kLog2E, -reference) : logit - reference;
+  }
   __device__ static float of(float logit, float reference) {
-    return power(kFast ? fmaf(logit, kLog2E, -reference) : logit - reference);
+    return power(exponent(logit, reference));
   }
 };
 
@@ -76,10 +80,12 @@ struct Running {
   float student = 0, teacher = 0, cross = 0;
 
   __device__ void move_to(const KlMaxima& larger) {
-    student *= Exp::power(references.student - larger.student);
-    const float factor = Exp::power(references.teacher - larger.teacher);
+    const float by_student = larger.student - references.student;
+    const float by_teacher = larger.teacher - references.teacher;
+    const float factor = Exp::power(-by_teacher);
+    cross = moved_cross(cross, teacher, by_teacher - by_student, factor);
+    student *= Exp::power(-by_student);
     teacher *= factor;
-    cross = moved_cross(cross, factor);
     references = larger;
   }
 
@@ -98,20 +104,23 @@ struct Running {
       move_to({fmaxf(references.student, wanted_s), fmaxf(references.teacher, wanted_t)});
     }
     // Packs are summed first, which keeps the thread's float32 chain short.
-    float e[N], pack_student = 0, pack_teacher = 0, pack_cross = 0;
+    float e[N], apart[N], pack_student = 0, pack_teacher = 0, pack_cross = 0;
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      e[i] = Exp::of(t[i], references.teacher);
-      pack_student += Exp::of(s[i], references.student);
+      const float of_student = Exp::exponent(s[i], references.student);
+      const float of_teacher = Exp::exponent(t[i], references.teacher);
+      e[i] = Exp::power(of_teacher);
+      apart[i] = of_teacher - of_student;
+      pack_student += Exp::power(of_student);
       pack_teacher += e[i];
-      pack_cross = fmaf(e[i], t[i] - s[i], pack_cross);
+      pack_cross = fmaf(e[i], apart[i], pack_cross);
     }
     if (!(fabsf(pack_cross) < INFINITY)) {
       // 0 * (-inf - s) and 0 * (t + inf) are 0 here: what has no probability has no share.
       pack_cross = 0;
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        pack_cross = e[i] == 0.0f ? pack_cross : fmaf(e[i], t[i] - s[i], pack_cross);
+        pack_cross = e[i] == 0.0f ? pack_cross : fmaf(e[i], apart[i], pack_cross);
       }
     }
     student += pack_student;
@@ -157,11 +166,14 @@ __device__ inline RowTotals block_totals(Running<kFast> own, WarpSums* shared) {
   RowTotals totals;
   totals.references = {warp_max(mine.student_reference), warp_max(mine.teacher_reference)};
   const bool counts = lane < kWarps;
-  const double student_factor = Exp::power(mine.student_reference - totals.references.student);
-  const double teacher_factor = Exp::power(mine.teacher_reference - totals.references.teacher);
-  totals.sums.student = warp_sum(counts ? mine.student * student_factor : 0.0);
+  const float by_student = totals.references.student - mine.student_reference;
+  const float by_teacher = totals.references.teacher - mine.teacher_reference;
+  const double teacher_factor = Exp::power(-by_teacher);
+  const double moved =
+      moved_cross<double>(mine.cross, mine.teacher, by_teacher - by_student, teacher_factor);
+  totals.sums.student = warp_sum(counts ? mine.student * double{Exp::power(-by_student)} : 0.0);
   totals.sums.teacher = warp_sum(counts ? mine.teacher * teacher_factor : 0.0);
-  totals.sums.cross = warp_sum(counts ? moved_cross(mine.cross, teacher_factor) : 0.0);
+  totals.sums.cross = warp_sum(counts ? moved : 0.0);
   return totals;
 }
 
@@ -254,7 +266,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     }
     const RowTotals totals = block_totals(own, shared[turn]);
     if (threadIdx.x == kThreads - 1) {
-      p.out[row] = kl_value(totals.references, totals.sums, Exponential<kFast>::kUnit);
+      p.out[row] = kl_value(totals.sums, Exponential<kFast>::kUnit);
     }
     if (p.gradient == nullptr) continue;
     const Gradient<kFast> gradient(totals, p.weight[row]);
@@ -422,7 +434,7 @@ __global__ void __launch_bounds__(kThreads) kl_ring(const __grid_constant__ Call
     }
     const RowTotals totals = block_totals(own, shared[turn]);
     if (threadIdx.x == kThreads - 1) {
-      p.out[row] = kl_value(totals.references, totals.sums, Exponential<kFast>::kUnit);
+      p.out[row] = kl_value(totals.sums, Exponential<kFast>::kUnit);
     }
     if (!wanted) continue;
 

@@ -41,10 +41,10 @@ BUGS = {
     "one place for the warps' sums of all rows": Bug(
         KL,
         "block_totals(own, shared[turn]);\n    if (threadIdx.x == kThreads - 1) {\n"
-        "      p.out[row] = kl_value(totals.references, totals.sums, Exponential<kFast>::kUnit);\n"
+        "      p.out[row] = kl_value(totals.sums, Exponential<kFast>::kUnit);\n"
         "    }\n    if (!wanted)",
         "block_totals(own, shared[0]);\n    if (threadIdx.x == kThreads - 1) {\n"
-        "      p.out[row] = kl_value(totals.references, totals.sums, Exponential<kFast>::kUnit);\n"
+        "      p.out[row] = kl_value(totals.sums, Exponential<kFast>::kUnit);\n"
         "    }\n    if (!wanted)",
         r"race: \w+ .*`shared`",
     ),
@@ -107,9 +107,12 @@ BUGS = {
     ),
     "an infinity that meets a factor of 0": Bug(
         "common/kl_value.h",
-        "return factor == 0 ? Float{0} : cross * factor;",
-        "return cross * factor;",
+        "if (factor == 0) return Float{0};",
+        "",
         ORACLE,
+    ),
+    "differences that keep their old references": Bug(
+        "common/kl_value.h", "? cross : cross - apart * teacher", "? cross : cross", ORACLE
     ),
     "an infinity without probability that counts": Bug(
         KL, "pack_cross = e[i] == 0.0f ? pack_cross : ", "pack_cross = ", ORACLE

@@ -49,6 +49,11 @@ def oracle(student: Tensor, teacher: Tensor, weight: Tensor) -> tuple[Tensor, Te
     return reference.kl_divergence_(gradient, teacher.cpu(), weight.cpu()), gradient
 
 
+def below_largest(logits: Tensor) -> Tensor:
+    logits = logits.cpu().double()
+    return logits - logits.amax(1, keepdim=True)
+
+
 def assert_close_to_oracle(student, teacher, weight, ulps=8.0):
     """Errors within a few float32 roundings: of the probabilities, then one of the buffer.
 
@@ -59,8 +64,8 @@ def assert_close_to_oracle(student, teacher, weight, ulps=8.0):
     wanted, wanted_gradient = oracle(student, teacher, weight)
     assert value.dtype == torch.float32
     assert torch.equal(value, kl_divergence(student, teacher))
-    # The value is a difference of logarithms and a mean of logit differences.
-    apart = (teacher.cpu().double() - student.cpu().double()).abs()
+    # The value is a mean of logit differences, of logits relative to the largest of their row.
+    apart = (below_largest(teacher) - below_largest(student)).abs()
     spread = apart.nan_to_num(0, posinf=0).amax(1) + 1
     assert torch.all((value.cpu() - wanted).abs() <= ulps * 2.0**-24 * spread)
     bound = (
@@ -100,12 +105,33 @@ def test_a_large_vocabulary(device):
     vocabulary=st.sampled_from([1, 2, 3, 15, 16, 17, 31, 33, 1023, 1024, 1025, 2047, 3077]),
     dtype=st.sampled_from(DTYPES),
     spread=st.sampled_from([0.0, 0.1, 5.0, 40.0]),
-    shift=st.sampled_from([0.0, -500.0, 300.0]),
+    shift=st.sampled_from([0.0, -500.0, 300.0, 3e4]),
 )
 def test_shapes_spreads_and_shifts(rows, vocabulary, dtype, spread, shift):
     student, teacher, weight = make((rows, vocabulary), dtype, spread=spread)
     student += shift
     assert_close_to_oracle(student, teacher, weight)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_of_one_logit_has_no_divergence(dtype, device):
+    student, teacher = torch.randn(2, 50, 1, device=device).mul(3000).to(dtype)
+    assert torch.equal(kl_divergence(student, teacher).cpu(), torch.zeros(50))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_logits_cost_no_accuracy(dtype, device):
+    ours, plain = torch.zeros(2, dtype=torch.float64)
+    for _ in range(20):
+        student = (torch.randn(8, 2051) * 3 + 3000).to(dtype)
+        teacher = (torch.randn(8, 2051) * 3 - 1000).to(dtype)
+        wanted = reference.kl_divergence(student, teacher)
+        eager = reference.kl_divergence(student, teacher, torch.float32)
+        got = kl_divergence(student.to(device), teacher.to(device)).cpu()
+        ours, plain = (e + (v - wanted).square().sum() for e, v in ((ours, got), (plain, eager)))
+    assert ours <= plain
 
 
 def test_exponentials_are_exact_to_a_few_roundings(isa):
