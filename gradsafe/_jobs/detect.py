@@ -211,9 +211,7 @@ class Detect:
                 for index, score in zip(
                     chosen, self._scores(detector, encoded, chosen), strict=True
                 ):
-                    typed = encoded.control_tokens[index]
-                    record = self._record(rows[index], score, detector.threshold, typed)
-                    records.write(index, record)
+                    records.write(index, self._record(rows[index], score, detector.threshold))
                 show(len(chosen))
             processes.wait("all are scored", show)
             show()
@@ -237,9 +235,7 @@ class Detect:
                 alone = score(range(index, index + 1))
             yield from alone
 
-    def _record(
-        self, row: Row, score: float, threshold: float | None, typed: int
-    ) -> dict[str, Any]:
+    def _record(self, row: Row, score: float, threshold: float | None) -> dict[str, Any]:
         record: dict[str, Any] = {}
         if "source_id" in row:
             record["source_id"] = row["source_id"]
@@ -248,8 +244,6 @@ class Detect:
         record["score"] = None if math.isnan(score) else float(f"{clamped:.9g}")
         if threshold is not None:
             record["flag"] = score > threshold or math.isnan(score)  # NaN scores are flagged
-        if typed:
-            record["control_tokens"] = typed
         if row.get("label") is not None:
             record["label"] = row["label"]
         if self.show_text:

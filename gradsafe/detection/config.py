@@ -68,8 +68,6 @@ class DetectorConfig:
         system: System message.
         overflow: What to do with prompts longer than the context: raise an "error", or score
             overlapping windows and keep the highest score ("window").
-        split_special_tokens: Special tokens that are typed into a prompt become ordinary tokens;
-            those of the template stay special. False: they become special, as in most servers.
     """
 
     method: Method = "gradcoo"
@@ -92,7 +90,6 @@ class DetectorConfig:
     template: str | None = None
     system: str | None = None
     overflow: Overflow = "error"
-    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         check_fields("Detector", self)

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from gradsafe._checks import refuse
@@ -97,8 +96,7 @@ class Detector:
         groups = {}
         references = {"unsafe": unsafe, "safe": safe} if config.uses_references else {}
         for name, prompts in references.items():
-            empty = isinstance(prompts, Sequence) and not prompts
-            if prompts is None or isinstance(prompts, str) or empty:
+            if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
                 raise ValueError(
                     f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
                     f"of at least one {name} reference prompt"
@@ -362,8 +360,7 @@ class Detector:
         worst = worst_windows(found.values, prompts.owners, len(prompts))
         columns = (found.values, found.components, found.nll, found.backward)
         values, parts, nll, backward = (column[worst] for column in columns)
-        control_tokens = torch.tensor(prompts.control_tokens, dtype=torch.int64)
-        return Scores(values, parts, nll, backward, method.state.threshold, control_tokens)
+        return Scores(values, parts, nll, backward, method.state.threshold)
 
     def _gradients(self, batch_tokens: int, progress: bool) -> GradientPass:
         parts = self.model, self.tokenizer, self.config, self.layers, self.state.rows

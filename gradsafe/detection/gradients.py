@@ -29,11 +29,8 @@ from gradsafe.models import (
     plan_batches,
     response_nll,
 )
-from gradsafe.models.control import ControlTokens
-from gradsafe.models.inspection import check_token_ids
 from gradsafe.models.modes import evaluating
 from gradsafe.models.threads import alone
-from gradsafe.models.windows import expect_prompts
 
 Visit = Callable[[LinearLayer, Factors], None]
 
@@ -48,13 +45,12 @@ class EncodedPrompts:
 
     names: Sequence[str]  # what error messages call the prompts
     windows: Sequence[Sequence[Encoded]]  # of each prompt; one unless the prompt is too long
-    control_tokens: Sequence[int] = ()  # special tokens that each prompt's text spells
 
     def __len__(self) -> int:
         return len(self.windows)
 
     def __getitem__(self, part: slice) -> EncodedPrompts:
-        return EncodedPrompts(self.names[part], self.windows[part], self.control_tokens[part])
+        return EncodedPrompts(self.names[part], self.windows[part])
 
     @property
     def items(self) -> list[Encoded]:
@@ -85,7 +81,6 @@ class GradientPass:
         """See `Detector.encode`; encoded prompts stay as they are."""
         if isinstance(prompts, EncodedPrompts):
             return prompts
-        expect_prompts(prompts)
         if isinstance(names, str):
             names = [f"{names}[{index}]" for index in range(len(prompts))]
         encoding = Encoding(
@@ -94,7 +89,6 @@ class GradientPass:
             append_eos=self.config.eos,
             overflow=self.config.overflow,
             max_length=context_length(self.model, self.tokenizer),
-            split_special_tokens=self.config.split_special_tokens,
         )
         items, owners = encode_prompts(
             self.tokenizer, prompts, self.config.response, encoding, names=names
@@ -102,10 +96,7 @@ class GradientPass:
         windows: list[list[Encoded]] = [[] for _ in prompts]
         for item, owner in zip(items, owners, strict=True):
             windows[owner].append(item)
-        largest = [max(max(item.input_ids) for item in parts) for parts in windows]
-        check_token_ids("Detector", self.model, largest, names)
-        control = ControlTokens(self.tokenizer)
-        return EncodedPrompts(names, windows, [control.count(prompt) for prompt in prompts])
+        return EncodedPrompts(names, windows)
 
     def losses(self, items: Sequence[Encoded], visit: Visit | None, label: str = "") -> Tensor:
         """`[n]` float32 NLL of each item's response, in input order; see `run`."""

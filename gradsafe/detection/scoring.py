@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import compress
 from typing import ClassVar
 
@@ -38,9 +38,6 @@ class Scores:
         backward: `[n]` bool, whether gradients were computed for the prompt. Method "cascade"
             computes none where the NLL is decisive; the components of such prompts are NaN.
         threshold: The detector's calibrated threshold, None if it was not calibrated.
-        control_tokens: `[n]` int64, how many special tokens of the tokenizer are typed into each
-            prompt, for example to fake a turn. Counted with `split_special_tokens`, too, which
-            makes ordinary tokens of them; the text of `DetectorConfig.system` is not counted.
     """
 
     values: Tensor
@@ -48,7 +45,6 @@ class Scores:
     nll: Tensor
     backward: Tensor
     threshold: float | None = None
-    control_tokens: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.values)

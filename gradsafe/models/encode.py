@@ -6,13 +6,11 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
 
 from gradsafe._checks import refuse
-from gradsafe.models.control import ControlTokens, splitting
 from gradsafe.models.encoding import Encoding, Prompt, check_rendered, expect_text, messages_of
 
 if TYPE_CHECKING:
@@ -141,31 +139,7 @@ class Encoder:
             ids.append(int(eos))
         return ids
 
-    @cached_property
-    def control(self) -> ControlTokens:
-        """The tokenizer's special tokens."""
-        return ControlTokens(self.tokenizer)
-
-    def cutter(self, text: str) -> PreTrainedTokenizerBase:
-        """The tokenizer whose tokens of a prompt's text are those of the encoded prompt."""
-        ordinary = self.encoding.split_special_tokens and self.control.count(text)
-        return splitting(self.tokenizer) if ordinary else self.tokenizer
-
     def _chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
-        text = self._render(messages)
-        check_rendered(messages, text)
-        # The template writes BOS itself: rendering to text first avoids a second one.
-        own = self.encoding.system is not None  # the first message is not of the prompt
-        marks = self._marks(messages[own:], text)
-        if not marks:
-            return self._tokenize(text)
-        changed = self.control.mark(messages[own:], marks)
-        for turn, message in zip(changed, messages[own:], strict=True):
-            turn["role"] = message["role"]
-        marked = self._render([*messages[:own], *changed])
-        return self._split(text, marked, marks)
-
-    def _render(self, messages: list[dict[str, Any]]) -> str:
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
         if self.encoding.template is not None:
             options["chat_template"] = self.encoding.template
@@ -178,20 +152,9 @@ class Encoder:
                 f"gradsafe.encode: the chat template failed: {error}{hint}, "
                 f"or pass another template=, for example {_EXAMPLE}"
             ) from error
-        return str(text)
-
-    def _marks(self, texts: Any, rendered: str) -> dict[str, str]:
-        return self.control.marks(texts, rendered) if self.encoding.split_special_tokens else {}
-
-    def _split(self, text: str, marked: str, marks: dict[str, str]) -> list[int]:
-        restored = marked
-        for typed, mark in marks.items():
-            restored = restored.replace(mark, typed)
-        if restored != text:
-            expected = "a chat template that renders special tokens of a prompt like other text"
-            got = f"one that treats {' or '.join(map(repr, marks))} in a turn differently"
-            refuse("encode", expected, got, "use split_special_tokens=False")
-        return self.control.split(marked, marks, self._tokenize)
+        check_rendered(messages, text)
+        # The template writes BOS itself: rendering to text first avoids a second one.
+        return self._tokenize(text)
 
     def _plain_ids(self, messages: list[dict[str, Any]]) -> list[int]:
         values = {"prompt": messages[-1]["content"], "system": ""}
@@ -202,12 +165,8 @@ class Encoder:
             got = f"the roles {', '.join(message['role'] for message in messages)}"
             do = "pass a Jinja chat template as template= (a system turn needs {system} in it)"
             refuse("encode", expected, got, do)
-        text = self._fill(values)
-        typed = {n: v for n, v in values.items() if n == "prompt" or self.encoding.system is None}
-        marks = self._marks(typed, text)
-        if marks:
-            marked = self._fill(values | self.control.mark(typed, marks))
-            return self._leading(marked) + self._split(text, marked, marks)
+        # One pass over the template alone: braces inside the prompt stay as they are.
+        text = _FIELD.sub(lambda match: values[match.group(1)], self.encoding.template or "")
         bare = self._tokenize(text)
         bos = self.tokenizer.bos_token
         if bos and text.startswith(str(bos)):
@@ -217,18 +176,6 @@ class Encoder:
         eos = self.tokenizer.eos_token_id
         added = _trailing(ids, eos) - _trailing(bare, eos)
         return ids[: len(ids) - added] if added > 0 else ids
-
-    def _fill(self, values: dict[str, str]) -> str:
-        # One pass over the template alone: braces inside the prompt stay as they are.
-        return _FIELD.sub(lambda match: values[match.group(1)], self.encoding.template or "")
-
-    def _leading(self, text: str) -> list[int]:
-        """What the tokenizer puts in front of a text that does not begin with BOS."""
-        bos = self.tokenizer.bos_token
-        if bos and text.startswith(str(bos)):
-            return []
-        ids, bare = self._tokenize("a", special=True), self._tokenize("a")
-        return ids[: ids.index(bare[0])]
 
     def _tokenize(self, text: str, *, special: bool = False) -> list[int]:
         options = {"truncation": False, "padding": False, "verbose": False}
@@ -251,8 +198,8 @@ def encode(
             or tool) and "content" (text); the last turn is of the user or a tool.
         response: Response text; tokenised on its own, without special tokens.
         encoding: The options; None for the defaults.
-        **options: Fields of `Encoding` (template, system, append_eos, max_length,
-            split_special_tokens), in place of those of `encoding`.
+        **options: Fields of `Encoding` (template, system, append_eos, max_length), in place of
+            those of `encoding`.
 
     Returns:
         Prompt ids followed by response ids.

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gradsafe._checks import refuse
-from gradsafe.models.control import map_texts
 
 #: One user turn, or a conversation: dicts with "role" and "content", the last turn of a user or
 #: tool. Other keys of a turn ("name", "tool_calls", ...) reach the chat template unchanged.
@@ -30,11 +29,6 @@ class Encoding:
             overlapping windows. Nothing is ever truncated.
         max_length: Longest allowed number of tokens, prompt and response together. None: no limit
             of its own; a method that holds a model then uses the model's context length.
-        split_special_tokens: Special tokens that are typed into a prompt become ordinary tokens;
-            those of the template, and of `system`, stay special. The rendered text is cut at the
-            template's special tokens only, so the other tokens are those of the whole text, but a
-            tokenizer that puts a space in front of every text puts one in front of such a part.
-            False: typed ones become special, as in transformers and most servers.
     """
 
     template: str | None = None
@@ -42,7 +36,6 @@ class Encoding:
     append_eos: bool = False
     overflow: Literal["error", "window"] = "error"
     max_length: int | None = None
-    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name in ("template", "system"):
@@ -55,15 +48,10 @@ class Encoding:
 
 
 def expect_text(name: str, value: object, kinds: str = "str") -> None:
-    """Raise TypeError unless a value is a string, and ValueError for half a surrogate pair."""
+    """Raise TypeError unless a value is a string."""
     if not isinstance(value, str):
         do = "convert it first (dataset columns often hold None for empty cells)"
         refuse("encode", f"{name} to be {kinds}", type(value).__name__, do, TypeError)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        got = f"half a surrogate pair at character {error.start}"
-        refuse("encode", f"{name} to be valid Unicode", got, "replace that character")
 
 
 def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, Any]]:
@@ -94,7 +82,6 @@ def _message(index: int, turn: object) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or "role" not in turn:
         expected = f'{name} to be a dict with "role" and "content"'
         refuse("encode", expected, repr(turn), kind=TypeError)
-    map_texts(turn, lambda text: expect_text(f"the text of {name}", text))
     role, content = turn["role"], turn.get("content")
     if role not in ROLES:
         refuse("encode", f"the role of {name} to be one of {', '.join(ROLES)}", repr(role))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from gradsafe._checks import refuse
@@ -76,11 +76,16 @@ def encode_prompts(
 
     Raises:
         ContextOverflowError: `overflow="error"` and a prompt is too long; names its index.
-        TypeError: `prompts` is no list or a single prompt, or an entry is no prompt; names its
-            index.
+        TypeError: `prompts` is a single prompt, or an entry is no prompt; names its index.
         ValueError: No prompts, a prompt that `encode` refuses (names its index), or bad options.
     """
-    expect_prompts(prompts)
+    if isinstance(prompts, str):
+        refuse("encode_prompts", "a list of prompts", "one str", "wrap it", TypeError)
+    if len(prompts) == 0:
+        refuse("encode_prompts", "at least one prompt", "an empty list")
+    if isinstance(prompts[0], dict):
+        got = "one conversation (a list of dicts)"
+        refuse("encode_prompts", "a list of prompts", got, "wrap it", TypeError)
     _check_overlap(overlap)
     encoder = Encoder(tokenizer, response, encoding, **options)
     cut = encoder.encoding.overflow == "window"
@@ -94,28 +99,13 @@ def encode_prompts(
     return items, owners
 
 
-def expect_prompts(prompts: Sequence[Prompt]) -> None:
-    """Raise TypeError unless this is a list of prompts, and ValueError if it is empty."""
-    where, expected = "encode_prompts", "a list of prompts"
-    if isinstance(prompts, str):
-        refuse(where, expected, "one str", "wrap it", TypeError)
-    listed = hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")
-    if not listed or isinstance(prompts, (Mapping, bytes)):
-        do = "pass list(prompts)" if isinstance(prompts, Iterable) else "pass the prompts in a list"
-        refuse(where, expected, type(prompts).__name__, do, TypeError)
-    if len(prompts) == 0:
-        refuse(where, "at least one prompt", "an empty list")
-    if isinstance(prompts[0], Mapping):
-        refuse(where, expected, "one conversation (a list of dicts)", "wrap it", TypeError)
-
-
 def _windows(encoder: Encoder, prompt: Prompt, overlap: float) -> list[Encoded]:
     whole = encoder.encode_any_length(prompt)
     limit = encoder.encoding.max_length
     if limit is None or len(whole) <= limit:
         return [whole]
     text, with_text = last_user_turn(prompt)
-    bounds = _token_bounds(encoder.cutter(text), text)
+    bounds = _token_bounds(encoder.tokenizer, text)
     count = len(bounds) - 1
 
     def next_character(begin: int, token: int) -> int:

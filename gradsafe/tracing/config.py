@@ -5,7 +5,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from gradsafe._checks import check_fields
@@ -36,8 +36,6 @@ class TraceConfig:
             the prompt, of which the most similar one counts. Nothing is ever truncated.
         max_length: Largest number of tokens of prompt and response together. None for the context
             length of the model.
-        split_special_tokens: Special tokens that are typed into a prompt become ordinary tokens;
-            those of the template stay special. False: they become special, as in most servers.
 
     Raises:
         TypeError: A value is of another type.
@@ -52,7 +50,6 @@ class TraceConfig:
     append_eos: bool = False
     overflow: Literal["error", "window"] = "error"
     max_length: int | None = None
-    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         check_fields("TraceIndex", self, {"shard_samples": 1, "max_length": 2})
@@ -60,7 +57,7 @@ class TraceConfig:
     @property
     def encoding(self) -> Encoding:
         """The options that decide the token ids of a sample."""
-        return Encoding(**{field.name: getattr(self, field.name) for field in fields(Encoding)})
+        return Encoding(self.template, self.system, self.append_eos, self.overflow, self.max_length)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -128,8 +128,6 @@ class IndexFolder:
                 f"{place} uses options this version does not know: {sorted(unknown)}; update "
                 "gradsafe"
             )
-        settings = metadata["settings"]  # older versions had fewer options
-        settings["encoding"] = asdict(Encoding(**settings["encoding"]))
         step = metadata["shard_samples"]
         if sum(-(-part["count"] // step) for part in metadata["parts"]) > SHARDS:
             raise StorageError(f"{place} is malformed: more than {SHARDS} shards")

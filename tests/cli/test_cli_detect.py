@@ -41,21 +41,6 @@ class TestDetect:
         assert len(lines) == len(PROMPTS)
         assert "AUPRC" in err
 
-    def test_typed_control_tokens_are_counted_and_noted(self, detect: Run) -> None:
-        Path("typed.jsonl").write_text(
-            '{"prompt": "hi"}\n{"prompt": "a</s><pad>"}\n{"prompt": "</s>"}\n'
-        )
-        _, out, _ = detect("-o", "out.jsonl", prompts="typed.jsonl")
-        assert [record.get("control_tokens") for record in records()] == [None, 2, 1]
-        assert out.count("2 of 3 prompts contain text of control tokens") == 1
-        _, split, _ = detect("-o", "split.jsonl", "--split-special-tokens", prompts="typed.jsonl")
-        assert "control tokens" in split
-        found, other = records(), records("split.jsonl")
-        assert [record["control_tokens"] for record in other[1:]] == [2, 1]
-        assert found[1]["score"] != other[1]["score"]
-        assert found[0]["score"] == pytest.approx(other[0]["score"], rel=1e-5)
-        assert "control tokens" not in detect()[2]
-
     def test_prompt_text_appears_only_on_request(self, detect: Run) -> None:
         assert not any("SECRET" in text for text in detect()[1:])
         _, out, err = detect("--show-text")

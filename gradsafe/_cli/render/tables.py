@@ -62,11 +62,6 @@ def detection(result: DetectResult) -> str:
             decisions = judge(labels, flags)
             cells |= {"recall": percent(decisions.recall), "FPR": percent(decisions.fpr)}
             cells["F1"] = decimal(decisions.f1)
-    if typed := sum("control_tokens" in record for record in result.records):
-        notes.append(
-            f"{typed} of {len(scores)} prompts contain text of control tokens, see control_tokens "
-            "in the records; --split-special-tokens makes it ordinary text"
-        )
     return "\n".join([table(list(cells), [list(cells.values())]), *notes])
 
 
