@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradsafe._checks import refuse
@@ -354,7 +355,8 @@ class Detector:
         worst = worst_windows(found.values, prompts.owners, len(prompts))
         columns = (found.values, found.components, found.nll, found.backward)
         values, parts, nll, backward = (column[worst] for column in columns)
-        return Scores(values, parts, nll, backward, self.threshold)
+        typed = torch.tensor([item.control_tokens for item in prompts.items])[worst]
+        return Scores(values, parts, nll, backward, self.threshold, typed)
 
     def _gradients(self, batch_tokens: int, progress: bool) -> GradientPass:
         parts = self.model, self.tokenizer, self.config, self.layers, self.state.rows

@@ -88,9 +88,15 @@ class GradientPass:
             append_eos=self.config.eos,
             overflow=self.config.overflow,
             max_length=context_length(self.model, self.tokenizer),
+            split_special_tokens=self.config.split_special_tokens,
         )
         items, owners = encode_prompts(
-            self.tokenizer, prompts, self.config.response, encoding, names=names
+            self.tokenizer,
+            prompts,
+            self.config.response,
+            encoding,
+            names=names,
+            turns=self.config.turns,
         )
         windows: list[list[Encoded]] = [[] for _ in prompts]
         for item, owner in zip(items, owners, strict=True):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from gradsafe._checks import refuse
 from gradsafe.models.encode import ContextOverflowError, Encoded, Encoder, located
-from gradsafe.models.encoding import Encoding, Prompt, last_user_turn
+from gradsafe.models.encoding import Encoding, Prompt, last_user_turn, turns_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,7 @@ def encode_prompts(
     *,
     overlap: float = 0.25,
     names: Sequence[str] | None = None,
+    turns: Literal["all", "worst"] = "all",
     **options: Any,
 ) -> tuple[list[Encoded], list[int]]:
     """Encode many prompts against one response.
@@ -69,6 +71,8 @@ def encode_prompts(
             windows; with "error" it is refused. See `context_length` for `max_length`.
         overlap: As in `encode_windows`.
         names: What error messages call the prompts; None for "prompts[0]" and so on.
+        turns: "all" encodes a conversation as a whole; "worst" encodes every turn of a user or tool
+            on its own, as a user turn after the system message.
         **options: As in `encode`.
 
     Returns:
@@ -93,7 +97,10 @@ def encode_prompts(
     owners: list[int] = []
     for index, prompt in enumerate(prompts):
         with located(names[index] if names is not None else f"prompts[{index}]"):
-            pieces = _windows(encoder, prompt, overlap) if cut else [encoder(prompt)]
+            parts = turns_alone(prompt) if turns == "worst" else [prompt]
+            found = [_windows(encoder, p, overlap) if cut else [encoder(p)] for p in parts]
+        typed = sum(windows[0].control_tokens for windows in found)
+        pieces = [replace(item, control_tokens=typed) for windows in found for item in windows]
         items.extend(pieces)
         owners.extend([index] * len(pieces))
     return items, owners
@@ -141,7 +148,7 @@ def _windows(encoder: Encoder, prompt: Prompt, overlap: float) -> list[Encoded]:
         following = begin + 1
         # An overlap of long characters may leave no room for new ones: start further right then.
         if bounds[end] > reached:
-            windows.append(window)
+            windows.append(replace(window, control_tokens=whole.control_tokens))
             reached = bounds[end]
             following = max(following, end - int(overlap * (end - begin)))
         if reached >= len(text):
