@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from benchmarks import testbed
 from benchmarks.document import DOCS, measured_note, replace_block
-from benchmarks.environment import environment
 from benchmarks.experiments import ROOT
 from benchmarks.table import markdown, read_csv, write_csv
 from benchmarks.testbed.corpus import build
@@ -49,7 +48,10 @@ DEFENCES: dict[str, dict[str, Any]] = {
     "worst turn": {"turns": "worst"},
     "all": {"split_special_tokens": True, "window": 32, "turns": "worst"},
 }
-SHAPES = ("AUROC", "AUROC, same form", "score shift", "answered")
+MEASURES = [
+    *("recall at 1 %", "recall at 5 %", "harmless flagged"),
+    *("AUROC", "AUROC, same form", "score shift", "answered"),
+]
 REFUSAL = "I'm sorry, but I can't help with that."
 
 
@@ -143,14 +145,6 @@ def measure(model: Any, tokenizer: Any, method: str, defence: str) -> list[dict[
 def tables(rows: list[dict[str, Any]]) -> str:
     """Per method the recall at 5 % of every defence, and all measures without one."""
     found = {(row["method"], row["defence"], row["variant"]): row for row in rows}
-    measures = [
-        "recall at 1 %",
-        "recall at 5 %",
-        "harmless flagged",
-        "AUROC",
-        "score shift",
-        "answered",
-    ]
     undefended, defended = [], []
     for method in METHODS:
         for variant in VARIANTS:
@@ -165,7 +159,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
     return "\n".join(
         [
             "Without a defence:\n",
-            markdown(undefended, [(key, key) for key in columns + measures]),
+            markdown(undefended, [(key, key) for key in columns + MEASURES]),
             "With each defence, recall at 5 % / harmless prompts flagged in the same form:\n",
             markdown(defended, [(key, key) for key in columns + list(DEFENCES)]),
         ]
@@ -189,9 +183,8 @@ def main() -> int:
     text = tables(rows)
     print(text)
     if arguments.out == RESULTS:
-        replace_block(
-            DOCS / "detection.md", "injection", f"{text}\n{measured_note(environment())}\n"
-        )
+        note = measured_note(read_csv(path)[0])
+        replace_block(DOCS / "detection.md", "injection", f"{text}\n{note}\n")
     return 0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from gradsafe import Detector, TraceIndex
 from gradsafe.finetuning import SafeGradConfig
 from gradsafe.finetuning.rows import encode_rows
-from gradsafe.models import Encoded, encode, encode_prompts
+from gradsafe.models import Encoded, Encoding, encode, encode_prompts
 from gradsafe.models.control import control_tokens
+from gradsafe.tracing.build import check_settings
 
 ROLES = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}{{ eos_token }}"
@@ -223,6 +226,17 @@ def test_an_index_keeps_the_option(model: torch.nn.Module, tmp_path: Any) -> Non
         with pytest.raises(ValueError, match="split_special_tokens"):
             TraceIndex.build(model, tokenizer, rows, path=folder, resume=True, **options)
     assert not torch.equal(built[False], built[True])
+
+
+def test_an_index_of_an_earlier_version_is_continued() -> None:
+    new = asdict(Encoding())
+    old = {name: value for name, value in new.items() if name != "split_special_tokens"}
+    metadata = {"settings": {"encoding": old}, "parts": [None], "shard_samples": 1}
+    folder: Any = SimpleNamespace(path="index", metadata=metadata)
+    check_settings(folder, {"encoding": new}, "build")
+    check_settings(folder, {"encoding": old}, "extend")
+    with pytest.raises(ValueError, match="expected the encoding"):
+        check_settings(folder, {"encoding": {**new, "split_special_tokens": True}}, "build")
 
 
 def test_training_rows_take_the_option() -> None:
