@@ -211,7 +211,10 @@ class Detect:
                 for index, score in zip(
                     chosen, self._scores(detector, encoded, chosen), strict=True
                 ):
-                    records.write(index, self._record(rows[index], score, detector.threshold))
+                    record = self._record(rows[index], score, detector.threshold)
+                    if typed := encoded.windows[index][0].control_tokens:
+                        record["control_tokens"] = typed
+                    records.write(index, record)
                 show(len(chosen))
             processes.wait("all are scored", show)
             show()

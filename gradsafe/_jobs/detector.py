@@ -214,6 +214,7 @@ def _check_encoding(
         system=config["system"],
         append_eos=DetectorConfig(**config).eos,
         max_length=length,
+        split_special_tokens=config["split_special_tokens"],
     )
     for row in rows:
         with located(row.where):

@@ -14,6 +14,7 @@ Reduction = Literal["mean", "weighted", "median"]
 ReferenceOrder = Literal["mean_then_norm", "norm_then_mean"]
 Absolute = Literal["after", "before"]
 Overflow = Literal["error", "window"]
+Turns = Literal["all", "worst"]
 Modules = Literal["all", "attention", "mlp"]
 ReferenceDtype = Literal["float32", "bfloat16", "float16", "float8"]
 
@@ -68,6 +69,11 @@ class DetectorConfig:
         system: System message.
         overflow: What to do with prompts longer than the context: raise an "error", or score
             overlapping windows and keep the highest score ("window").
+        split_special_tokens: Tokenise special tokens that the text of a prompt holds ("</s>" typed
+            by a user) as ordinary text. With false, they are control tokens, as in serving engines
+            that do not split them: the detector must see what the model sees.
+        turns: Score a conversation as a whole ("all"), or every turn of a user or tool alone after
+            the system message, and keep the highest score ("worst").
     """
 
     method: Method = "gradcoo"
@@ -90,6 +96,8 @@ class DetectorConfig:
     template: str | None = None
     system: str | None = None
     overflow: Overflow = "error"
+    split_special_tokens: bool = False
+    turns: Turns = "all"
 
     def __post_init__(self) -> None:
         check_fields("Detector", self)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradsafe._checks import refuse
@@ -96,7 +97,8 @@ class Detector:
         groups = {}
         references = {"unsafe": unsafe, "safe": safe} if config.uses_references else {}
         for name, prompts in references.items():
-            if prompts is None or isinstance(prompts, str) or len(prompts) == 0:
+            empty = isinstance(prompts, Sequence) and not prompts
+            if prompts is None or isinstance(prompts, str) or empty:
                 raise ValueError(
                     f"gradsafe.Detector.fit: method {config.method!r} needs {name}=[...], a list "
                     f"of at least one {name} reference prompt"
@@ -360,7 +362,8 @@ class Detector:
         worst = worst_windows(found.values, prompts.owners, len(prompts))
         columns = (found.values, found.components, found.nll, found.backward)
         values, parts, nll, backward = (column[worst] for column in columns)
-        return Scores(values, parts, nll, backward, method.state.threshold)
+        typed = torch.tensor([item.control_tokens for item in prompts.items])[worst]
+        return Scores(values, parts, nll, backward, method.state.threshold, typed)
 
     def _gradients(self, batch_tokens: int, progress: bool) -> GradientPass:
         parts = self.model, self.tokenizer, self.config, self.layers, self.state.rows

@@ -36,6 +36,7 @@ class Explanation:
         score: The score, as `Detector.score` returns it.
         threshold: The detector's calibrated threshold, None if it was not calibrated.
         windows: Number of windows of the prompt; the one with the highest score is explained.
+        control_tokens: Number of special tokens that the prompt's own text writes; see `Scores`.
     """
 
     tokens: list[str]
@@ -48,6 +49,7 @@ class Explanation:
     score: float
     threshold: float | None
     windows: int
+    control_tokens: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -58,6 +60,7 @@ class Explanation:
             "threshold": self.threshold,
             "total": self.total,
             "windows": self.windows,
+            "control_tokens": self.control_tokens,
             "prompt_tokens": [self.prompt_tokens.start, self.prompt_tokens.stop],
             "response_tokens": [self.response_tokens.start, self.response_tokens.stop],
             "tokens": [{"text": text, "evidence": value} for text, value in tokens],
@@ -95,6 +98,7 @@ def explain(
         score=score,
         threshold=threshold,
         windows=len(prompt.items),
+        control_tokens=item.control_tokens,
     )
 
 

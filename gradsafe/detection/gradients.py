@@ -29,8 +29,10 @@ from gradsafe.models import (
     plan_batches,
     response_nll,
 )
+from gradsafe.models.inspection import check_token_ids
 from gradsafe.models.modes import evaluating
 from gradsafe.models.threads import alone
+from gradsafe.models.windows import expect_prompts
 
 Visit = Callable[[LinearLayer, Factors], None]
 
@@ -81,6 +83,7 @@ class GradientPass:
         """See `Detector.encode`; encoded prompts stay as they are."""
         if isinstance(prompts, EncodedPrompts):
             return prompts
+        expect_prompts(prompts)
         if isinstance(names, str):
             names = [f"{names}[{index}]" for index in range(len(prompts))]
         encoding = Encoding(
@@ -89,13 +92,21 @@ class GradientPass:
             append_eos=self.config.eos,
             overflow=self.config.overflow,
             max_length=context_length(self.model, self.tokenizer),
+            split_special_tokens=self.config.split_special_tokens,
         )
         items, owners = encode_prompts(
-            self.tokenizer, prompts, self.config.response, encoding, names=names
+            self.tokenizer,
+            prompts,
+            self.config.response,
+            encoding,
+            names=names,
+            turns=self.config.turns,
         )
         windows: list[list[Encoded]] = [[] for _ in prompts]
         for item, owner in zip(items, owners, strict=True):
             windows[owner].append(item)
+        largest = [max(max(item.input_ids) for item in parts) for parts in windows]
+        check_token_ids("Detector", self.model, largest, names)
         return EncodedPrompts(names, windows)
 
     def losses(self, items: Sequence[Encoded], visit: Visit | None, label: str = "") -> Tensor:

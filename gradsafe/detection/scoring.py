@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from typing import ClassVar
 
@@ -38,6 +38,8 @@ class Scores:
         backward: `[n]` bool, whether gradients were computed for the prompt. Method "cascade"
             computes none where the NLL is decisive; the components of such prompts are NaN.
         threshold: The detector's calibrated threshold, None if it was not calibrated.
+        control_tokens: `[n]` int64, number of special tokens of the tokenizer that the prompt's own
+            text writes, not the template. More than 0 is a sign of prompt injection.
     """
 
     values: Tensor
@@ -45,6 +47,7 @@ class Scores:
     nll: Tensor
     backward: Tensor
     threshold: float | None = None
+    control_tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.values)

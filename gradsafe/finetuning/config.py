@@ -40,6 +40,8 @@ class SafeGradConfig:
         append_eos: End every response with EOS, so that the model learns to stop.
         max_length: Maximum number of tokens per row. Longer rows are an error. None means the
             model's context length.
+        split_special_tokens: Tokenise special tokens that the text of a prompt holds as ordinary
+            text, not as control tokens; those of the template and of a response stay special.
         warn_cosine: Warn if the mean cosine over `warn_steps` steps is closer to 0 than this: the
             alignment rows then give no protection against this user data. 0 disables the warning.
         warn_steps: Number of steps of that mean.
@@ -57,6 +59,7 @@ class SafeGradConfig:
     system: str | None = None
     append_eos: bool = True
     max_length: int | None = None
+    split_special_tokens: bool = False
     warn_cosine: float = 0.005
     warn_steps: int = 100
 

@@ -36,7 +36,10 @@ from gradsafe.finetuning.teachers import in_adapters, refuse_shared
 AlignmentLoss = Callable[..., Tensor]
 # Options that may change when a run resumes: they only affect warnings, and the encoding, which the
 # fingerprint of the rows covers.
-_FREE = ("warn_cosine", "warn_steps", "template", "system", "append_eos", "max_length")
+_FREE = (
+    *("warn_cosine", "warn_steps"),
+    *("template", "system", "append_eos", "max_length", "split_special_tokens"),
+)
 # Training arguments that may not change when a run resumes.
 _FIXED = (
     *("learning_rate", "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1"),

@@ -227,7 +227,12 @@ def _encode(
     prompt, response = pair(row, where)
     if tokenizer is None:
         raise ValueError(f"{where} is text; pass processing_class=tokenizer")
-    encoding = Encoding(options.template, options.system, options.append_eos)
+    encoding = Encoding(
+        options.template,
+        options.system,
+        options.append_eos,
+        split_special_tokens=options.split_special_tokens,
+    )
     with located(where):
         encoded = encode(tokenizer, prompt, response, encoding)
     labels = [IGNORED] * encoded.prompt_length + encoded.input_ids[encoded.prompt_length :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2.exceptions import TemplateError
 
 from gradsafe._checks import refuse
+from gradsafe.models.control import control_tokens, unmarked
 from gradsafe.models.encoding import Encoding, Prompt, check_rendered, expect_text, messages_of
 
 if TYPE_CHECKING:
@@ -44,10 +46,14 @@ class Encoded:
     Attributes:
         input_ids: Prompt ids, then response ids.
         prompt_length: Number of prompt ids, at least 1.
+        control_tokens: Number of special tokens that the prompt's own text writes, not the
+            template; of a window, those of the whole prompt. See
+            `Encoding.split_special_tokens`, which does not change it.
     """
 
     input_ids: list[int]
     prompt_length: int
+    control_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length < len(self.input_ids):
@@ -84,6 +90,7 @@ class Encoder:
         self._fields = set(_FIELD.findall(template or ""))
         self._check_template()
         self.response_ids = self._response_ids(response)
+        self._control = control_tokens(tokenizer)
 
     def __call__(self, prompt: Prompt) -> Encoded:
         """Encode one prompt."""
@@ -100,13 +107,17 @@ class Encoder:
     def encode_any_length(self, prompt: Prompt) -> Encoded:
         """Encode one prompt whatever `max_length` is."""
         messages = messages_of(prompt, self.encoding.system)
-        prompt_ids = self._plain_ids(messages) if self._plain else self._chat_ids(messages)
+        text = self._render(messages)
+        if not self._plain:
+            check_rendered(messages, text)
+        typed, kept = self._typed(messages, text)
+        prompt_ids = self._prompt_ids(text) if kept is None else self._prompt_ids(kept, split=True)
         if not prompt_ids:
             raise ValueError(
                 "gradsafe.encode: the rendered prompt has no token, so nothing predicts the first "
                 f"response token; use a template with text of its own, for example {_EXAMPLE}"
             )
-        return Encoded(prompt_ids + self.response_ids, len(prompt_ids))
+        return Encoded(prompt_ids + self.response_ids, len(prompt_ids), typed)
 
     def _check_template(self) -> None:
         template, system = self.encoding.template, self.encoding.system
@@ -139,7 +150,9 @@ class Encoder:
             ids.append(int(eos))
         return ids
 
-    def _chat_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        if self._plain:
+            return self._plain_text(messages)
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
         if self.encoding.template is not None:
             options["chat_template"] = self.encoding.template
@@ -152,11 +165,10 @@ class Encoder:
                 f"gradsafe.encode: the chat template failed: {error}{hint}, "
                 f"or pass another template=, for example {_EXAMPLE}"
             ) from error
-        check_rendered(messages, text)
-        # The template writes BOS itself: rendering to text first avoids a second one.
-        return self._tokenize(text)
+        assert isinstance(text, str)
+        return text
 
-    def _plain_ids(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _plain_text(self, messages: list[dict[str, Any]]) -> str:
         values = {"prompt": messages[-1]["content"], "system": ""}
         if len(messages) == 2 and messages[0]["role"] == "system" and "system" in self._fields:
             values["system"] = messages[0]["content"]
@@ -166,18 +178,52 @@ class Encoder:
             do = "pass a Jinja chat template as template= (a system turn needs {system} in it)"
             refuse("encode", expected, got, do)
         # One pass over the template alone: braces inside the prompt stay as they are.
-        text = _FIELD.sub(lambda match: values[match.group(1)], self.encoding.template or "")
-        bare = self._tokenize(text)
-        bos = self.tokenizer.bos_token
-        if bos and text.startswith(str(bos)):
+        return _FIELD.sub(lambda match: values[match.group(1)], self.encoding.template or "")
+
+    def _typed(self, messages: list[dict[str, Any]], text: str) -> tuple[int, str | None]:
+        """Number of typed special tokens, and the text that splits them, None if `text` serves."""
+        own, split = int(self.encoding.system is not None), self.encoding.split_special_tokens
+        marked = messages[:own] + [
+            {**self._control.mark(turn), "role": turn["role"]} for turn in messages[own:]
+        ]
+        if marked == messages and not (split and self._control.normalized):
+            return 0, None
+        rendered = self._render(marked)
+        if unmarked(rendered) != text:
+            if split:
+                expected = "a chat template that writes the text of a prompt unchanged"
+                got = "one that depends on the special tokens in it"
+                do = "leave split_special_tokens out, or remove them from the prompt"
+                refuse("encode", expected, got, do)
+            own_text = json.dumps(messages[own:], ensure_ascii=False, default=str)
+            return self._control.count(own_text), None
+        typed = self._control.count(text) - self._control.count(rendered)
+        return typed, self._control.keep(rendered) if split else None
+
+    def _prompt_ids(self, text: str, split: bool = False) -> list[int]:
+        tokenize = self._control.ids if split else self._tokenize
+        bare = tokenize(text, False)
+        # A chat template writes BOS itself: rendering to text first avoids a second one.
+        bos = str(self.tokenizer.bos_token or "")
+        if not self._plain or (bos and text.startswith(self._control.kept(bos) if split else bos)):
             return bare
-        ids = self._tokenize(text, special=True)
+        ids = tokenize(text, True)
         # Some tokenizers close every text with EOS; the response must follow the prompt directly.
         eos = self.tokenizer.eos_token_id
         added = _trailing(ids, eos) - _trailing(bare, eos)
         return ids[: len(ids) - added] if added > 0 else ids
 
-    def _tokenize(self, text: str, *, special: bool = False) -> list[int]:
+    def starts(self, text: str) -> list[int]:
+        """Where each token of a prompt's text begins; needs a fast tokenizer."""
+        if self.encoding.split_special_tokens:
+            return self._control.starts(text)
+        options = {"truncation": False, "padding": False, "verbose": False}
+        encoding = self.tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, **options
+        )
+        return [int(start) for start, _ in encoding["offset_mapping"]]
+
+    def _tokenize(self, text: str, special: bool = False) -> list[int]:
         options = {"truncation": False, "padding": False, "verbose": False}
         encoding = self.tokenizer(text, add_special_tokens=special, **options)
         return [int(token) for token in encoding["input_ids"]]
@@ -198,8 +244,8 @@ def encode(
             or tool) and "content" (text); the last turn is of the user or a tool.
         response: Response text; tokenised on its own, without special tokens.
         encoding: The options; None for the defaults.
-        **options: Fields of `Encoding` (template, system, append_eos, max_length), in place of
-            those of `encoding`.
+        **options: Fields of `Encoding` (template, system, append_eos, max_length,
+            split_special_tokens), in place of those of `encoding`.
 
     Returns:
         Prompt ids followed by response ids.

@@ -29,6 +29,10 @@ class Encoding:
             overlapping windows. Nothing is ever truncated.
         max_length: Longest allowed number of tokens, prompt and response together. None: no limit
             of its own; a method that holds a model then uses the model's context length.
+        split_special_tokens: Tokenise special tokens that the prompt's own text holds ("</s>" typed
+            by a user) as ordinary text. False reads them as special tokens, as transformers and
+            serving engines do: then a detector sees what the model sees. Those of the template, of
+            `system` and of the response stay special. Needs a fast tokenizer.
     """
 
     template: str | None = None
@@ -36,6 +40,7 @@ class Encoding:
     append_eos: bool = False
     overflow: Literal["error", "window"] = "error"
     max_length: int | None = None
+    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         for name in ("template", "system"):
@@ -45,13 +50,30 @@ class Encoding:
             refuse("encode", 'overflow="error" or "window"', repr(self.overflow))
         if self.max_length is not None and self.max_length < 2:
             refuse("encode", "max_length >= 2", self.max_length)
+        if not isinstance(self.split_special_tokens, bool):
+            got = repr(self.split_special_tokens)
+            refuse("encode", "split_special_tokens to be True or False", got, kind=TypeError)
 
 
 def expect_text(name: str, value: object, kinds: str = "str") -> None:
-    """Raise TypeError unless a value is a string."""
+    """Raise TypeError unless a value is a string, and ValueError for half a surrogate pair."""
     if not isinstance(value, str):
         do = "convert it first (dataset columns often hold None for empty cells)"
         refuse("encode", f"{name} to be {kinds}", type(value).__name__, do, TypeError)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        got = f"half a surrogate pair at character {error.start}"
+        refuse("encode", f"{name} to be valid Unicode", got, "replace that character")
+
+
+def _expect_texts(name: str, value: object) -> None:
+    """Check every text inside a message."""
+    if isinstance(value, str):
+        expect_text(name, value)
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            _expect_texts(name, part)
 
 
 def messages_of(prompt: Prompt, system: str | None = None) -> list[dict[str, Any]]:
@@ -82,6 +104,7 @@ def _message(index: int, turn: object) -> dict[str, Any]:
     if not isinstance(turn, Mapping) or "role" not in turn:
         expected = f'{name} to be a dict with "role" and "content"'
         refuse("encode", expected, repr(turn), kind=TypeError)
+    _expect_texts(f"the text of {name}", turn)
     role, content = turn["role"], turn.get("content")
     if role not in ROLES:
         refuse("encode", f"the role of {name} to be one of {', '.join(ROLES)}", repr(role))
@@ -133,6 +156,18 @@ def check_rendered(messages: Sequence[Mapping[str, Any]], text: str) -> None:
             do = "pass another template=, or merge this turn into another one"
             refuse("encode", "the chat template to render every turn in order", got, do)
         position = position if role == "system" else found + len(wanted)
+
+
+def turns_alone(prompt: Prompt) -> list[Prompt]:
+    """Every turn of a user or tool as a user's prompt of its own, after the system message.
+
+    Args:
+        prompt: A prompt; malformed ones raise as in `messages_of`.
+    """
+    messages = messages_of(prompt)
+    system = [turn for turn in messages if turn["role"] == "system"]
+    texts = [turn["content"] for turn in messages if turn["role"] in ("user", "tool")]
+    return [[*system, {"role": "user", "content": text}] for text in texts]
 
 
 def last_user_turn(prompt: Prompt) -> tuple[str, Callable[[str], Prompt]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,6 +71,26 @@ def context_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int 
 def forward_parameters(model: nn.Module) -> frozenset[str]:
     """Return the names that the forward of the (unwrapped) model declares explicitly."""
     return frozenset(inspect.signature(base_model(model).forward).parameters)
+
+
+def check_token_ids(where: str, model: nn.Module, ids: Sequence[int], names: Sequence[str]) -> None:
+    """Raise ValueError if one of the prompts has a token that the model does not know.
+
+    Args:
+        where: Public name that the message begins with.
+        model: The model.
+        ids: The largest token id of each prompt.
+        names: What messages call the prompts.
+    """
+    base: Any = base_model(model)
+    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    size = getattr(embedding, "num_embeddings", None) or (len(weight) if weight is not None else 0)
+    for largest, name in zip(ids, names, strict=True):
+        if size and largest >= size:
+            got = f"id {largest} in {name}"
+            do = "use the model's own tokenizer, or resize the model's embeddings"
+            refuse(where, f"token ids below {size}, the size of the input embedding", got, do)
 
 
 def input_device(model: nn.Module) -> torch.device | None:

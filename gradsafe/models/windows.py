@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from gradsafe._checks import refuse
 from gradsafe.models.encode import ContextOverflowError, Encoded, Encoder, located
-from gradsafe.models.encoding import Encoding, Prompt, last_user_turn
+from gradsafe.models.encoding import Encoding, Prompt, last_user_turn, turns_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,7 @@ def encode_prompts(
     *,
     overlap: float = 0.25,
     names: Sequence[str] | None = None,
+    turns: Literal["all", "worst"] = "all",
     **options: Any,
 ) -> tuple[list[Encoded], list[int]]:
     """Encode many prompts against one response.
@@ -69,6 +71,8 @@ def encode_prompts(
             windows; with "error" it is refused. See `context_length` for `max_length`.
         overlap: As in `encode_windows`.
         names: What error messages call the prompts; None for "prompts[0]" and so on.
+        turns: "all" encodes a conversation as a whole; "worst" encodes every turn of a user or tool
+            on its own, as a user turn after the system message.
         **options: As in `encode`.
 
     Returns:
@@ -76,16 +80,11 @@ def encode_prompts(
 
     Raises:
         ContextOverflowError: `overflow="error"` and a prompt is too long; names its index.
-        TypeError: `prompts` is a single prompt, or an entry is no prompt; names its index.
+        TypeError: `prompts` is no list or a single prompt, or an entry is no prompt; names its
+            index.
         ValueError: No prompts, a prompt that `encode` refuses (names its index), or bad options.
     """
-    if isinstance(prompts, str):
-        refuse("encode_prompts", "a list of prompts", "one str", "wrap it", TypeError)
-    if len(prompts) == 0:
-        refuse("encode_prompts", "at least one prompt", "an empty list")
-    if isinstance(prompts[0], dict):
-        got = "one conversation (a list of dicts)"
-        refuse("encode_prompts", "a list of prompts", got, "wrap it", TypeError)
+    expect_prompts(prompts)
     _check_overlap(overlap)
     encoder = Encoder(tokenizer, response, encoding, **options)
     cut = encoder.encoding.overflow == "window"
@@ -93,10 +92,28 @@ def encode_prompts(
     owners: list[int] = []
     for index, prompt in enumerate(prompts):
         with located(names[index] if names is not None else f"prompts[{index}]"):
-            pieces = _windows(encoder, prompt, overlap) if cut else [encoder(prompt)]
+            parts = turns_alone(prompt) if turns == "worst" else [prompt]
+            found = [_windows(encoder, p, overlap) if cut else [encoder(p)] for p in parts]
+        typed = sum(windows[0].control_tokens for windows in found)
+        pieces = [replace(item, control_tokens=typed) for windows in found for item in windows]
         items.extend(pieces)
         owners.extend([index] * len(pieces))
     return items, owners
+
+
+def expect_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raise TypeError unless this is a list of prompts, and ValueError if it is empty."""
+    where, expected = "encode_prompts", "a list of prompts"
+    if isinstance(prompts, str):
+        refuse(where, expected, "one str", "wrap it", TypeError)
+    listed = hasattr(prompts, "__len__") and hasattr(prompts, "__getitem__")
+    if not listed or isinstance(prompts, (Mapping, bytes)):
+        do = "pass list(prompts)" if isinstance(prompts, Iterable) else "pass the prompts in a list"
+        refuse(where, expected, type(prompts).__name__, do, TypeError)
+    if len(prompts) == 0:
+        refuse(where, "at least one prompt", "an empty list")
+    if isinstance(prompts[0], Mapping):
+        refuse(where, expected, "one conversation (a list of dicts)", "wrap it", TypeError)
 
 
 def _windows(encoder: Encoder, prompt: Prompt, overlap: float) -> list[Encoded]:
@@ -105,7 +122,7 @@ def _windows(encoder: Encoder, prompt: Prompt, overlap: float) -> list[Encoded]:
     if limit is None or len(whole) <= limit:
         return [whole]
     text, with_text = last_user_turn(prompt)
-    bounds = _token_bounds(encoder.tokenizer, text)
+    bounds = _token_bounds(encoder, text)
     count = len(bounds) - 1
 
     def next_character(begin: int, token: int) -> int:
@@ -141,7 +158,7 @@ def _windows(encoder: Encoder, prompt: Prompt, overlap: float) -> list[Encoded]:
         following = begin + 1
         # An overlap of long characters may leave no room for new ones: start further right then.
         if bounds[end] > reached:
-            windows.append(window)
+            windows.append(replace(window, control_tokens=whole.control_tokens))
             reached = bounds[end]
             following = max(following, end - int(overlap * (end - begin)))
         if reached >= len(text):
@@ -149,19 +166,17 @@ def _windows(encoder: Encoder, prompt: Prompt, overlap: float) -> list[Encoded]:
         begin = next_character(begin, following)
 
 
-def _token_bounds(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _token_bounds(encoder: Encoder, text: str) -> list[int]:
     """Character positions where the text may be cut: 0, each token's start, its length."""
-    if not tokenizer.is_fast:
+    if not encoder.tokenizer.is_fast:
         raise ValueError(
             "gradsafe.encode_windows: cutting a long prompt needs character offsets, which only "
             "fast tokenizers have; load it with use_fast=True or shorten the prompt"
         )
-    options = {"truncation": False, "padding": False, "verbose": False}
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, **options)
     bounds = [0]
     # Characters that belong to no token (dropped white space) stay with the token before them.
-    for start, _ in encoding["offset_mapping"][1:]:
-        bounds.append(min(len(text), max(bounds[-1], int(start))))
+    for start in encoder.starts(text)[1:]:
+        bounds.append(min(len(text), max(bounds[-1], start)))
     return [*bounds, len(text)]
 
 

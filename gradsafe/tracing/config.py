@@ -36,6 +36,8 @@ class TraceConfig:
             the prompt, of which the most similar one counts. Nothing is ever truncated.
         max_length: Largest number of tokens of prompt and response together. None for the context
             length of the model.
+        split_special_tokens: Tokenise special tokens that the text of a prompt holds as ordinary
+            text, not as control tokens; those of the template and of a response stay special.
 
     Raises:
         TypeError: A value is of another type.
@@ -50,6 +52,7 @@ class TraceConfig:
     append_eos: bool = False
     overflow: Literal["error", "window"] = "error"
     max_length: int | None = None
+    split_special_tokens: bool = False
 
     def __post_init__(self) -> None:
         check_fields("TraceIndex", self, {"shard_samples": 1, "max_length": 2})
@@ -57,7 +60,7 @@ class TraceConfig:
     @property
     def encoding(self) -> Encoding:
         """The options that decide the token ids of a sample."""
-        return Encoding(self.template, self.system, self.append_eos, self.overflow, self.max_length)
+        return Encoding(**{name: getattr(self, name) for name in Encoding.__dataclass_fields__})
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import nn
 from gradsafe._io.records import Row, read_jsonl
 from gradsafe.models import Encoded, Encoding, Prompt, context_length, encode, encode_windows
 from gradsafe.models.encode import located
+from gradsafe.models.inspection import check_token_ids
 from gradsafe.models.rows import pair
 
 Id = str | int
@@ -35,7 +36,8 @@ class ExampleEncoder:
     """Encodes samples for one model, whose context limits them; errors name the sample."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, encoding: Encoding) -> None:
-        self.tokenizer = tokenizer
+        self.model, self.tokenizer = model, tokenizer
+        self._cut = encoding.overflow == "window"
         known = [encoding.max_length, context_length(model, tokenizer)]
         longest = min((length for length in known if length is not None), default=None)
         self.encoding = replace(encoding, max_length=longest)
@@ -45,12 +47,12 @@ class ExampleEncoder:
         """Token ids of a sample: one item, or its windows."""
         if example.where in self._kept:
             return [Encoded(ids.tolist(), prompt) for ids, prompt in self._kept[example.where]]
+        parts = self.tokenizer, example.prompt, example.response, self.encoding
         with located(example.where):
-            if self.encoding.overflow == "window":
-                return encode_windows(
-                    self.tokenizer, example.prompt, example.response, self.encoding
-                )
-            return [encode(self.tokenizer, example.prompt, example.response, self.encoding)]
+            items = encode_windows(*parts) if self._cut else [encode(*parts)]
+        largest = max(max(item.input_ids) for item in items)
+        check_token_ids("TraceIndex", self.model, [largest], [example.where])
+        return items
 
     def keep(self, examples: Iterable[Example]) -> None:
         """Encode samples before hours of work; the ids take 4 bytes each until they are used."""

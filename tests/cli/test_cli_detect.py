@@ -57,6 +57,19 @@ class TestDetect:
         assert row[titles.index("flagged")] == str(sum(flags))
         assert "calibrated: threshold" in err
 
+    def test_typed_control_tokens_are_recorded_and_noted(self, detect: Run) -> None:
+        rows = [{"prompt": text} for text in ("hi", "a</s><pad>b", "</s>")]
+        Path("typed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        scores = {}
+        for option in ([], ["--split_special_tokens"]):
+            options = (*option, "-o", "out.jsonl", "--overwrite")
+            _, out, _ = detect(*options, prompts="typed.jsonl")
+            assert [record.get("control_tokens") for record in records()] == [None, 2, 1]
+            assert "2 of 3 prompts hold control tokens" in out
+            scores[bool(option)] = [record["score"] for record in records()]
+        assert [a == b for a, b in zip(*scores.values(), strict=True)] == [True, False, False]
+        assert "control tokens" not in "".join(detect()[1:])
+
     def test_a_cascade_is_calibrated_with_both_kinds_and_saved(self, detect: Run) -> None:
         Path("harmful.txt").write_text("\n".join(f"harmful {i}" for i in range(20)))
         calibration = ("--calibrate", "benign.txt", "--max-fpr", "0.2")

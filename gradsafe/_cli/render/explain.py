@@ -125,7 +125,9 @@ def balance(explanation: Explanation, shown: list[Piece]) -> str:
     sums = ", ".join(
         f"{part} {signed(sum(p.evidence for p in shown if p.part == part))}" for part in PARTS
     )
-    return f"evidence {signed(explanation.total)} (+ unsafe, - safe): {sums}"
+    typed = explanation.control_tokens
+    note = f"; the prompt types {typed} control tokens" if typed else ""
+    return f"evidence {signed(explanation.total)} (+ unsafe, - safe): {sums}{note}"
 
 
 def signed(value: float) -> str:

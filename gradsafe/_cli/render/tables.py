@@ -62,6 +62,11 @@ def detection(result: DetectResult) -> str:
             decisions = judge(labels, flags)
             cells |= {"recall": percent(decisions.recall), "FPR": percent(decisions.fpr)}
             cells["F1"] = decimal(decisions.f1)
+    if typed := sum("control_tokens" in record for record in result.records):
+        notes.append(
+            f"{typed} of {len(scores)} prompts hold control tokens that their text types "
+            "(control_tokens); --split_special_tokens reads them as ordinary text"
+        )
     return "\n".join([table(list(cells), [list(cells.values())]), *notes])
 
 
