@@ -10,7 +10,6 @@ from gradsafe._checks import check_value, refuse
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.models.compat import loaded_sharded, static_graph
 
-
 _FINITE = math.nextafter(math.inf, 0.0)
 # Smallest and largest value of training arguments; beyond them, training does nothing, goes
 # astray, or fails later with an error that does not name the argument.
