@@ -353,7 +353,9 @@ def test_a_damaged_shard_is_named_and_the_rest_stays_usable(model, tokenizer, bu
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_scores_that_are_all_zero_come_with_a_warning(model, tokenizer, tmp_path, count):
-    index = build(model, tokenizer, tmp_path / "x", [{**EXAMPLES[3], "id": i} for i in range(count)])
+    index = build(
+        model, tokenizer, tmp_path / "x", [{**EXAMPLES[3], "id": i} for i in range(count)]
+    )
     with pytest.warns(UserWarning, match='all scores are 0: .*; pass part_norm="unit"'):
         assert not index.query(QUERIES, 1).scores.any()
     with warnings.catch_warnings():
