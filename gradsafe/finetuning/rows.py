@@ -55,7 +55,6 @@ def encode_rows(
         if hasattr(given, "where"):  # file and line
             where += f" ({given.where})"
         row = _encode(where, given, tokenizer, options)
-        check_ids(where, row, limits)
         if not response_tokens(row):
             raise ValueError(
                 f"{where} has no response token: every label after the first position is -100"
@@ -65,6 +64,7 @@ def encode_rows(
                 f"{where} has {len(row['input_ids'])} tokens, max_length is {max_length}; shorten "
                 "or remove it, rows are not truncated"
             )
+        check_ids(where, row, limits)
         encoded.append(row)
     return encoded
 
