@@ -13,6 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from gradsafe._io.artifacts import write_text
 
 FILE = "safegrad.json"
+_GROWING = ("max_steps", "num_train_epochs")  # facts that may change to a larger number
 
 
 def last(folder: str | os.PathLike[str]) -> str | None:
@@ -42,14 +43,14 @@ def step(folder: str | os.PathLike[str]) -> int:
     path = Path(folder) / "trainer_state.json"
     try:
         return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, OverflowError, KeyError, TypeError) as error:
         raise ValueError(f"gradsafe.SafeGradTrainer: {path} is unreadable: {error}") from error
 
 
 def write(folder: Path, facts: Mapping[str, Any], drawn: int) -> None:
     """Writes the file into a checkpoint folder, which is created if needed."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / FILE, json.dumps({**facts, "drawn": drawn}, indent=2) + "\n")
+    write_text(folder / FILE, json.dumps({**facts, "drawn": drawn}, indent=2, default=str) + "\n")
 
 
 def read(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> int:
@@ -62,13 +63,21 @@ def read(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> int:
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        drawn = int(saved["drawn"])
+        drawn = saved["drawn"]
+        if type(drawn) is not int or drawn < 0:
+            raise ValueError(f"expected drawn to be a whole number, got {drawn!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"gradsafe.SafeGradTrainer: {path} is malformed: {error}") from error
     for name, value in facts.items():
-        if saved.get(name) != value:
+        was, now = saved.get(name), json.loads(json.dumps(value, default=str))
+        if name in _GROWING and type(was) is type(now) and now is not None and was <= now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict) and was != now:  # the first difference
+            key = next(k for k in [*was, *now] if was.get(k) != now.get(k))
+            name, was, now = f"{name}[{key!r}]", was.get(key), now.get(key)
+        if was != now:
             raise ValueError(
-                f"gradsafe.SafeGradTrainer: cannot resume {folder}: {name} was "
-                f"{saved.get(name)!r}, now it is {value!r}; restore it, or start a new run"
+                f"gradsafe.SafeGradTrainer: cannot resume {folder}: {name} was {was!r}, now it is "
+                f"{now!r}; restore it, or start a new run"
             )
     return drawn

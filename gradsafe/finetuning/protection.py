@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -25,6 +23,7 @@ from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.finetuning.rows import (
     AlignmentOrder,
     Row,
+    checked_fingerprint,
     encode_rows,
     fingerprint,
     response_tokens,
@@ -35,19 +34,15 @@ from gradsafe.finetuning.surgery import GradientSurgery
 from gradsafe.finetuning.teachers import in_adapters, refuse_shared
 
 AlignmentLoss = Callable[..., Tensor]
-# Training arguments that must stay the same when a run resumes.
-_TRAINING_FACTS = (
-    *("learning_rate", "optim", "lr_scheduler_type", "weight_decay", "max_grad_norm"),
-    *("adam_beta1", "adam_beta2", "adam_epsilon", "warmup_steps", "seed", "data_seed"),
-)
 # Options that may change when a run resumes: they only affect warnings, and the encoding, which the
 # fingerprint of the rows covers.
 _FREE = ("warn_cosine", "warn_steps", "template", "system", "append_eos", "max_length")
-
-
-def _plain(value: Any) -> Any:
-    """A training argument as a JSON value."""
-    return getattr(value, "value", value)
+# Training arguments that may not change when a run resumes.
+_FIXED = (
+    *("learning_rate", "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1"),
+    *("adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("warmup_ratio", "seed", "data_seed"),
+)
 
 
 class SafeGradMixin(Trainer):
@@ -70,6 +65,14 @@ class SafeGradMixin(Trainer):
         super().__init__(*args, **options)
         self.safegrad = safegrad or SafeGradConfig()
         check_supported(self)
+        # train() creates those that were not given.
+        self._given = {
+            "optimizer": _described(self.optimizer, "defaults"),
+            "scheduler": _described(self.lr_scheduler, "base_lrs"),
+            "optimizer_cls_and_kwargs": repr(getattr(self, "optimizer_cls_and_kwargs", None)),
+        }
+        self._train_rows: str | None = None
+        self._trained: dict[str, list[int]] = {}
         self._collate = row_collator(self.processing_class)
         self._alignment_rows = self._encode("alignment_dataset", alignment_dataset)
         _ = self.alignment_batch_size  # raises if the processes cannot share it
@@ -120,6 +123,11 @@ class SafeGradMixin(Trainer):
                 raise ValueError(
                     f"gradsafe.SafeGradTrainer: no complete checkpoint in {self.args.output_dir}"
                 )
+        self._train_rows = checked_fingerprint("train_dataset", self.train_dataset, self.model)
+        # Now, since the model will be wrapped.
+        model: Any = self.model
+        named = model.named_parameters()
+        self._trained = {name: list(p.shape) for name, p in named if p.requires_grad}
         self._order.drawn = checkpoint.read(folder, self._identity()) if folder else 0
         self._surgery = None
         self._reset_window()
@@ -236,33 +244,20 @@ class SafeGradMixin(Trainer):
     def _identity(self) -> dict[str, Any]:
         """Return what must not change when a run resumes."""
         options = self.safegrad.to_json()
+        args = self.args
+        rows = self._train_batch_size * args.gradient_accumulation_steps
         return {
             **{name: value for name, value in options.items() if name not in _FREE},
             "alignment_seed": self._order.seed,
             "alignment_rows": fingerprint(self._alignment_rows),
+            "train_rows": self._train_rows,
+            "batch_size": rows * self.accelerator.num_processes,
+            **{name: getattr(args, name, None) for name in _FIXED},  # the versions differ
+            **self._given,
+            "max_steps": args.max_steps if args.max_steps > 0 else None,
+            "num_train_epochs": None if args.max_steps > 0 else float(args.num_train_epochs),
+            "trainable": self._trained,
             "reference_weights": self._reference_weights,
-            **self._training_facts(),
-        }
-
-    def _training_facts(self) -> dict[str, Any]:
-        """Return the settings of the user's training that change its result."""
-        args, rows = self.args, self.train_dataset
-        batch = self._train_batch_size * args.gradient_accumulation_steps
-        model: Any = self.model
-        trained = [
-            [name, list(parameter.shape)]
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        ]
-        if isinstance(rows, list) and rows and {"input_ids", "labels"} <= set(rows[0]):
-            users: str | None = fingerprint(rows)
-        else:  # a data set of the datasets library; others are not compared
-            users = getattr(rows, "_fingerprint", None)
-        return {
-            **{name: _plain(getattr(args, name)) for name in _TRAINING_FACTS},
-            "batch_size": batch * self.accelerator.num_processes,
-            "trainable_parameters": hashlib.sha256(json.dumps(trained).encode()).hexdigest(),
-            "train_rows": users,
         }
 
     def _of_first_process(self, fingerprint: Callable[[], str]) -> str:
@@ -308,3 +303,8 @@ class SafeGradMixin(Trainer):
                 "no protection; choose similar rows",
                 stacklevel=2,
             )
+
+
+def _described(given: Any, attribute: str) -> str | None:
+    """A given optimizer or scheduler, with the settings that steps do not change."""
+    return None if given is None else f"{type(given).__name__} {getattr(given, attribute, '')}"

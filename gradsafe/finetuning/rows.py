@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -45,6 +46,7 @@ def encode_rows(
     max_length = options.max_length
     if max_length is None and model is not None and tokenizer is not None:
         max_length = context_length(model, tokenizer)
+    limits = token_limits(model)
     hidden = None if progress else True  # None: hidden if stderr is not a terminal
     encoded = []
     for index in tqdm(range(len(rows)), desc=f"encoding {name}", disable=hidden, leave=False):
@@ -62,6 +64,7 @@ def encode_rows(
                 f"{where} has {len(row['input_ids'])} tokens, max_length is {max_length}; shorten "
                 "or remove it, rows are not truncated"
             )
+        check_ids(where, row, limits)
         encoded.append(row)
     return encoded
 
@@ -84,6 +87,66 @@ def fingerprint(rows: Sequence[Row]) -> str:
     for row in rows:
         digest.update(json.dumps([row["input_ids"], row["labels"]]).encode())
     return digest.hexdigest()
+
+
+def token_limits(model: Any) -> dict[str, float]:
+    """How many token ids a model reads, and how many labels it predicts; Inf where unknown."""
+    found = {}
+    for key, get, size in (
+        ("input_ids", "get_input_embeddings", "num_embeddings"),
+        ("labels", "get_output_embeddings", "out_features"),
+    ):
+        try:
+            layer = getattr(model, get, lambda: None)()
+        except NotImplementedError:  # a model without such a layer
+            layer = None
+        found[key] = getattr(getattr(layer, "base_layer", layer), size, math.inf)
+    return found
+
+
+def check_ids(where: str, row: Mapping[str, Any], limits: Mapping[str, float]) -> None:
+    """Raises ValueError if a token id or label of a row is out of range; no other data is read."""
+    for key, limit in limits.items():
+        try:
+            values = torch.as_tensor(row[key])
+        except (KeyError, TypeError, ValueError, RuntimeError):  # for a collator of the user
+            continue
+        wrong = (values < 0) | (values >= limit)
+        if key == "labels":
+            wrong &= values != IGNORED
+        if wrong.any():
+            place = wrong.flatten().nonzero()[0]
+            most = "" if limit == math.inf else f" and below {limit} (the model's vocabulary)"
+            raise ValueError(
+                f"{where}: expected {key} of {'-100, or ' * (key == 'labels')}at least 0{most}, "
+                f"got {values.flatten()[place].item()} at position {place.item()}; encode the row "
+                "with the tokenizer of the model"
+            )
+
+
+def checked_fingerprint(name: str, rows: Any, model: Any) -> str | None:
+    """SHA-256 of the rows a trainer gets, after `check_ids` of each.
+
+    Data sets of other classes than lists and `datasets.Dataset` are not read, since reading may
+    draw random numbers: of them the number of rows, or None without a length.
+    """
+    if not hasattr(rows, "__len__"):
+        return None
+    if not (isinstance(rows, (list, tuple)) or hasattr(rows, "column_names")):
+        return f"{len(rows)} rows of {type(rows).__name__}"
+    limits = token_limits(model)
+    digest = hashlib.sha256()
+    for index, row in enumerate(rows):
+        if isinstance(row, Mapping):
+            check_ids(f"gradsafe.SafeGradTrainer: {name}[{index}]", row, limits)
+        digest.update(json.dumps(row, default=_plain).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # tensors and arrays
+        return value.tolist()
+    return dict(value) if isinstance(value, Mapping) else type(value).__name__
 
 
 class AlignmentOrder:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
 from tiny_run import (
     ALIGNMENT,
     USER,
@@ -351,6 +352,22 @@ class TestRefused:
             (TypeError, ValueError), match=f"gradsafe.SafeGradTrainer: expected {name} to be"
         ):
             make_trainer(tmp_path, **options)
+
+    @pytest.mark.parametrize("kind", ["alignment_dataset", "train_dataset"])
+    @pytest.mark.parametrize("library", [False, True])
+    @pytest.mark.parametrize(
+        ("key", "value"), [("input_ids", -1), ("input_ids", 64), ("labels", 64), ("labels", -7)]
+    )
+    def test_ids_out_of_range(
+        self, kind: str, library: bool, key: str, value: int, tmp_path: Path
+    ) -> None:
+        rows = make_rows(6, seed=4)
+        rows[5] = {**rows[5], key: [*rows[5][key][:-1], value]}
+        given = Dataset.from_list(rows) if library else rows
+        place = len(rows[5][key]) - 1
+        message = rf"{kind}\[5\]: expected {key} of .*, got {value} at position {place}"
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, **{kind: given}).train()
 
     def test_a_run_without_a_step(self, tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path, train_dataset=USER[:2], dataloader_drop_last=True)

@@ -11,7 +11,15 @@ from typing import Any
 import killed_run
 import pytest
 import torch
-from tiny_run import ALIGNMENT, largest_difference, make_model, make_rows, make_trainer, weights
+from tiny_run import (
+    ALIGNMENT,
+    USER,
+    largest_difference,
+    make_model,
+    make_rows,
+    make_trainer,
+    weights,
+)
 from torch import nn
 
 from gradsafe import SafeGradConfig
@@ -83,27 +91,54 @@ class TestRefused:
             other.train(True)
 
     @pytest.mark.parametrize(
-        ("change", "message"),
+        ("options", "message"),
         [
-            ({"learning_rate": 1e-3}, "learning_rate was 0.01, now it is 0.001"),
-            ({"per_device_train_batch_size": 2}, "batch_size was 4, now it is 2"),
-            ({"gradient_accumulation_steps": 2}, "batch_size was 4, now it is 8"),
+            ({"train_dataset": make_rows(48, seed=9)}, r"train_rows was '\w+', now it is '\w+'"),
+            ({"train_dataset": USER[::-1]}, "train_rows was"),
+            ({"learning_rate": 0.1}, "learning_rate was 0.01, now it is 0.1"),
             ({"optim": "sgd"}, "optim was 'adamw_torch.*', now it is 'sgd'"),
-            (
-                {"lr_scheduler_type": "linear"},
-                "lr_scheduler_type was 'constant'",
-            ),
-            ({"weight_decay": 0.1}, "weight_decay was 0.0, now it is 0.1"),
-            ({"train_dataset": make_rows(48, seed=9)}, "train_rows was"),
-            ({"model": make_model(targets=("q_proj",))}, "trainable_parameters was"),
+            ({"lr_scheduler_type": "linear"}, "lr_scheduler_type was 'constant', now it is 'lin"),
+            ({"weight_decay": 0.5}, "weight_decay was 0.0, now it is 0.5"),
+            ({"max_grad_norm": 0.5}, "max_grad_norm was 1.0, now it is 0.5"),
+            ({"per_device_train_batch_size": 8}, "batch_size was 4, now it is 8"),
+            ({"gradient_accumulation_steps": 2}, "batch_size was 4, now it is 8"),
+            ({"seed": 5}, "alignment_seed was 0, now it is 5"),
+            ({"max_steps": -1}, "max_steps was 1, now it is None"),
         ],
     )
-    def test_other_settings_of_the_training(
-        self, checkpoint: Path, change: dict[str, Any], message: str
-    ) -> None:
-        other = make_trainer(checkpoint.parent, **change)
-        with pytest.raises(ValueError, match=message):
-            other.train(True)
+    def test_another_run(self, options: dict[str, Any], message: str, checkpoint: Path) -> None:
+        with pytest.raises(ValueError, match=f"cannot resume .*: {message}"):
+            make_trainer(checkpoint.parent, **options).train(True)
+
+    def test_fewer_steps_or_other_trained_parameters(self, tmp_path: Path) -> None:
+        make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
+        start = tmp_path / "checkpoint-2"
+        with pytest.raises(ValueError, match="max_steps was 4, now it is 3"):
+            make_trainer(tmp_path, max_steps=3).train(str(start))
+        other = make_model(targets=("q_proj", "k_proj"))
+        with pytest.raises(
+            ValueError, match=r"trainable\['.*v_proj.*'\] was \[4, 32\], now it is N"
+        ):
+            make_trainer(tmp_path, other).train(str(start))
+        optimizer = torch.optim.SGD([p for p in make_model().parameters() if p.requires_grad], 0.1)
+        with pytest.raises(ValueError, match=r"optimizer was None, now it is .SGD .*0\.1"):
+            make_trainer(tmp_path, optimizers=(optimizer, None)).train(str(start))
+
+    def test_the_same_batch_in_parts_and_more_steps_go_on(self, checkpoint: Path) -> None:
+        trainer = make_trainer(
+            checkpoint.parent,
+            max_steps=6,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+        )
+        trainer.train(True)
+        assert trainer.state.global_step == 6
+
+    @pytest.mark.parametrize("drawn", ["3", "-1", "1e999", "[]", "null", "true"])
+    def test_a_damaged_file(self, drawn: str, checkpoint: Path) -> None:
+        (checkpoint / FILE).write_text(f'{{"drawn": {drawn}}}' if drawn != "3" else "[3]")
+        with pytest.raises(ValueError, match=f"{FILE} is malformed"):
+            make_trainer(checkpoint.parent).train(True)
 
     def test_a_checkpoint_of_another_trainer(self, checkpoint: Path) -> None:
         trainer = make_trainer(checkpoint.parent)
