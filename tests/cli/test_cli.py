@@ -92,10 +92,9 @@ def test_every_option_has_a_help_text(name: str) -> None:
 
 
 def test_every_field_of_a_method_is_an_option() -> None:
-    from gradsafe.tracing.config import QueryConfig, TraceConfig
-
     from gradsafe.detection.config import DetectorConfig
     from gradsafe.finetuning.config import SafeGradConfig
+    from gradsafe.tracing.config import QueryConfig, TraceConfig
 
     for name, prefix, config in (
         ("detect", "", DetectorConfig),
