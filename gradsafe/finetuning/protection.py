@@ -270,8 +270,8 @@ class SafeGradMixin(Trainer):
             **argument_facts(self.args),
             **self._given,
             **self._parameters,
-            "frozen_weights": self._frozen_weights,
             "reference_weights": self._reference_weights,
+            "frozen_weights": self._frozen_weights,
         }
 
     def _frozen(self) -> str:

@@ -156,7 +156,7 @@ class TestRefused:
             ({"training": {"max_steps": 1.5}}, "run.yaml:7: training.max_steps: Expected a <class"),
             (
                 {"training": {"max_steps": 1, "gradient_accumulation_steps": -2}},
-                "run.yaml:7: training.gradient_accumulation_steps: gradsafe.SafeGradTrainer: exp",
+                "run.yaml:8: training.gradient_accumulation_steps: gradsafe.SafeGradTrainer: exp",
             ),
             (
                 {"training": {"gradient_accumulation_steps": 0}, "model": "gone"},
