@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None for those of the process.
 
     Returns:
-        Exit status: 0, 1 (a self-test failed, the reader of the output is gone, or another process
-        failed), 2 (an error that the user can fix) or 130 (interrupted).
+        Exit status: 0, 1 (a self-test failed, every step of a training was skipped, the reader of
+        the output is gone, or another process failed), 2 (an error that the user can fix) or 130
+        (interrupted).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((n for n in COMMANDS if arguments[: n.count(" ") + 1] == n.split()), None)

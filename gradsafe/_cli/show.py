@@ -89,7 +89,7 @@ def _(config: Finetune, result: FinetuneResult) -> int:
             parts.append(f"{result.loss} {result.last_loss:.4f}")
     parts.append(f"{result.skipped} skipped")
     print(f"{', '.join(parts)}; written to {result.output}")
-    return 0
+    return 0 if result.trained else 1
 
 
 @show.register

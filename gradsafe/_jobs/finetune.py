@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,6 +63,7 @@ class FinetuneResult:
         cosines: Logged mean cosines of user and alignment gradient.
         loss: Name of the alignment loss.
         last_loss: Its last logged value; None if it was not logged.
+        trained: Whether a step was not skipped, of those after the checkpoint if it resumed.
     """
 
     output: str
@@ -72,6 +72,7 @@ class FinetuneResult:
     cosines: list[float]
     loss: str
     last_loss: float | None
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,8 @@ class Finetune:
 
         trainer = self._trainer(rows, processes)
         start = last(self.output) if self.resume else None
+        if start:
+            trainer.resume_point(start)  # before the configuration of that run is replaced
         if processes.first:
             save_config(self, self.output)
         try:
@@ -142,7 +145,6 @@ class Finetune:
         trainer.save_model(self.output)
         result = None
         if processes.first:
-            _warn_if_untrained(trainer, start)
             result = _result(trainer, self.output)
         accelerator = trainer.accelerator
         accelerator.wait_for_everyone()
@@ -214,20 +216,24 @@ class Finetune:
         from transformers import TrainingArguments
 
         from gradsafe._jobs.model import choose_device
+        from gradsafe.finetuning.support import check_arguments
 
         given = _checked_training(self.training)
         if given.get("fsdp") and processes.count == 1:
             raise ValueError("training.fsdp: fsdp needs several processes; start with torchrun")
         try:
-            return TrainingArguments(
+            arguments = TrainingArguments(
                 output_dir=self.output,
                 disable_tqdm=not self.progress or not sys.stderr.isatty(),
                 use_cpu=choose_device(self.model.device).type == "cpu",
                 **{**TRAINING, **given},
             )
+            check_arguments(arguments)
+            return arguments
         except (ValueError, TypeError) as error:
             text = " ".join(str(error).split())
-            key = next((key for key in given if key in text or str(given[key]) in text), None)
+            named = [key for key in given if key in text]
+            key = next(iter(named or [key for key in given if str(given[key]) in text]), None)
             raise ValueError(f"training{f'.{key}' if key else ''}: {text}") from error
 
     def _with_lora(self, model: Any) -> Any:
@@ -287,16 +293,6 @@ def _checked_training(values: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _warn_if_untrained(trainer: Any, start: str | None) -> None:
-    steps = trainer.state.global_step - (0 if start is None else int(start.rpartition("-")[2]))
-    if steps and trainer.skipped_steps == steps:
-        warnings.warn(
-            f"all {steps} steps were skipped because a gradient held NaN or Inf: the saved model "
-            "is the one that training started from",
-            stacklevel=2,
-        )
-
-
 def _result(trainer: Any, output: str) -> FinetuneResult:
     logs = [entry for entry in trainer.state.log_history if "safegrad/cosine" in entry]
     return FinetuneResult(
@@ -306,4 +302,5 @@ def _result(trainer: Any, output: str) -> FinetuneResult:
         cosines=[entry["safegrad/cosine"] for entry in logs],
         loss="KL" if trainer.safegrad.loss == "kl" else "alignment loss",
         last_loss=logs[-1].get("safegrad/kl") if logs else None,
+        trained=trainer.trained,
     )

@@ -68,8 +68,14 @@ def read(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> int:
             raise ValueError(f"expected drawn to be a whole number, got {drawn!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"gradsafe.SafeGradTrainer: {path} is malformed: {error}") from error
+    missing = [name for name in facts if name not in saved]
+    if missing:
+        raise ValueError(
+            f"gradsafe.SafeGradTrainer: cannot resume {folder}: its {FILE} has no {missing[0]}, so "
+            "an earlier version wrote it; resume it with that version, or start a new run"
+        )
     for name, value in facts.items():
-        was, now = saved.get(name), json.loads(json.dumps(value, default=str))
+        was, now = saved[name], json.loads(json.dumps(value, default=str))
         if name in _GROWING and type(was) is type(now) and now is not None and was <= now:
             continue
         if isinstance(was, dict) and isinstance(now, dict) and was != now:  # the first difference

@@ -145,7 +145,7 @@ class OutputHead:
     @torch.no_grad()
     def _choose_transform(self, out: Tensor, logits: Tensor) -> None:
         if not bool(logits.isfinite().all()):
-            raise RuntimeError(
+            raise ValueError(
                 f"gradsafe.KLAlignment: the model's logits hold NaN or Inf ({self.name}, first "
                 "alignment batch); check its weights, or use another dtype"
             )

@@ -20,6 +20,7 @@ from gradsafe._io.fingerprints import model_fingerprint
 from gradsafe.finetuning import checkpoint
 from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment
 from gradsafe.finetuning.config import SafeGradConfig
+from gradsafe.finetuning.facts import argument_facts, given_facts, option_facts, parameter_facts
 from gradsafe.finetuning.rows import (
     AlignmentOrder,
     Row,
@@ -29,23 +30,11 @@ from gradsafe.finetuning.rows import (
     response_tokens,
     row_collator,
 )
-from gradsafe.finetuning.support import check_alignment, check_supported
+from gradsafe.finetuning.support import check_alignment, check_arguments, check_supported
 from gradsafe.finetuning.surgery import GradientSurgery
 from gradsafe.finetuning.teachers import in_adapters, refuse_shared
 
 AlignmentLoss = Callable[..., Tensor]
-# Options that may change when a run resumes: they only affect warnings, and the encoding, which the
-# fingerprint of the rows covers.
-_FREE = (
-    *("warn_cosine", "warn_steps"),
-    *("template", "system", "append_eos", "max_length", "split_special_tokens"),
-)
-# Training arguments that may not change when a run resumes.
-_FIXED = (
-    *("learning_rate", "weight_decay", "max_grad_norm", "optim", "optim_args", "adam_beta1"),
-    *("adam_beta2", "adam_epsilon", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *("warmup_ratio", "seed", "data_seed"),
-)
 
 
 class SafeGradMixin(Trainer):
@@ -65,17 +54,16 @@ class SafeGradMixin(Trainer):
         **options: Any,
     ) -> None:
         check_alignment(alignment_dataset, safegrad)
+        arguments = options.get("args", args[1] if len(args) > 1 else None)
+        if arguments is not None:
+            check_arguments(arguments)  # before transformers divides by them
         super().__init__(*args, **options)
         self.safegrad = safegrad or SafeGradConfig()
         check_supported(self)
-        # train() creates those that were not given.
-        self._given = {
-            "optimizer": _described(self.optimizer, "defaults"),
-            "scheduler": _described(self.lr_scheduler, "base_lrs"),
-            "optimizer_cls_and_kwargs": repr(getattr(self, "optimizer_cls_and_kwargs", None)),
-        }
+        self._given = given_facts(self)
+        self._parameters: dict[str, Any] = {}
+        self._steps = 0  # since train() was called
         self._train_rows: str | None = None
-        self._trained: dict[str, list[int]] = {}
         self._collate = row_collator(self.processing_class)
         self._alignment_rows = self._encode("alignment_dataset", alignment_dataset)
         _ = self.alignment_batch_size  # raises if the processes cannot share it
@@ -85,6 +73,7 @@ class SafeGradMixin(Trainer):
         self._order = AlignmentOrder(len(self._alignment_rows), seed)
         self._surgery: GradientSurgery | None = None
         self._reference_weights: str | None = None
+        self._frozen_weights = self._of_first_process(self._frozen)
         self._alignment_loss = alignment_loss or self._configured_loss(self.model)
         self._reset_window()
         self._watched = (0, 0.0)  # steps and sum of the cosine for the warning
@@ -118,6 +107,42 @@ class SafeGradMixin(Trainer):
                 run with other rows, options or trainable parameters, or it has every step already;
                 a token id or label of a row is out of range; or no optimizer step was taken.
         """
+        folder, start, drawn = self.resume_point(resume_from_checkpoint)
+        self._order.drawn, self._steps = drawn, 0
+        self._surgery = None
+        self._reset_window()
+        result = super().train(folder, *args, **options)
+        if self.state.global_step <= start:
+            expected = "training to take at least one optimizer step"
+            got = f"none after the {start} of the checkpoint" if folder else "none"
+            do = "check num_train_epochs, dataloader_drop_last, callbacks and train_dataset"
+            refuse("SafeGradTrainer", expected, got, do)
+        if self.skipped_steps == self._steps:
+            warnings.warn(
+                f"gradsafe.SafeGradTrainer: all {self._steps} steps were skipped because a "
+                "gradient held NaN or Inf: the model is the one that training started from",
+                stacklevel=2,
+            )
+        return result
+
+    @property
+    def trained(self) -> bool:
+        """Whether a step since `train` was called was not skipped."""
+        return self.skipped_steps < self._steps
+
+    def resume_point(self, resume_from_checkpoint: Any) -> tuple[str | None, int, int]:
+        """Checks the user rows, and a checkpoint; `train` calls it with its argument.
+
+        Returns:
+            The folder of the checkpoint (None for a new run), the optimizer steps before it, and
+            the alignment rows drawn before it.
+
+        Raises:
+            ValueError: As `train`, before the first step.
+        """
+        rows, model = self.train_dataset, self.model
+        self._train_rows = checked_fingerprint("train_dataset", rows, model, self._alignment_rows)
+        self._parameters = parameter_facts(model)  # now, since the model will be wrapped
         folder = resume_from_checkpoint
         if folder is True:
             assert self.args.output_dir is not None  # transformers has a default
@@ -126,15 +151,9 @@ class SafeGradMixin(Trainer):
                 raise ValueError(
                     f"gradsafe.SafeGradTrainer: no complete checkpoint in {self.args.output_dir}"
                 )
-        self._train_rows = checked_fingerprint("train_dataset", self.train_dataset, self.model)
-        # Now, since the model will be wrapped.
-        model: Any = self.model
-        named = model.named_parameters()
-        self._trained = {name: list(p.shape) for name, p in named if p.requires_grad}
-        self._order.drawn = checkpoint.read(folder, self._identity()) if folder else 0
-        self._surgery = None
-        self._reset_window()
-        start = checkpoint.step(folder) if folder else 0
+        if not folder:
+            return None, 0, 0
+        drawn, start = checkpoint.read(folder, self._identity()), checkpoint.step(folder)
         if 0 < self.args.max_steps <= start:  # transformers would take one step more
             refuse(
                 "SafeGradTrainer",
@@ -142,13 +161,7 @@ class SafeGradMixin(Trainer):
                 self.args.max_steps,
                 "raise it, or use the weights of the checkpoint",
             )
-        result = super().train(folder, *args, **options)
-        if self.state.global_step <= start:
-            expected = "training to take at least one optimizer step"
-            got = f"none after the {start} of the checkpoint" if folder else "none"
-            do = "check num_train_epochs, dataloader_drop_last, callbacks and train_dataset"
-            refuse("SafeGradTrainer", expected, got, do)
-        return result
+        return folder, start, drawn
 
     def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
         """Runs one micro-batch of user data; after the last one of a step, protects the step."""
@@ -167,6 +180,7 @@ class SafeGradMixin(Trainer):
         """Stashes the user gradient, computes the alignment gradient, and merges both."""
         if self._surgery is None:
             self._surgery = self._new_surgery(model)
+        self._steps += 1
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         drawn = [self._alignment_rows[i] for i in self._order.draw(self.alignment_batch_size)]
         # Processes average their gradients: this gives the mean over all response tokens.
@@ -246,22 +260,23 @@ class SafeGradMixin(Trainer):
 
     def _identity(self) -> dict[str, Any]:
         """Return what must not change when a run resumes."""
-        options = self.safegrad.to_json()
-        args = self.args
-        rows = self._train_batch_size * args.gradient_accumulation_steps
+        rows = self._train_batch_size * self.args.gradient_accumulation_steps
         return {
-            **{name: value for name, value in options.items() if name not in _FREE},
+            **option_facts(self.safegrad),
             "alignment_seed": self._order.seed,
             "alignment_rows": fingerprint(self._alignment_rows),
             "train_rows": self._train_rows,
             "batch_size": rows * self.accelerator.num_processes,
-            **{name: getattr(args, name, None) for name in _FIXED},  # the versions differ
+            **argument_facts(self.args),
             **self._given,
-            "max_steps": args.max_steps if args.max_steps > 0 else None,
-            "num_train_epochs": None if args.max_steps > 0 else float(args.num_train_epochs),
-            "trainable": self._trained,
+            **self._parameters,
             "reference_weights": self._reference_weights,
+            "frozen_weights": self._frozen_weights,
         }
+
+    def _frozen(self) -> str:
+        model: Any = self.model
+        return model_fingerprint(model, {id(p) for p in model.parameters() if p.requires_grad})
 
     def _of_first_process(self, fingerprint: Callable[[], str]) -> str:
         """The other processes may not have loaded the weights (`cpu_ram_efficient_loading`)."""
@@ -306,8 +321,3 @@ class SafeGradMixin(Trainer):
                 "no protection; choose similar rows",
                 stacklevel=2,
             )
-
-
-def _described(given: Any, attribute: str) -> str | None:
-    """A given optimizer or scheduler, with the settings that steps do not change."""
-    return None if given is None else f"{type(given).__name__} {getattr(given, attribute, '')}"

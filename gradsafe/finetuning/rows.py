@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from gradsafe._checks import fits, refuse
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.models import Encoding, context_length, encode, pad_token_id
 from gradsafe.models.encode import located
@@ -104,31 +106,50 @@ def token_limits(model: Any) -> dict[str, float]:
     return found
 
 
-def check_ids(where: str, row: Mapping[str, Any], limits: Mapping[str, float]) -> None:
-    """Raises ValueError if a token id or label of a row is out of range; no other data is read."""
+def check_ids(where: str, row: Mapping[str, Any], limits: Mapping[str, float]) -> bool | None:
+    """Checks token ids and labels; what does not hold them is left to the collator of the user.
+
+    Returns:
+        Whether the row has a label to predict; None if its labels cannot be told.
+
+    Raises:
+        ValueError: A token id or label is not a whole number, or out of range.
+    """
+    answered = None
     for key, limit in limits.items():
-        try:
-            values = torch.as_tensor(row[key])
-        except (KeyError, TypeError, ValueError, RuntimeError):  # for a collator of the user
+        given = row.get(key)
+        if not isinstance(given, (list, tuple)) and not hasattr(given, "tolist"):
             continue
+        try:
+            values = torch.as_tensor(given).flatten()
+            whole = not (values.is_floating_point() or values.dtype == torch.bool)
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            whole = False
+        if not (whole or given == []):
+            raise ValueError(f"{where}: expected {key} to be whole numbers of at most 64 bits")
         wrong = (values < 0) | (values >= limit)
         if key == "labels":
             wrong &= values != IGNORED
+            answered = bool((values[1:] != IGNORED).any())
         if wrong.any():
-            place = wrong.flatten().nonzero()[0]
+            place = wrong.nonzero()[0]
             most = "" if limit == math.inf else f" and below {limit} (the model's vocabulary)"
             raise ValueError(
                 f"{where}: expected {key} of {'-100, or ' * (key == 'labels')}at least 0{most}, "
-                f"got {values.flatten()[place].item()} at position {place.item()}; encode the row "
+                f"got {values[place].item()} at position {place.item()}; encode the row "
                 "with the tokenizer of the model"
             )
+    return answered
 
 
-def checked_fingerprint(name: str, rows: Any, model: Any) -> str | None:
+def checked_fingerprint(
+    name: str, rows: Any, model: Any, alignment: Sequence[Row] = ()
+) -> str | None:
     """SHA-256 of the rows a trainer gets, after `check_ids` of each.
 
     Data sets of other classes than lists and `datasets.Dataset` are not read, since reading may
-    draw random numbers: of them the number of rows, or None without a length.
+    draw random numbers: of them the number of rows, or None without a length. Warns if every
+    alignment row is among the rows.
     """
     if not hasattr(rows, "__len__"):
         return None
@@ -136,10 +157,26 @@ def checked_fingerprint(name: str, rows: Any, model: Any) -> str | None:
         return f"{len(rows)} rows of {type(rows).__name__}"
     limits = token_limits(model)
     digest = hashlib.sha256()
-    for index, row in enumerate(rows):
+    new = {json.dumps(row["input_ids"]) for row in alignment}
+    answered = []
+    for index, row in enumerate(rows.with_format(None) if hasattr(rows, "with_format") else rows):
         if isinstance(row, Mapping):
-            check_ids(f"gradsafe.SafeGradTrainer: {name}[{index}]", row, limits)
+            where = f"gradsafe.SafeGradTrainer: {name}[{index}]"
+            answered.append(check_ids(where, row, limits))
+            if new:
+                new.discard(json.dumps(row.get("input_ids"), default=_plain))
         digest.update(json.dumps(row, default=_plain).encode() + b"\n")
+    if answered and not any(found is None or found for found in answered):
+        raise ValueError(
+            f"gradsafe.SafeGradTrainer: no row of {name} has a response token: every label after "
+            "the first position is -100, so the user loss is always 0"
+        )
+    if alignment and not new:
+        warnings.warn(
+            f"gradsafe.SafeGradTrainer: every alignment row is also a row of {name}, so nothing "
+            "shows the behaviour to keep; use other prompts with the model's own refusals",
+            stacklevel=4,
+        )
     return digest.hexdigest()
 
 
@@ -199,7 +236,16 @@ class RowCollator:
         for key, value in fill.items():
             batch[key] = torch.full((len(rows), width), value, dtype=torch.int64)
             for line, row in zip(batch[key], rows, strict=True):
-                line[: len(row["input_ids"])] = torch.as_tensor(row.get(key, 1))
+                count = len(row["input_ids"])
+                try:
+                    values = torch.as_tensor(row.get(key, [1] * count))
+                except (TypeError, ValueError, RuntimeError, OverflowError):
+                    values = torch.empty(0)
+                if values.shape != (count,):
+                    expected = f"{key} of a row of the batch to be {count} whole numbers, as many"
+                    got = list(values.shape) or type(row[key]).__name__
+                    refuse("SafeGradTrainer", f"{expected} as its input_ids", got)
+                line[:count] = values
         return batch
 
 
@@ -213,12 +259,20 @@ def _encode(
 ) -> Row:
     fields = set(row) if isinstance(row, Mapping) else set()
     if {"input_ids", "labels"} <= fields:
-        ids, labels = list(map(int, row["input_ids"])), list(map(int, row["labels"]))
+        ids, labels = _numbers(where, row, "input_ids"), _numbers(where, row, "labels")
         if len(ids) != len(labels):
             raise ValueError(
                 f"{where}: expected one label for each of {len(ids)} input_ids, got {len(labels)}"
             )
-        return {"input_ids": ids, "labels": labels}
+        if row.get("attention_mask") is None:
+            return {"input_ids": ids, "labels": labels}
+        mask = _numbers(where, row, "attention_mask")
+        if len(mask) != len(ids):
+            raise ValueError(
+                f"{where}: expected an attention_mask of {len(ids)} numbers, got {len(mask)}"
+            )
+        kept = [place for place, real in enumerate(mask) if real]  # without padding
+        return {"input_ids": [ids[i] for i in kept], "labels": [labels[i] for i in kept]}
     if fields.isdisjoint({"prompt", "messages"}):
         raise ValueError(
             f"{where}: expected prompt and response (or completion), messages, or input_ids and "
@@ -237,3 +291,10 @@ def _encode(
         encoded = encode(tokenizer, prompt, response, encoding)
     labels = [IGNORED] * encoded.prompt_length + encoded.input_ids[encoded.prompt_length :]
     return {"input_ids": encoded.input_ids, "labels": labels}
+
+
+def _numbers(where: str, row: Mapping[str, Any], key: str) -> list[int]:
+    values = row[key].tolist() if hasattr(row[key], "tolist") else row[key]
+    if not isinstance(values, Sequence) or not fits(tuple(values), tuple[int, ...]):
+        raise ValueError(f"{where}: expected {key} to be a list of whole numbers")
+    return [int(value) for value in values]

@@ -15,6 +15,7 @@ _FINITE = math.nextafter(math.inf, 0.0)
 # astray, or fails later with an error that does not name the argument.
 _LIMITS: Mapping[str, tuple[type, float, float]] = {
     "per_device_train_batch_size": (int, 1, math.inf),
+    "per_device_eval_batch_size": (int, 1, math.inf),
     "gradient_accumulation_steps": (int, 1, math.inf),
     "learning_rate": (float, 0.0, _FINITE),
     "weight_decay": (float, 0.0, _FINITE),
@@ -22,6 +23,7 @@ _LIMITS: Mapping[str, tuple[type, float, float]] = {
     "adam_beta1": (float, 0.0, math.nextafter(1.0, 0.0)),
     "adam_beta2": (float, 0.0, math.nextafter(1.0, 0.0)),
     "adam_epsilon": (float, 0.0, _FINITE),
+    "label_smoothing_factor": (float, 0.0, math.nextafter(1.0, 0.0)),
 }
 
 
@@ -48,7 +50,6 @@ def check_arguments(args: Any) -> None:
 def check_supported(trainer: Any) -> None:
     """Raises ValueError for setups in which the surgery cannot find the gradients."""
     args = trainer.args
-    check_arguments(args)
     optimizer = str(getattr(args.optim, "value", args.optim))
     fsdp = trainer.is_fsdp_enabled
     problems = {
@@ -72,6 +73,14 @@ def check_supported(trainer: Any) -> None:
         ),
         "ddp_static_graph=True does not allow two different losses; leave it out": (
             static_graph(args)
+        ),
+    }
+    rows = trainer.train_dataset
+    problems |= {
+        "train_dataset is empty": rows is not None and hasattr(rows, "__len__") and not len(rows),
+        "no parameter of the model requires a gradient, so nothing would be trained; add adapters, "
+        "load them with is_trainable=True, or unfreeze weights": not any(
+            parameter.requires_grad for parameter in trainer.model.parameters()
         ),
     }
     for problem, found in problems.items():

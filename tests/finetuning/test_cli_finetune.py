@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -122,9 +123,9 @@ def test_warns_if_no_step_was_taken(finetune: Finetune, monkeypatch: pytest.Monk
     monkeypatch.setattr(SFTAlignment, "__call__", broken)
     model = LlamaForCausalLM.from_pretrained("model").state_dict()
     status, out, err = finetune(full=True, safegrad={"loss": "sft"})
-    assert status == 0, err
+    assert status == 1, err
     assert "3 steps, 3 skipped; written to tuned" in out
-    assert "warning: all 3 steps were skipped" in err
+    assert "SafeGradTrainer: all 3 steps were skipped" in err
     tuned = LlamaForCausalLM.from_pretrained("tuned").state_dict()
     assert all(torch.equal(model[name], tuned[name]) for name in model)
 
@@ -153,6 +154,18 @@ class TestRefused:
             ({"training": {"output_dir": "x"}}, "run.yaml:7: training.output_dir is set by --out"),
             ({"training": {"lerning_rate": 1}}, "training.lerning_rate: unknown key, did you mean"),
             ({"training": {"max_steps": 1.5}}, "run.yaml:7: training.max_steps: Expected a <class"),
+            (
+                {"training": {"max_steps": 1, "gradient_accumulation_steps": -2}},
+                "run.yaml:8: training.gradient_accumulation_steps: gradsafe.SafeGradTrainer: exp",
+            ),
+            (
+                {"training": {"gradient_accumulation_steps": 0}, "model": "gone"},
+                "expected gradient_accumulation_steps to be at least 1, got 0",  # before loading
+            ),
+            ({"training": {"num_train_epochs": 0}}, "run.yaml:7: training.num_train_epochs: "),
+            ({"training": {"learning_rate": float("nan")}}, "training.learning_rate: gradsafe.Sa"),
+            ({"model": "small"}, "alignment_dataset[0] (refusals.jsonl:1): expected input_ids"),
+            ({"model": "broken"}, "the model's logits hold NaN or Inf"),
             ({"training": {"optim": "adamu"}}, "run.yaml:7: training.optim: adamu is not a valid"),
             ({"training": {"fsdp": True}}, "run.yaml:7: training.fsdp: fsdp needs several proc"),
             ({"train": "gone.jsonl"}, "no such file: gone.jsonl"),
@@ -174,6 +187,15 @@ class TestRefused:
         ],
     )
     def test_in_one_line(self, finetune: Finetune, changes: dict[str, Any], message: str) -> None:
+        if changes.get("model") in ("small", "broken"):
+            for name in ("small", "broken"):
+                shutil.copytree("model", name)
+            model = LlamaForCausalLM.from_pretrained("model")
+            model.resize_token_embeddings(40)
+            model.save_pretrained("small")
+            model = LlamaForCausalLM.from_pretrained("model")
+            model.get_input_embeddings().weight.data.fill_(math.nan)
+            model.save_pretrained("broken")
         Path("empty.jsonl").write_text("\n")
         good = json.dumps({"prompt": "a", "response": "b"})
         Path("bad.jsonl").write_text(f'{good}\n{{"prompt": "a"}}\n')
@@ -196,6 +218,32 @@ class TestRefused:
             Path("run.yaml").write_bytes(data)
             assert main(["finetune", "--config", "run.yaml"]) == 2
             assert message in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"train": "other.jsonl"}, "train_rows was"),
+            ({"lora": {"alpha": 32}}, "adapters['default.lora_alpha'] was 16, now it is 32"),
+            ({"lora": {"r": 4}}, "trainable["),
+            ({"training": {"learning_rate": 0.5}}, "learning_rate was 0.01, now it is 0.5"),
+            ({"training": {"per_device_train_batch_size": 4}}, "batch_size was 2, now it is 4"),
+            ({"training": {"gradient_accumulation_steps": 3}}, "batch_size was 2, now it is 6"),
+        ],
+    )
+    def test_another_run_is_not_resumed(
+        self, finetune: Finetune, changes: dict[str, Any], message: str
+    ) -> None:
+        assert finetune()[0] == 0
+        before = {p: p.read_bytes() for p in Path().rglob("tuned*/**/*") if p.is_file()}
+        before[Path("tuned.config.yaml")] = Path("tuned.config.yaml").read_bytes()
+        rows = Path("user.jsonl").read_text().splitlines(keepends=True)
+        Path("other.jsonl").write_text("".join(rows[::-1]))
+        training = {**SETTINGS["training"], "max_steps": 9, **changes.get("training", {})}
+        status, out, err = finetune("--resume", **{**changes, "training": training})
+        assert (status, out) == (2, "")
+        assert message in err
+        assert err.count("gradsafe: error:") == 1
+        assert all(path.read_bytes() == data for path, data in before.items())
 
     def test_nothing_to_resume(self, finetune: Finetune) -> None:
         status, _, err = finetune("--resume")

@@ -124,6 +124,17 @@ def test_resume(tmp_path):
         other.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
 
 
+def test_resume_of_other_rows(tmp_path):
+    model = make_model("llama", vocab_size=len(make_tokenizer()))
+    options = {"alignment_dataset": REFUSALS, "max_steps": 2, "save_strategy": "steps"}
+    options |= {"save_steps": 1, "peft_config": LoraConfig(r=4, target_modules=["q_proj"])}
+    make_sft(tmp_path, model, TEXTS, **options).train()
+    model = make_model("llama", vocab_size=len(make_tokenizer()))
+    other = make_sft(tmp_path, model, [*TEXTS[1:], TEXTS[0]], **options)
+    with pytest.raises(ValueError, match=r"train_rows was '\w+', now it is '\w+'"):
+        other.train(str(tmp_path / "checkpoint-1"))
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match="expected alignment_dataset= with at least one row"):
         make_sft(tmp_path, make_tiny(), USER, alignment_dataset=[])
