@@ -5,6 +5,7 @@
 #   make test        build and run all tests (GPU tests are skipped, visibly, without a GPU)
 #   make fast        the tests that are not slow
 #   make attack      the tests in tests/attack with 20,000 generated calls of operators
+#   make sanitize    the CPU kernels under Address-, UndefinedBehavior- and ThreadSanitizer
 #   make docs        the documentation, as a site in build/site
 #   make wheel       build a wheel, check it, and import it in an environment of its own
 #   make bench       CPU benchmarks; tables and CSV in benchmarks/results
@@ -27,7 +28,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' \
 	-o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | grep -v csrc/tests)
 
-.PHONY: build demo test fast attack docs wheel bench lint compat reinstall cuda-check emulate audit clean
+.PHONY: build demo test fast attack sanitize docs wheel bench lint compat reinstall cuda-check emulate audit clean
 
 build: $(VENV)/.built
 
@@ -54,6 +55,9 @@ fast: build
 
 attack: build
 	GRADSAFE_ATTACK_CALLS=10000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto tests/attack
+
+sanitize: build
+	$(BIN)/python tools/sanitize.py
 
 docs: build
 	$(BIN)/pip install --quiet $(PINS) "mkdocs-material" "mkdocstrings[python]"

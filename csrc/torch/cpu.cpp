@@ -27,7 +27,7 @@ void for_each_tile(const std::vector<MomentsTiling>& tilings, const Body& body) 
   const int64_t tiles = first.back();
   if (tiles == 0) return;
   const int64_t grain = grain_for(tiles, elements);
-  torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     size_t task = 0;
     for (int64_t tile = begin; tile < end; ++tile) {
       while (tile >= first[task + 1]) ++task;
@@ -76,7 +76,7 @@ Tensor run_wgrad_moments(const WgradArguments& a, const Tensor& x) {
   std::vector<ActiveTokens> active(p.samples);
   const int64_t all_tokens = std::accumulate(a.lengths.begin(), a.lengths.end(), int64_t{0});
   const int64_t scanned = all_tokens * (p.in_features + p.out_features);
-  torch::stable::parallel_for(0, p.samples, grain_for(p.samples, scanned), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.samples, grain_for(p.samples, scanned), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       active[b] = find_active_tokens(p, b, tokens + a.starts[b]);
     }
@@ -111,7 +111,7 @@ Tensor run_wgrad_moments(const WgradArguments& a, const Tensor& x) {
       }
     });
     const int64_t grain = grain_for(samples, samples * per_sample);
-    torch::stable::parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, samples, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         wgrad_moments_cpu_finish(p, partials + i * per_sample,
                                  results + begin_samples[i] * a.per_sample);
@@ -144,7 +144,7 @@ void cosine_topk_group(const CosineProblem& p, const CosineQueries& queries, uin
   };
   const int64_t panels = cosine_panels(p.queries);
   const int64_t packed = p.queries * p.features;
-  torch::stable::parallel_for(0, panels, grain_for(panels, packed), [&](int64_t begin, int64_t end) {
+  parallel_for(0, panels, grain_for(panels, packed), [&](int64_t begin, int64_t end) {
     const auto scratch = new_scratch();
     for (int64_t panel = begin; panel < end; ++panel) {
       cosine_topk_cpu_pack(p, panel, queries, scratch.get());
@@ -154,7 +154,7 @@ void cosine_topk_group(const CosineProblem& p, const CosineQueries& queries, uin
   const auto first_row = [&](int64_t s) {
     return std::min(blocks * s / segments * kCosineRows, p.rows);
   };
-  torch::stable::parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, segments, 1, [&](int64_t begin, int64_t end) {
     const auto scratch = new_scratch();
     for (int64_t s = begin; s < end; ++s) {
       cosine_topk_cpu_segment(p, queries, first_row(s), first_row(s + 1), scratch.get(),
@@ -162,7 +162,7 @@ void cosine_topk_group(const CosineProblem& p, const CosineQueries& queries, uin
     }
   });
   const int64_t joined = p.queries * p.k * segments;
-  torch::stable::parallel_for(0, p.queries, grain_for(p.queries, joined), [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.queries, grain_for(p.queries, joined), [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> all;
     for (int64_t q = begin; q < end; ++q) {
       all.clear();
@@ -214,7 +214,7 @@ Tensor run_kl_divergence(KlProblem problem, const Tensor& student) {
   problem.out = static_cast<float*>(out.mutable_data_ptr());
   // Four exponentials per entry with the gradient, two without, about ten operations each.
   const int64_t work = problem.rows * problem.vocabulary * (problem.gradient ? 4 : 2);
-  torch::stable::parallel_for(
+  parallel_for(
       0, problem.rows, grain_for(problem.rows, work),
       [&](int64_t begin, int64_t end) { kl_divergence_cpu(problem, begin, end); });
   return out;

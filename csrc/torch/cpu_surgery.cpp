@@ -24,8 +24,7 @@ void for_each_tile(const std::vector<Task>& tasks, const Body& body) {
   }
   const int64_t tiles = first.back();
   if (tiles == 0) return;
-  torch::stable::parallel_for(0, tiles, grain_for(tiles, elements), [&](int64_t begin,
-                                                                        int64_t end) {
+  parallel_for(0, tiles, grain_for(tiles, elements), [&](int64_t begin, int64_t end) {
     size_t task = std::upper_bound(first.begin(), first.end(), end - 1) - first.begin() - 1;
     for (int64_t tile = end - 1; tile >= begin; --tile) {
       while (tile < first[task]) --task;

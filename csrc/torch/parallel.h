@@ -7,7 +7,31 @@
 #include <atomic>
 #include <cstdint>
 
+#if defined(__SANITIZE_THREAD__)
+extern "C" void __tsan_acquire(void* at);
+extern "C" void __tsan_release(void* at);
+#endif
+
 namespace gradsafe {
+
+// f(begin, end) on parts of a range, on the threads of torch's pool. Those synchronise inside
+// OpenMP, which ThreadSanitizer cannot see; it is told where they start and end.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+#if defined(__SANITIZE_THREAD__)
+  static char started, ended;
+  const auto told = [&](int64_t first, int64_t last) {
+    __tsan_acquire(&started);
+    f(first, last);
+    __tsan_release(&ended);
+  };
+  __tsan_release(&started);  // after `told` is written
+  torch::stable::parallel_for(begin, end, grain, told);
+  __tsan_acquire(&ended);
+#else
+  torch::stable::parallel_for(begin, end, grain, f);
+#endif
+}
 
 // Waking a second thread takes microseconds: below this many element operations one is faster.
 constexpr int64_t kWorkPerThread = 65536;
@@ -24,7 +48,7 @@ void deal_out(int64_t items, int64_t work, const Body& body) {
   const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t workers = std::min({items, threads, work / kWorkPerThread + 1});
   std::atomic<int64_t> taken{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker) {
       body([&](int64_t& item) { return (item = taken.fetch_add(1)) < items; });
     }
