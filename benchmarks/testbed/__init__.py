@@ -21,10 +21,10 @@ from safetensors.torch import load_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from benchmarks.testbed.cache import announce, cache_root, ensure
 from benchmarks.testbed.corpus import Row, build, fresh_rows
 from benchmarks.testbed.texts import CHAT_TEMPLATE, REFERENCES, SYSTEM_MESSAGES
 from benchmarks.testbed.training import Recipe, isolated, train
+from gradsafe._io.cache import announce, cache_root, ensure
 
 __all__ = ["calibration_prompts", "folder", "load", "prompts", "references"]
 

@@ -12,6 +12,7 @@ import torch
 from gradsafe._backend import cuda_problem
 from gradsafe._io.processes import Processes
 from gradsafe._jobs.options import ModelOptions
+from gradsafe._jobs.packaged import model_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,10 +43,11 @@ def load_model(
     place = choose_device(options.device, None if alone else processes.local_rank)  # type: ignore[union-attr]
     source = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     dtype = getattr(torch, options.dtype)
+    name = model_folder(options.model)
     with _explained("--model", options.model):
-        tokenizer = AutoTokenizer.from_pretrained(options.model, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            options.model,
+            name,
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,

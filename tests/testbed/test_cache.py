@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import testbed
-from benchmarks.testbed import cache, corpus
+from benchmarks.testbed import corpus
 from benchmarks.testbed.training import Recipe
+from gradsafe._io import cache
 from gradsafe._io.artifacts import MANIFEST, PARTIAL, read_manifest, write_manifest
 
 
@@ -139,7 +140,7 @@ def test_an_interrupted_training_leaves_no_testbed(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from benchmarks.testbed import cache
+from gradsafe._io import cache
 
 def fill(scratch):
     (scratch / "model.safetensors").write_bytes(b"half")

@@ -1,14 +1,15 @@
-"""The cached folder of the trained testbed: its place, its checksums and its only writer."""
+"""The cache of models that are made on first use: its place, its checksums and its only writer."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from gradsafe._io.artifacts import (
     PARTIAL,
@@ -21,7 +22,7 @@ from gradsafe._io.artifacts import (
     write_manifest,
 )
 
-KIND = "testbed"
+KIND = "model"
 
 
 def cache_root(cache: str | os.PathLike[str] | None = None) -> Path:
@@ -66,17 +67,18 @@ def ensure(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
     if damage(folder) is None:
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_name(f".{folder.name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            announce("another process is training the testbed; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        announce(f"another process is making {folder}; waiting for it")
+        lock.acquire()
+    try:
         problem = damage(folder)
         if problem is None:
             return
         if folder.exists():
-            announce(f"the cached testbed is damaged ({problem}) and will be trained again")
+            announce(f"{folder} is damaged ({problem}) and will be made again")
         for leftover in folder.parent.glob(f".{folder.name}.*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
         with replacing_folder(folder) as scratch:
@@ -85,8 +87,10 @@ def ensure(folder: Path, fill: Callable[[Path], dict[str, Any]]) -> None:
             for path in files:
                 flush_to_disk(path)
             write_manifest(scratch, KIND, facts, {path.name: file_record(path) for path in files})
+    finally:
+        lock.release()
 
 
 def announce(message: str) -> None:
     """Prints a message to stderr."""
-    print(f"benchmarks.testbed: {message}", file=sys.stderr, flush=True)
+    print(f"gradsafe: {message}", file=sys.stderr, flush=True)
