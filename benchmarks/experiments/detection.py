@@ -96,17 +96,19 @@ def response_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> 
     return found
 
 
-def other_response_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arrays:
-    """GradCoo with other responses and the other order of averaging, own references."""
+def others_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arrays:
+    """GradCoo with other responses, the other order of averaging and a cut prefix."""
     found: Arrays = {}
     kinds: dict[str, dict[str, Any]] = {
-        "tensor, norm then mean": {"reference_order": "norm_then_mean"},
-        **{f"tensor, {r}": {"response": r} for r in RESPONSES[1:]},
-        "tensor, Sure with EOS": {"append_eos": True},
+        "cut": {"prefix": "cut"},
+        "norm then mean": {"reference_order": "norm_then_mean"},
+        **{response: {"response": response} for response in RESPONSES[1:]},
+        "Sure with EOS": {"append_eos": True},
     }
     for kind, options in kinds.items():
-        detectors = variants(model, tokenizer, "own", own(name), {kind: {}}, **options)
-        found[f"own: {kind}"] = Together(detectors)(prompts)[f"own: {kind}"]
+        detector = Detector.fit(model, tokenizer, *own(name), progress=False, **options)
+        scores = detector.score(prompts, batch_tokens=1024, components=False)
+        found[f"own: tensor, {kind}"] = scores.values.numpy()
     return found
 
 
@@ -116,7 +118,7 @@ PASSES: dict[str, tuple[Pass, tuple[str, ...], tuple[str, ...]]] = {
     "main": (main_pass, tuple(SETS), ("dev", "test")),
     "gradsafe": (gradsafe_pass, tuple(SETS), ("dev", "test")),
     "responses": (response_pass, tuple(SETS), ("dev", "test")),
-    "others": (other_response_pass, ("XSTest", "ToxicChat"), ("dev",)),
+    "others": (others_pass, ("XSTest", "ToxicChat"), ("dev",)),
 }
 
 

@@ -15,12 +15,14 @@ ReferenceOrder = Literal["mean_then_norm", "norm_then_mean"]
 Absolute = Literal["after", "before"]
 Overflow = Literal["error", "window"]
 Turns = Literal["all", "worst"]
+Prefix = Literal["exact", "cut"]
 Modules = Literal["all", "attention", "mlp"]
 ReferenceDtype = Literal["float32", "bfloat16", "float16", "float8"]
 
 _OF_GRADCOO = "granularity relative unsigned normalize center absolute reference_order reduce"
 # The methods that read a field, where not all of them do.
 READ_BY = {**dict.fromkeys(_OF_GRADCOO.split(), ("gradcoo", "cascade")), "gap": ("gradsafe",)}
+READ_BY["prefix"] = ("gradcoo", "gradsafe", "cascade", "gradnorm")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class DetectorConfig:
             that do not split them: the detector must see what the model sees.
         turns: Score a conversation as a whole ("all"), or every turn of a user or tool alone after
             the system message, and keep the highest score ("worst").
+        prefix: Whether gradients flow through the tokens that the template and the system message
+            put before the user's text ("exact"), or these are constants ("cut"): they then run once
+            per call instead of once per prompt, and the gradient is that of the tokens behind them.
     """
 
     method: Method = "gradcoo"
@@ -98,6 +103,7 @@ class DetectorConfig:
     overflow: Overflow = "error"
     split_special_tokens: bool = False
     turns: Turns = "all"
+    prefix: Prefix = "exact"
 
     def __post_init__(self) -> None:
         check_fields("Detector", self)

@@ -115,7 +115,9 @@ def _token_evidence(
         parts.append(factors.token_evidence(refs, own, axis, method.unsigned))
 
     gradients.losses([item], visit)
-    return torch.stack([part.cpu() for part in parts]).sum(0)
+    found = torch.stack([part.cpu() for part in parts]).sum(0)
+    # With prefix "cut" the tokens of the opening are constants.
+    return torch.cat([found.new_zeros(len(item) - len(found)), found])
 
 
 def check_explainable(config: DetectorConfig) -> None:

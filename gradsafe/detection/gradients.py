@@ -30,11 +30,15 @@ from gradsafe.models import (
     response_nll,
 )
 from gradsafe.models.inspection import check_token_ids
-from gradsafe.models.modes import evaluating
+from gradsafe.models.modes import checkpointing_modules, evaluating
+from gradsafe.models.opening import Opening, obstacle
 from gradsafe.models.threads import alone
 from gradsafe.models.windows import expect_prompts
 
 Visit = Callable[[LinearLayer, Factors], None]
+
+# Forward passes share what all prompts begin with from so many tokens on.
+SHARED_FROM = 64
 
 
 class NonFiniteGradientError(ValueError):
@@ -81,6 +85,8 @@ class GradientPass:
         self, prompts: Sequence[Prompt] | EncodedPrompts, names: str | Sequence[str]
     ) -> EncodedPrompts:
         """See `Detector.encode`; encoded prompts stay as they are."""
+        if self.config.prefix == "cut":
+            self._check_cut()
         if isinstance(prompts, EncodedPrompts):
             return prompts
         expect_prompts(prompts)
@@ -109,6 +115,17 @@ class GradientPass:
         check_token_ids("Detector", self.model, largest, names)
         return EncodedPrompts(names, windows)
 
+    def _check_cut(self) -> None:
+        reason = obstacle(self.model)
+        start = min((layer.block for layer in self.layers.scored), default=0)
+        if checkpointing_modules(self.model, self.layers.blocks, start):
+            reason = "its activation checkpointing drops the cache; switch it off"
+        if reason is not None:
+            raise ValueError(
+                f'gradsafe.Detector: prefix="cut" does not work with {type(self.model).__name__}: '
+                f"{reason}; leave prefix out"
+            )
+
     def losses(self, items: Sequence[Encoded], visit: Visit | None, label: str = "") -> Tensor:
         """`[n]` float32 NLL of each item's response, in input order; see `run`."""
         nll = torch.empty(len(items), dtype=torch.float32)
@@ -135,15 +152,49 @@ class GradientPass:
             )
         hidden = not (self.progress and label)
         with tqdm(total=len(items), desc=label, disable=hidden, unit="prompt") as bar:
-            for indices in plan_batches([len(item) for item in items], budget):
+            for indices, opening in self._batches(items, visit, budget):
                 batch = [items[i] for i in indices]
                 try:
-                    nll = self._batch(batch, visit)
+                    nll = self._batch(batch, visit, opening)
                 except RuntimeError as error:
                     self._advise_on_memory(error, batch)
                     raise
                 yield indices, nll
                 bar.update(len(indices))
+
+    def _batches(
+        self, items: Sequence[Encoded], visit: Visit | None, budget: int
+    ) -> Iterator[tuple[list[int], Opening | None]]:
+        """Indices of each batch, and what stands before all of its rows, if it is shared.
+
+        Only the prompt decides whether its opening is cut off, never the rest of its batch.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, item in enumerate(items):
+            length = item.opening if self._shared(item, visit) else 0
+            groups.setdefault(tuple(item.input_ids[:length]), []).append(index)
+        for ids, members in groups.items():
+            opening = None
+            if ids:
+                with alone(self.model), evaluating(self.model, ()):
+                    opening = Opening(self.model, ids)
+            # Keys and values take about an eighth of the memory of a token that runs.
+            lengths = [len(items[i]) - len(ids) + len(ids) // 8 for i in members]
+            for places in plan_batches(lengths, budget):
+                yield [members[place] for place in places], opening
+
+    def _shared(self, item: Encoded, visit: Visit | None) -> bool:
+        if visit is not None:
+            return self.config.prefix == "cut" and item.opening > 0
+        if item.opening < SHARED_FROM:
+            return False
+        reason = obstacle(self.model)
+        if reason is not None:
+            announce_fallback(
+                "gradsafe.Detector: what all prompts begin with runs once per prompt: the model's "
+                f"class is {type(self.model).__name__}, and {reason}"
+            )
+        return reason is None
 
     def _advise_on_memory(self, error: RuntimeError, batch: list[Encoded]) -> None:
         # The CPU's allocator raises a plain RuntimeError.
@@ -157,11 +208,13 @@ class GradientPass:
                 f"{longest} tokens: {advice}"
             ) from error
 
-    def _batch(self, items: list[Encoded], visit: Visit | None) -> Tensor:
+    def _batch(self, items: list[Encoded], visit: Visit | None, opening: Opening | None) -> Tensor:
+        if opening is not None:
+            items = [item.after(opening.length) for item in items]
         batch = collate(items, pad_token_id(self.tokenizer))
         if visit is None:
             with alone(self.model), torch.no_grad(), evaluating(self.model, ()):
-                return response_nll(self.model, batch).float().cpu()
+                return response_nll(self.model, batch, opening).float().cpu()
         width = batch.input_ids.shape[1]
 
         def consume(
@@ -183,7 +236,7 @@ class GradientPass:
             visit(layer, MatrixFactors(x.contiguous(), dy.contiguous(), lengths, repeat))
 
         with torch.enable_grad(), capture(self.model, self.layers, consume):
-            loss = response_nll(self.model, batch)
+            loss = response_nll(self.model, batch, opening)
             # Samples of a batch are independent: the gradient of the sum holds each prompt's own.
             loss.sum().backward()
         return loss.detach().float().cpu()

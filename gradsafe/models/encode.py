@@ -49,11 +49,14 @@ class Encoded:
         control_tokens: Number of special tokens that the prompt's own text writes, not the
             template; of a window, those of the whole prompt. See
             `Encoding.split_special_tokens`, which does not change it.
+        opening: Number of ids at the beginning that the template and the system message fix,
+            whatever the user writes; 0 where it was not determined.
     """
 
     input_ids: list[int]
     prompt_length: int
     control_tokens: int = 0
+    opening: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length < len(self.input_ids):
@@ -62,6 +65,15 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def after(self, count: int) -> Encoded:
+        """The item without its first `count` ids."""
+        return replace(
+            self,
+            input_ids=self.input_ids[count:],
+            prompt_length=self.prompt_length - count,
+            opening=max(0, self.opening - count),
+        )
 
     @property
     def response_length(self) -> int:

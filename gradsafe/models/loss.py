@@ -10,9 +10,10 @@ from torch.nn import functional
 
 from gradsafe.models.batching import Batch
 from gradsafe.models.inspection import forward_parameters, input_device
+from gradsafe.models.opening import Opening
 
 
-def response_nll(model: nn.Module, batch: Batch) -> Tensor:
+def response_nll(model: nn.Module, batch: Batch, opening: Opening | None = None) -> Tensor:
     """Compute each row's mean NLL of its response tokens (natural logarithm).
 
     The model's own forward runs, so family details such as logit soft-capping hold; logits are
@@ -23,6 +24,7 @@ def response_nll(model: nn.Module, batch: Batch) -> Tensor:
     Args:
         model: A causal language model, PEFT wrapper or not; spread over devices or not.
         batch: The padded batch, on any device.
+        opening: Keys and values of tokens that stand before every row of the batch.
 
     Returns:
         `[B]` float32 (float64 where the logits are), differentiable, on the logits' device.
@@ -49,6 +51,8 @@ def response_nll(model: nn.Module, batch: Batch) -> Tensor:
     }
     if "position_ids" in accepted:
         inputs["position_ids"] = batch.position_ids
+    if opening is not None:
+        opening.precede(inputs)
     columns = batch.input_ids.shape[1]
     if "logits_to_keep" in accepted:
         kept = torch.unique(positions)

@@ -1,12 +1,13 @@
-"""Token ids back to text, piece by piece, and which of them came from the user."""
+"""Token ids back to text, piece by piece, and which of them the user wrote."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from gradsafe.models.encode import Encoded
+from gradsafe.models.encode import Encoded, Encoder
 from gradsafe.models.encoding import Prompt, last_user_turn
 
 if TYPE_CHECKING:
@@ -72,6 +73,31 @@ def prompt_span(item: Encoded, others: Sequence[Encoded]) -> slice:
     start = min(_common(ids, other) for other in rest)
     tail = min(_common(ids[::-1], other[::-1]) for other in rest)
     return slice(start, max(start, len(ids) - tail))
+
+
+class Openings:
+    """What a template and the system message write before the first user turn."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._known: dict[str, list[int]] = {}  # ids by system turn
+
+    def length(self, prompt: Prompt, item: Encoded) -> int:
+        """Tokens of the opening of an encoded prompt; it depends on this prompt alone.
+
+        The ids that two other user texts share after the same system turn, and the prompt, too; at
+        least the last prompt token is not among them.
+        """
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [*prompt]
+        head = turns[: 1 + (turns[0]["role"] == "system")]
+        if head[-1]["role"] != "user":
+            return 0
+        key = json.dumps(head[:-1], default=str)
+        if key not in self._known:
+            _, with_text = last_user_turn(head)
+            a, b = (self._encoder.encode_any_length(with_text(text)) for text in ("0", "?"))
+            self._known[key] = a.input_ids[: _common(a.input_ids, b.input_ids)]
+        return min(_common(self._known[key], item.input_ids), item.prompt_length - 1)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gradsafe._checks import refuse
 from gradsafe.models.encode import ContextOverflowError, Encoded, Encoder, located
 from gradsafe.models.encoding import Encoding, Prompt, last_user_turn, turns_alone
+from gradsafe.models.pieces import Openings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,6 +88,7 @@ def encode_prompts(
     expect_prompts(prompts)
     _check_overlap(overlap)
     encoder = Encoder(tokenizer, response, encoding, **options)
+    openings = Openings(encoder)
     cut = encoder.encoding.overflow == "window"
     items: list[Encoded] = []
     owners: list[int] = []
@@ -95,7 +97,11 @@ def encode_prompts(
             parts = turns_alone(prompt) if turns == "worst" else [prompt]
             found = [_windows(encoder, p, overlap) if cut else [encoder(p)] for p in parts]
         typed = sum(windows[0].control_tokens for windows in found)
-        pieces = [replace(item, control_tokens=typed) for windows in found for item in windows]
+        pieces = [
+            replace(item, control_tokens=typed, opening=openings.length(part, item))
+            for part, windows in zip(parts, found, strict=True)
+            for item in windows
+        ]
         items.extend(pieces)
         owners.extend([index] * len(pieces))
     return items, owners

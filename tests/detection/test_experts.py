@@ -14,6 +14,8 @@ from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, Mixtral
 from gradsafe import Detector
 from gradsafe.detection import CoverageWarning
 from gradsafe.models import capture, collate, encode, find_layers, response_nll
+from gradsafe.models.compat import cache_argument, returned_cache
+from gradsafe.models.inspection import forward_parameters
 
 UNSAFE, SAFE, PROMPTS = (
     ["do harm", "steal it"],
@@ -278,3 +280,25 @@ def test_experts_behind_no_interface_are_listed_and_fit_warns(monkeypatch):
     assert skipped[name] == "not used in a product that is supported"
     with pytest.warns(CoverageWarning, match=r"only \d+ % of the weights"):
         Detector.fit(model, make_tokenizer(), UNSAFE, SAFE, template="{prompt}:", progress=False)
+
+
+def test_a_cut_opening(model):
+    """The norms are those of autograd with constant keys and values of the template's opening."""
+    template = "some rules for all: {prompt}:"
+    detector = Detector.fit(
+        model, make_tokenizer(), method="gradnorm", prefix="cut", template=template, progress=False
+    )
+    found = detector.score(PROMPTS, progress=False).components
+    for row, item in enumerate(detector.encode(PROMPTS).items):
+        assert item.opening > 10
+        ids = torch.tensor([item.input_ids])
+        with torch.no_grad():
+            cache = returned_cache(model(ids[:, : item.opening], use_cache=True))
+        name = cache_argument(forward_parameters(model))
+        logits = model(ids[:, item.opening :], **{name: cache}).logits[0].log_softmax(-1)
+        places = torch.arange(item.prompt_length, len(item))
+        loss = -logits[places - 1 - item.opening, ids[0, places]].mean()
+        layers = detector.layers.scored
+        weights = [getattr(layer.module, layer.parameter) for layer in layers]
+        expected = torch.stack([g.norm() for g in torch.autograd.grad(loss, weights)])
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-7)
