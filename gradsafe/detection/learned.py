@@ -91,9 +91,8 @@ def learn(
     values, components, states = values[worst], components[worst], states[worst]
     for what, found in (("component values", components), ("hidden states", states)):
         if len(bad := (~torch.isfinite(found)).any(1).nonzero()):
-            refuse(
-                "Detector.learn", f"finite {what}", f"NaN or Inf for {prompts.names[int(bad[0])]}"
-            )
+            where = prompts.names[int(bad[0])]
+            refuse("Detector.learn", f"finite {what}", f"NaN or Inf for {where}")
     parts = zip(method.blocks, states.chunk(max(1, len(method.blocks)), dim=1), strict=False)
     by_layer = {block: part.numpy() for block, part in parts}
     used = None if features == "hidden" else components.numpy()

@@ -112,8 +112,8 @@ def learn_weights(
     regression = LogisticRegression(class_weight="balanced", max_iter=1000, tol=1e-6)
     search = GridSearchCV(regression, {"C": STRENGTHS}, scoring=_balanced_log_loss, cv=folds)
     found: list[tuple[float, int | None, float, dict[str, Array]]] = []
-    tried: list[int | None] = [*states][-1 if count < FOLDS else 0 :]
-    for layer in tried or [None]:
+    tried: list[int | None] = [*states] or [None]
+    for layer in tried if count == FOLDS else tried[-1:]:
         blocks = {} if components is None else {"components": components}
         if layer is not None:
             blocks["hidden"] = states[layer]
