@@ -85,7 +85,6 @@ class TestQuality:
                 values = score(detector, prompts[rest].tolist(), components=False).values
                 found[features].append(roc_auc_score(labels[rest], values))
         mean = {name: np.mean(values) for name, values in found.items()}
-        print(mean)
         assert mean["components"] > mean["plain"] + 0.01
         assert mean["hidden"] > mean["plain"] + 0.01
         assert mean["both"] > max(mean["components"], mean["hidden"]) - 0.01
@@ -272,6 +271,7 @@ class TestHiddenStates:
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_the_last_prompt_token_under_padding(self, model, tokenizer, side):
         blocks = find_layers(model).blocks
+        hooks = [dict(block._forward_hooks) for block in blocks]  # transformers has its own
         items = [encode(tokenizer, prompt, "Sure") for prompt in PROMPTS]
         batch = collate(items, 0, side)
         with torch.no_grad(), hidden_states(blocks, (0, 1), batch) as together:
@@ -282,7 +282,7 @@ class TestHiddenStates:
             for block in (0, 1):
                 assert torch.allclose(together[block][index], alone[block][0], atol=1e-5)
                 assert together[block].dtype == torch.float32
-        assert not any(block._forward_hooks for block in blocks)
+        assert [dict(block._forward_hooks) for block in blocks] == hooks
 
     @pytest.mark.parametrize("family", sorted(FAMILIES))
     def test_every_family(self, family):
@@ -298,8 +298,8 @@ class TestHiddenStates:
         base = make_model("llama", vocab_size=300, max_position_embeddings=128)
         config = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"])
         for other in (checkpointed, peft.get_peft_model(base, config)):
-            got = Detector(other, tokenizer, expected.state)
-            assert torch.allclose(score(got).values, score(expected).values, atol=1e-5)
+            got = learned(other, tokenizer, layer=expected.learning.layer)
+            assert torch.allclose(score(got).values, score(expected).values, atol=1e-3)
 
     def test_scoring_the_last_blocks_reads_earlier_ones(self, model, tokenizer):
         detector = learned(model, tokenizer, layer=0, layers=1)
@@ -480,8 +480,7 @@ class TestErrors:
             fit(model, tokenizer, method=method, **options).learn(PROMPTS, LABELS)
 
     def test_values_that_are_not_finite(self, model, tokenizer):
-        # A response token's gradient is zero for no reference: the ratio is infinite for none, so
-        # the references are made zero here.
+        # A ratio to a reference of zeros is infinite.
         detector = fit(model, tokenizer, relative="ratio")
         safe = detector.state.references["safe"]
         for weight in safe.weights.values():
