@@ -35,7 +35,7 @@ class TestRefusedAtOnce:
             (("--learn", "gone.jsonl"), "no such file: gone.jsonl"),
             (("--learn", "unsafe.txt"), "--learn unsafe.txt: no labels"),
             (("--learn", "prompts.jsonl", "--method", "nll"), "--learn needs --method gradcoo"),
-            (("--learn-layer", "0"), "--learn_layer need --learn FILE"),
+            (("--learn-layer", "0"), "--learn_features and --learn_layer need --learn FILE"),
             (("--calibrate-unsafe", "unsafe.txt"), "--calibrate_unsafe needs --method cascade"),
             (
                 ("--method", "cascade", "--calibrate", "benign.txt"),
