@@ -14,8 +14,7 @@ from gradsafe._io.processes import Processes
 from gradsafe._io.records import Row, labels_of
 from gradsafe._jobs.data import located, prompts_of, read_prompts
 from gradsafe._jobs.options import as_options, changed, plain
-from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.learning import Features, check_labels
+from gradsafe.detection.config import DetectorConfig, Features
 from gradsafe.models.rows import prompt_of
 
 
@@ -87,6 +86,8 @@ class FitOptions:
         """Reads the files; a label, if a row has one, must not contradict."""
         labelled = read_prompts(self.learn)
         if labelled is not None:
+            from gradsafe.detection.learning import check_labels
+
             with located(f"--learn {self.learn}"):
                 labels = labels_of(labelled)
                 if labels is None:

@@ -15,6 +15,7 @@ ReferenceOrder = Literal["mean_then_norm", "norm_then_mean"]
 Absolute = Literal["after", "before"]
 Overflow = Literal["error", "window"]
 Turns = Literal["all", "worst"]
+Features = Literal["components", "hidden", "both"]  # what `Detector.learn` reads
 Modules = Literal["all", "attention", "mlp"]
 ReferenceDtype = Literal["float32", "bfloat16", "float16", "float8"]
 

@@ -16,11 +16,11 @@ from gradsafe._io.artifacts import StorageError, checked, load_folder, save_fold
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band
 from gradsafe.detection.components import choose_rows
-from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.config import DetectorConfig, Features
 from gradsafe.detection.explanation import Explanation, check_explainable, explain
 from gradsafe.detection.gradients import EncodedPrompts, GradientPass
 from gradsafe.detection.learned import learn, make_method
-from gradsafe.detection.learning import Features, Learning, check_labels
+from gradsafe.detection.learning import Learning, check_labels
 from gradsafe.detection.methods import NLL, fit
 from gradsafe.detection.scoring import Method, Scores, worst_windows
 from gradsafe.detection.state import DetectorState

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from gradsafe._checks import refuse
+from gradsafe.detection.config import Features
 from gradsafe.detection.gradients import EncodedPrompts, GradientPass
-from gradsafe.detection.learning import Array, Features, Learning, learn_weights
+from gradsafe.detection.learning import Array, Learning, learn_weights
 from gradsafe.detection.methods import METHODS, GradCoo
 from gradsafe.detection.metrics import rank
 from gradsafe.detection.scoring import Method, Scores, worst_windows

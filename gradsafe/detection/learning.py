@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from gradsafe._checks import refuse
+from gradsafe.detection.config import Features
 
-Features = Literal["components", "hidden", "both"]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 FOLDS = 5  # of the cross-validation, fewer with fewer labels of a class
