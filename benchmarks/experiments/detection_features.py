@@ -7,8 +7,7 @@ weight hold those of all other granularities. Its scores are those of `Detector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -92,18 +91,14 @@ class Together:
                             sums[key] = torch.zeros(shape, dtype=torch.float64)
                         sums[key].index_add_(1, index, by_axis[axis])
 
-        with _states([self.layers.blocks[i] for i in self.blocks]) as states:
-            for indices, nll in gradients.run(items, visit, "prompts"):
-                rows = torch.arange(len(indices))
-                last = torch.tensor([items[i].prompt_length - 1 for i in indices])
-                hidden = torch.stack([state[rows, last] for state in states], dim=1)
-                batch = {"nll": nll, "hidden": hidden, **self._scores(sums)}
-                sums.clear()
-                states.clear()
-                for name, values in batch.items():
-                    found.setdefault(name, [None] * len(items))
-                    for place, value in zip(indices, values.float().numpy(), strict=True):
-                        found[name][place] = value
+        for indices, nll, states in gradients.run(items, visit, "prompts", self.blocks):
+            hidden = states.unflatten(1, (len(self.blocks), -1))
+            batch = {"nll": nll, "hidden": hidden, **self._scores(sums)}
+            sums.clear()
+            for name, values in batch.items():
+                found.setdefault(name, [None] * len(items))
+                for place, value in zip(indices, values.float().numpy(), strict=True):
+                    found[name][place] = value
         return {name: np.stack(values) for name, values in found.items()}
 
     def _moments(
@@ -131,22 +126,6 @@ class Together:
                 result[f"parts {name}"] = parts
                 result["gradnorm"] = table[..., SUM_SQ].sum(1).sqrt()
         return result
-
-
-@contextmanager
-def _states(blocks: Sequence[Any]) -> Iterator[list[Tensor]]:
-    """Collects the output of every block of each forward pass, in order."""
-    states: list[Tensor] = []
-
-    def note(module: Any, args: Any, output: Any) -> None:
-        states.append((output[0] if isinstance(output, tuple) else output).detach())
-
-    handles = [block.register_forward_hook(note) for block in blocks]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def variants(

@@ -11,10 +11,10 @@ from typing import Any
 from gradsafe import detection
 from gradsafe._io.artifacts import read_manifest
 from gradsafe._io.processes import Processes
-from gradsafe._io.records import Row
+from gradsafe._io.records import Row, labels_of
 from gradsafe._jobs.data import located, prompts_of, read_prompts
 from gradsafe._jobs.options import as_options, changed, plain
-from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.config import DetectorConfig, Features
 from gradsafe.models.rows import prompt_of
 
 
@@ -29,6 +29,10 @@ class FitOptions:
         calibrate_unsafe: Unsafe prompts; with calibrate they set which prompts the method "cascade"
             decides without gradients.
         max_fpr: False-positive rate to calibrate for.
+        learn: Prompts with "label" (safe or unsafe), at least two of each, to learn the score from;
+            method "gradcoo" only.
+        learn_features: What is learned from: components, the hidden state of a block, or both.
+        learn_layer: Index of that block; chosen by cross-validation if not given.
         detector: Folder of a saved detector, which is used instead of fitting one.
     """
 
@@ -37,12 +41,17 @@ class FitOptions:
     calibrate: str | None = None
     calibrate_unsafe: str | None = None
     max_fpr: float = 0.01
+    learn: str | None = None
+    learn_features: Features = "both"
+    learn_layer: int | None = None
     detector: str | None = None
 
     def check(self, config: DetectorConfig) -> None:
         """Raises ValueError if options contradict each other or one is missing."""
         if not 0 < self.max_fpr < 1:
             raise ValueError(f"--max_fpr must be between 0 and 1, got {self.max_fpr}")
+        if not self.learn and (self.learn_features, self.learn_layer) != ("both", None):
+            raise ValueError("--learn_features and --learn_layer need --learn FILE")
         if self.detector:
             fitted = [*changed(config), *(n for n in ("unsafe", "safe") if getattr(self, n))]
             if fitted:
@@ -53,6 +62,8 @@ class FitOptions:
             if self.calibrate_unsafe and not self.calibrate:
                 raise ValueError("--calibrate_unsafe needs --calibrate FILE")
             return
+        if self.learn and config.method != "gradcoo":
+            raise ValueError(f"--learn needs --method gradcoo, got {config.method}")
         cascade = config.method == "cascade"
         if self.calibrate_unsafe and not (cascade and self.calibrate):
             raise ValueError("--calibrate_unsafe needs --method cascade and --calibrate FILE")
@@ -69,26 +80,37 @@ class FitOptions:
     @property
     def files(self) -> list[str | None]:
         """The input files."""
-        return [self.unsafe, self.safe, self.calibrate, self.calibrate_unsafe]
+        return [self.unsafe, self.safe, self.calibrate, self.calibrate_unsafe, self.learn]
 
     def read(self) -> Prompts:
         """Reads the files; a label, if a row has one, must not contradict."""
+        labelled = read_prompts(self.learn)
+        if labelled is not None:
+            from gradsafe.detection.learning import check_labels
+
+            with located(f"--learn {self.learn}"):
+                labels = labels_of(labelled)
+                if labels is None:
+                    raise ValueError('no labels: give every row "label": "safe" or "unsafe"')
+                check_labels(labels, len(labelled))
         return Prompts(
             read_prompts(self.unsafe, "unsafe"),
             read_prompts(self.safe, "safe"),
             read_prompts(self.calibrate, "safe"),
             read_prompts(self.calibrate_unsafe, "unsafe"),
+            labelled,
         )
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The rows that a detector is fitted and calibrated with."""
+    """The rows that a detector is fitted, learns and is calibrated with."""
 
     unsafe: list[Row] | None
     safe: list[Row] | None
     benign: list[Row] | None
     harmful: list[Row] | None
+    labelled: list[Row] | None = None
 
 
 def prepare(
@@ -102,7 +124,7 @@ def prepare(
     progress: bool,
     say: Callable[[str], None],
 ) -> detection.Detector:
-    """Fits or loads a detector and calibrates it.
+    """Fits or loads a detector, lets it learn, and calibrates it.
 
     Args:
         options: What to do.
@@ -112,7 +134,7 @@ def prepare(
         tokenizer: Its tokenizer.
         batch_tokens: Padded tokens per batch.
         progress: Show a progress bar while calibrating.
-        say: Takes notes for the user: coverage and calibration.
+        say: Takes notes for the user: coverage, learning and calibration.
     """
     if options.detector:
         detector = detection.Detector.load(options.detector, model, tokenizer)
@@ -129,6 +151,17 @@ def prepare(
             **chosen,
         )
     say(f"{detector.config.method}: {detector.coverage}")
+    if prompts.labelled is not None:
+        rows = prompts.labelled
+        learning = detector.learn(
+            detector.encode(prompts_of(rows), [row.where for row in rows]),
+            labels_of(rows) or (),
+            features=options.learn_features,
+            layer=options.learn_layer,
+            batch_tokens=batch_tokens,
+            progress=progress,
+        )
+        say(str(learning))
     if prompts.benign is not None:
         benign, harmful = (
             None if rows is None else detector.encode(prompts_of(rows), [row.where for row in rows])
@@ -178,6 +211,7 @@ def settings_hash(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "detector": read_manifest(options.detector) if options.detector else plain(config),
         "references": [prompts.unsafe, prompts.safe],
+        "learning": [prompts.labelled, options.learn_features, options.learn_layer],
         "calibration": calibration,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

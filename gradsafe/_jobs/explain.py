@@ -79,7 +79,7 @@ class Explain:
         from gradsafe.detection.explanation import check_explainable
 
         if not self.fit.detector:
-            check_explainable(self.config)
+            check_explainable(self.config, self.fit.learn_features if self.fit.learn else None)
         model, tokenizer = load_model(self.model)
         detector = detectors.prepare(
             self.fit,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from gradsafe.detection.detector import Detector, UncalibratedWarning
     from gradsafe.detection.explanation import Explanation
     from gradsafe.detection.gradients import NonFiniteGradientError
+    from gradsafe.detection.learning import Learning
     from gradsafe.detection.methods import CoverageWarning, ReferenceGapWarning
     from gradsafe.detection.scoring import Scores
 
@@ -21,6 +22,7 @@ __all__ = [
     "Detector",
     "DetectorConfig",
     "Explanation",
+    "Learning",
     "NonFiniteGradientError",
     "ReferenceGapWarning",
     "Scores",
@@ -35,6 +37,7 @@ __getattr__, __dir__ = lazy_names(
         "Detector": "detector",
         "DetectorConfig": "config",
         "Explanation": "explanation",
+        "Learning": "learning",
         "NonFiniteGradientError": "gradients",
         "ReferenceGapWarning": "methods",
         "Scores": "scoring",

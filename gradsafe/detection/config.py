@@ -16,6 +16,7 @@ Absolute = Literal["after", "before"]
 Overflow = Literal["error", "window"]
 Turns = Literal["all", "worst"]
 Prefix = Literal["exact", "cut"]
+Features = Literal["components", "hidden", "both"]  # what `Detector.learn` reads
 Modules = Literal["all", "attention", "mlp"]
 ReferenceDtype = Literal["float32", "bfloat16", "float16", "float8"]
 

@@ -1,4 +1,4 @@
-"""The detector: fit on a few references, score, calibrate, flag, explain, save and load."""
+"""The detector: fit on a few references, learn, score, calibrate, flag, explain, save, load."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradsafe._checks import refuse
+from gradsafe._checks import check_value, refuse
 from gradsafe._io.artifacts import StorageError, checked, load_folder, save_folder
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band
 from gradsafe.detection.components import choose_rows
-from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.config import DetectorConfig, Features
 from gradsafe.detection.explanation import Explanation, check_explainable, explain
 from gradsafe.detection.gradients import EncodedPrompts, GradientPass
-from gradsafe.detection.methods import METHODS, NLL, fit
+from gradsafe.detection.learned import learn, make_method
+from gradsafe.detection.learning import Learning, check_labels
+from gradsafe.detection.methods import NLL, fit
 from gradsafe.detection.scoring import Method, Scores, worst_windows
 from gradsafe.detection.state import DetectorState
 from gradsafe.models import Layers, Prompt, find_layers, probe_prompts
@@ -108,12 +110,12 @@ class Detector:
 
     @property
     def state(self) -> DetectorState:
-        """The fitted state, frozen; `calibrate` replaces it."""
+        """The fitted state, frozen; `learn` and `calibrate` replace it."""
         return self.method.state
 
     @state.setter
     def state(self, state: DetectorState) -> None:
-        self.method: Method = METHODS[state.config.method](state, self.layers)
+        self.method: Method = make_method(state, self.layers)
 
     @property
     def config(self) -> DetectorConfig:
@@ -127,6 +129,11 @@ class Detector:
         None for methods without references.
         """
         return self.state.reference_gap
+
+    @property
+    def learning(self) -> Learning | None:
+        """What `learn` found, None before."""
+        return self.state.learning
 
     @property
     def calibration(self) -> Calibration | None:
@@ -200,6 +207,62 @@ class Detector:
             ValueError, TypeError: As in `score`, except for a NaN gradient.
         """
         return self._gradients(batch_tokens=1, progress=False).encode(prompts, names)
+
+    def learn(
+        self,
+        prompts: Sequence[Prompt] | EncodedPrompts,
+        labels: Sequence[Any] | Tensor,
+        *,
+        features: Features = "both",
+        layer: int | None = None,
+        batch_tokens: int = 4096,
+        progress: bool = True,
+    ) -> Learning:
+        """Learn the score from labelled prompts; method "gradcoo" only.
+
+        A logistic regression replaces the mean of the components. From then on a score is the
+        log-odds that a prompt is unsafe if both classes are equally frequent: above 0, unsafe is
+        more likely. The components of `score` stay as they are. Learning again starts anew.
+
+        Of a prompt with several windows or turns, it learns from the one with the highest score
+        without learning; `score` takes the highest learned score.
+
+        Args:
+            prompts: Prompts of the expected traffic, not used as references, at least two of each
+                class; about 25 of each are needed to gain much.
+            labels: 1 or True for unsafe, 0 or False for safe.
+            features: What is weighted: the "components", the "hidden" state of a decoder block at
+                the last prompt token (then scores without components need no backward pass), or
+                "both".
+            layer: Index of that block, negative from the end; None chooses among three by
+                cross-validation.
+            batch_tokens: See `score`.
+            progress: See `score`.
+
+        Returns:
+            Layer and cross-validated quality; also in `learning`. It removes the calibration, since
+            scores change. An error leaves the detector as it was.
+
+        Raises:
+            ValueError: As in `score`, another method, less than two labels of a class, a label that
+                is neither 0 nor 1, not one label per prompt, a layer out of range or without hidden
+                state, or values that are not finite.
+            TypeError: `labels` or `layer` is of another type.
+        """
+        where, depth, config = "Detector.learn", len(self.layers.blocks), self.config
+        if config.method != "gradcoo":
+            refuse(where, 'a detector fitted with method="gradcoo"', repr(config.method))
+        check_value(where, "features", features, Features)
+        check_value(where, "layer", layer, int | None)
+        if layer is not None and (features == "components" or not -depth <= layer < depth):
+            expected = f'-{depth} <= layer < {depth} and features="both" or "hidden"'
+            refuse(where, expected, f"layer={layer}, features={features!r}")
+        gradients = self._gradients(batch_tokens, progress)
+        encoded = gradients.encode(prompts, "prompts")
+        found = check_labels(labels, len(encoded))
+        self.state = learn(self.state, gradients, encoded, found, features, layer)
+        assert self.state.learning is not None
+        return self.state.learning
 
     def calibrate(
         self,
@@ -280,7 +343,7 @@ class Detector:
         method, gradients = self.method, self._gradients(batch_tokens, progress)
         threshold = method.state.threshold
         if threshold is None:
-            threshold = self.config.default_threshold
+            threshold = 0.0 if method.state.learning else self.config.default_threshold
             advice = "call detector.calibrate(benign_prompts) first"
             if threshold is None:
                 raise ValueError(f"gradsafe.Detector.flag: no threshold is set; {advice}")
@@ -299,7 +362,9 @@ class Detector:
         With a_ct and b_ct, token t's parts of the similarities a_c and b_c of component c to the
         references, the evidence of the token is e_t = mean_c (a_ct - b_ct) / (a_c + b_c), which
         sums to 2 * score - 1. For relative "difference" and "unsafe", signed shares and GradSafe's
-        cosines it sums to the score.
+        cosines it sums to the score. After `learn`, every component counts with its learned weight
+        in place of the mean; the hidden state's evidence is one number (`hidden_evidence`), and a
+        constant remains: see `Explanation`.
 
         The tokens of the template and of the response are included. The evidence of a token belongs
         to its position, which depends on all tokens before it. The last tokens of the template
@@ -318,10 +383,12 @@ class Detector:
         Raises:
             ValueError: As in `score`, or a method or option whose score is not a sum over tokens:
                 methods "nll", "gradnorm" and "cascade", relative "ratio" and "logratio", reduce
-                "median", `center` and absolute "before".
+                "median", `center`, absolute "before" and a score learned from "hidden" alone.
             TypeError: `prompt` is neither a text nor a conversation.
         """
-        check_explainable(self.config)
+        method = self.method  # another thread may learn or calibrate
+        learning = method.state.learning
+        check_explainable(self.config, learning.features if learning else None)
         several = isinstance(prompt, (list, tuple)) and not isinstance((*prompt, {})[0], Mapping)
         if several or isinstance(prompt, Mapping):
             expected, got = "prompt to be str or a list of messages", type(prompt).__name__
@@ -329,7 +396,6 @@ class Detector:
         gradients = self._gradients(batch_tokens=1, progress=False)
         encoded = gradients.encode([prompt], [name])
         probes = gradients.encode(probe_prompts(prompt), name)
-        method = self.method  # another thread may calibrate
         return explain(method, gradients, encoded, probes, method.state.threshold)
 
     def save(self, folder: str | os.PathLike[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradsafe._checks import refuse
 from gradsafe.detection.components import DOTS
 from gradsafe.detection.config import DetectorConfig
 from gradsafe.detection.factors import Factors
@@ -30,13 +31,18 @@ class Explanation:
         response_tokens: Position of the compliance response.
         components: C names.
         component_evidence: `[C]` float32; its mean (with reduce "weighted" the mean weighted by
-            entries) is `total`.
+            entries) is `total`. Of a detector with learned weights, their products with the
+            weights, which sum to `total`.
         total: The sum of the evidence: 2 * score - 1 for relative "share" of unsigned gradients,
-            otherwise the score itself.
+            otherwise the score itself; with learned weights see `constant`.
         score: The score, as `Detector.score` returns it.
         threshold: The detector's calibrated threshold, None if it was not calibrated.
         windows: Number of windows of the prompt; the one with the highest score is explained.
         control_tokens: Number of special tokens that the prompt's own text writes; see `Scores`.
+        hidden_evidence: Learned evidence of the hidden state, relative to the mean of the labelled
+            prompts; it has no parts. 0 without `Detector.learn`.
+        constant: Of a detector with learned weights, the log-odds without any evidence:
+            score = constant + total + hidden_evidence. None without `Detector.learn`.
     """
 
     tokens: list[str]
@@ -50,6 +56,8 @@ class Explanation:
     threshold: float | None
     windows: int
     control_tokens: int = 0
+    hidden_evidence: float = 0.0
+    constant: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -59,6 +67,8 @@ class Explanation:
             "score": self.score,
             "threshold": self.threshold,
             "total": self.total,
+            "hidden_evidence": self.hidden_evidence,
+            "constant": self.constant,
             "windows": self.windows,
             "control_tokens": self.control_tokens,
             "prompt_tokens": [self.prompt_tokens.start, self.prompt_tokens.stop],
@@ -81,12 +91,13 @@ def explain(
     bit, also in half precision.
     """
     scored = (
-        (float(method(table)[0].float()), prompt.items[index], table[0])
-        for (index,), _, table in method.tables(gradients, prompt)
+        (float(method(table, states)[0]), prompt.items[index], table[0], states)
+        for (index,), _, table, states in method.tables(gradients, prompt)
     )
-    score, item, table = max(scored, key=lambda found: found[0])
+    exact, item, table, states = max(scored, key=lambda found: found[0])
     factors, weights = method.evidence(table)
     evidence, chosen = (factors * table[:, DOTS:]).sum(1), method.selected
+    total, hidden = float(evidence @ weights), float(method.hidden_evidence(states))
     return Explanation(
         tokens=token_texts(gradients.tokenizer, item.input_ids),
         token_evidence=_token_evidence(method, gradients, item, factors * weights[:, None]).float(),
@@ -94,11 +105,13 @@ def explain(
         response_tokens=slice(item.prompt_length, len(item)),
         components=method.names,
         component_evidence=(evidence if chosen is None else evidence[chosen]).float(),
-        total=float(evidence @ weights),
-        score=score,
+        total=total,
+        score=float(torch.tensor(exact, dtype=torch.float32)),
         threshold=threshold,
         windows=len(prompt.items),
         control_tokens=item.control_tokens,
+        hidden_evidence=hidden,
+        constant=exact - total - hidden if method.state.learning else None,
     )
 
 
@@ -120,8 +133,14 @@ def _token_evidence(
     return torch.cat([found.new_zeros(len(item) - len(found)), found])
 
 
-def check_explainable(config: DetectorConfig) -> None:
-    """Raise ValueError for options whose score is not a sum over tokens."""
+def check_explainable(config: DetectorConfig, features: str | None = None) -> None:
+    """Raise ValueError for options, or learned features, whose score is not a sum over tokens."""
+    if features == "hidden":
+        refuse(
+            "Detector.explain",
+            'a score with components, learned with features="both" or "components"',
+            'features="hidden", whose evidence has no parts',
+        )
     # Method "gradsafe" does not read the other options: they have their defaults.
     for name, allowed, needed in (
         ("method", ("gradcoo", "gradsafe"), 'method "gradcoo" or "gradsafe"'),

@@ -29,6 +29,7 @@ from gradsafe.models import (
     plan_batches,
     response_nll,
 )
+from gradsafe.models.hidden import hidden_states
 from gradsafe.models.inspection import check_token_ids
 from gradsafe.models.modes import checkpointing_modules, evaluating
 from gradsafe.models.opening import Opening, obstacle
@@ -129,20 +130,22 @@ class GradientPass:
     def losses(self, items: Sequence[Encoded], visit: Visit | None, label: str = "") -> Tensor:
         """`[n]` float32 NLL of each item's response, in input order; see `run`."""
         nll = torch.empty(len(items), dtype=torch.float32)
-        for indices, batch_nll in self.run(items, visit, label):
+        for indices, batch_nll, _ in self.run(items, visit, label):
             nll[indices] = batch_nll
         return nll
 
     def run(
-        self, items: Sequence[Encoded], visit: Visit | None, label: str
-    ) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield the indices of each batch and the float32 NLL of its items, on the CPU.
+        self, items: Sequence[Encoded], visit: Visit | None, label: str, blocks: Sequence[int] = ()
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Yield the indices of each batch, its NLL `[B]` and hidden states `[B, blocks * H]`.
 
+        Both are float32, on the CPU; the states are those of `blocks` at the last prompt token.
         Before that, `visit` was called for every layer, last block first; None means a forward pass
         without gradients. `label` names the progress bar; without one there is none.
         """
         budget = self.batch_tokens
-        if visit is not None and self.layers.one_at_a_time and len(items) > 1:
+        mixed = self.layers.one_at_a_time and len(items) > 1
+        if mixed and (visit is not None or blocks):
             budget = 1
             reason = "does not show which sample a row of its experts belongs to"
             if not self.layers.padding:
@@ -155,11 +158,11 @@ class GradientPass:
             for indices, opening in self._batches(items, visit, budget):
                 batch = [items[i] for i in indices]
                 try:
-                    nll = self._batch(batch, visit, opening)
+                    nll, states = self._batch(batch, visit, blocks, opening)
                 except RuntimeError as error:
                     self._advise_on_memory(error, batch)
                     raise
-                yield indices, nll
+                yield indices, nll, states
                 bar.update(len(indices))
 
     def _batches(
@@ -208,13 +211,29 @@ class GradientPass:
                 f"{longest} tokens: {advice}"
             ) from error
 
-    def _batch(self, items: list[Encoded], visit: Visit | None, opening: Opening | None) -> Tensor:
+    def _batch(
+        self,
+        items: list[Encoded],
+        visit: Visit | None,
+        blocks: Sequence[int],
+        opening: Opening | None,
+    ) -> tuple[Tensor, Tensor]:
         if opening is not None:
             items = [item.after(opening.length) for item in items]
         batch = collate(items, pad_token_id(self.tokenizer))
+        states = torch.empty(len(items), 0)
+
+        def forward() -> Tensor:
+            nonlocal states
+            with hidden_states(self.layers.blocks, blocks, batch) as found:
+                loss = response_nll(self.model, batch, opening)
+            if blocks:
+                states = torch.cat([found[block].cpu() for block in blocks], 1)
+            return loss
+
         if visit is None:
             with alone(self.model), torch.no_grad(), evaluating(self.model, ()):
-                return response_nll(self.model, batch, opening).float().cpu()
+                return forward().float().cpu(), states
         width = batch.input_ids.shape[1]
 
         def consume(
@@ -236,7 +255,7 @@ class GradientPass:
             visit(layer, MatrixFactors(x.contiguous(), dy.contiguous(), lengths, repeat))
 
         with torch.enable_grad(), capture(self.model, self.layers, consume):
-            loss = response_nll(self.model, batch, opening)
+            loss = forward()
             # Samples of a batch are independent: the gradient of the sum holds each prompt's own.
             loss.sum().backward()
-        return loss.detach().float().cpu()
+        return loss.detach().float().cpu(), states

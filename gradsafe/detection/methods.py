@@ -59,7 +59,7 @@ class GradCoo(Method):
             )
         return replace(state, references=references), losses
 
-    def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, table: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Relative values and their mean, weighted mean or median."""
         a, b = (_divide(table[..., DOTS + k], std) for k, std in enumerate(self.stds))
         if self.config.normalize:
@@ -155,7 +155,7 @@ class GradSafe(Method):
         losses = {name: found.nll for name, found in scores.items()}
         return replace(state, learned={"selected": selected}), losses
 
-    def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, table: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Cosines of the selected slices and their mean."""
         norms = (table[..., SUM_SQ] * self.unsafe.sums[:, SUM_SQ]).sqrt()
         cosines = _divide(table[..., DOTS], norms)
@@ -173,7 +173,7 @@ class GradSafe(Method):
 class GradNorm(Method):
     """Norm of the scored gradients: a baseline without references."""
 
-    def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, table: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The norm of all gradients and of every component."""
         return table[..., SUM_SQ].sum(1).sqrt(), table[..., SUM_SQ].sqrt()
 

@@ -58,6 +58,7 @@ class Method:
 
     granularity: ClassVar[Granularity | None] = None  # None for the option of that name
     unsigned: bool = False  # whether dots are computed from abs(g)
+    blocks: Sequence[int] = ()  # decoder blocks whose hidden states it reads
 
     def __init__(self, state: DetectorState, layers: Layers) -> None:
         self.state = state
@@ -84,17 +85,24 @@ class Method:
         """K factors that undo the storage scale of the references."""
         return [r.scales[layer.name] for r in self.state.references.values()]
 
-    def __call__(self, table: Tensor) -> tuple[Tensor, Tensor]:
-        """From sums `[B, C, 3 + K]` to scores `[B]` and component values `[B, C]`, all float64."""
+    def __call__(self, table: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """From sums `[B, C, 3 + K]` to scores `[B]` and component values `[B, C]`, all float64.
+
+        `states` are hidden states `[B, blocks * H]`, for methods that read them.
+        """
         raise NotImplementedError
 
     def evidence(self, table: Tensor) -> tuple[Tensor, Tensor]:
         """How the dots of one prompt add up to its score, all denominators fixed; see `explain`.
 
         From sums `[C, 3 + K]` to factors `[C, K]`, whose products with the dots sum to a
-        component's evidence, and the weights `[C]` of the components, which sum to 1; float64.
+        component's evidence, and the weights `[C]` of the components in the total; float64.
         """
         raise NotImplementedError
+
+    def hidden_evidence(self, states: Tensor) -> Tensor:
+        """The part `[B]` float64 of hidden states `[B, blocks * H]` in the scores."""
+        return torch.zeros(len(states), dtype=torch.float64)
 
     @property
     def names(self) -> list[str]:
@@ -107,8 +115,8 @@ class Method:
         count = len(prompts.items)
         nll, values = torch.empty(2, count, dtype=torch.float32)
         components = torch.empty(count, len(self.names) if keep else 0, dtype=torch.float32)
-        for indices, batch_nll, table in self.tables(gradients, prompts):
-            batch_values, parts = self(table)
+        for indices, batch_nll, table, states in self.tables(gradients, prompts):
+            batch_values, parts = self(table, states)
             nll[indices], values[indices] = batch_nll, batch_values.float()
             if keep:
                 components[indices] = parts.float()
@@ -116,8 +124,8 @@ class Method:
 
     def tables(
         self, gradients: GradientPass, prompts: EncodedPrompts
-    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Per batch the indices of its windows, their NLL and their sums `[B, C, 3 + K]`."""
+    ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+        """Per batch the indices of its windows, their NLL, sums `[B, C, 3 + K]` and states."""
         names = [prompts.names[owner] for owner in prompts.owners]
         prepare = prepare_function(self.config)
         reached: list[tuple[LinearLayer, Tensor]] = []
@@ -126,7 +134,7 @@ class Method:
             axis, refs = self.components[layer][0], self.references(layer)
             reached.append((layer, factors.moments(refs, axis, self.unsigned, prepare)))
 
-        for indices, nll in gradients.run(prompts.items, visit, "score"):
+        for indices, nll, states in gradients.run(prompts.items, visit, "score", self.blocks):
             columns = DOTS + len(self.state.references)
             table = torch.zeros(len(indices), self.components.size, columns, dtype=torch.float64)
             for layer, device_values in reached:
@@ -136,7 +144,7 @@ class Method:
                 _check_finite(layer, [names[i] for i in indices], values)
                 table.index_add_(1, self.components[layer][1], values)
             reached.clear()
-            yield indices, nll, table
+            yield indices, nll, table, states
 
 
 def _check_finite(layer: LinearLayer, names: list[str], values: Tensor) -> None:

@@ -15,8 +15,10 @@ from gradsafe._io.artifacts import StorageError, checked
 from gradsafe.detection.calibration import Band, Calibration
 from gradsafe.detection.components import Rows
 from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.learning import Learning
 from gradsafe.detection.references import DTYPES, Reference
 from gradsafe.models import Layers, find_layers
+from gradsafe.models.inspection import text_config
 
 Scale = Annotated[float, msgspec.Meta(gt=0, le=1e30)]
 
@@ -28,13 +30,14 @@ class Metadata(msgspec.Struct, forbid_unknown_fields=True):
     output_projections: tuple[str, ...]
     scales: dict[Literal["unsafe", "safe"], dict[str, Scale]]
     reference_gap: float | None
+    learning: Learning | None
     calibration: Calibration | None
     band: Band | None
 
 
 @dataclass(frozen=True)
 class DetectorState:
-    """What `Detector.fit` and `Detector.calibrate` found; see also the properties of `Detector`."""
+    """What `fit`, `learn` and `calibrate` of a detector found; see its properties."""
 
     config: DetectorConfig
     rows: Rows = field(default_factory=dict)
@@ -42,6 +45,7 @@ class DetectorState:
     references: Mapping[str, Reference] = field(default_factory=dict)  # "unsafe" and "safe"
     learned: Mapping[str, Tensor] = field(default_factory=dict)  # other tensors of the method
     reference_gap: float | None = None
+    learning: Learning | None = None
     calibration: Calibration | None = None
     band: Band | None = None
 
@@ -63,6 +67,7 @@ class DetectorState:
             "output_projections": list(self.output_projections),
             "scales": {group: reference.scales for group, reference in self.references.items()},
             "reference_gap": self.reference_gap,
+            "learning": asdict(self.learning) if self.learning else None,
             "calibration": asdict(self.calibration) if self.calibration else None,
             # JSON has no infinity, which is the default of both ends.
             "band": band and {end: nll for end, nll in band.items() if math.isfinite(nll)},
@@ -139,6 +144,16 @@ class DetectorState:
             learned["selected"] = get("learned/selected", [count], torch.bool)
             if not learned["selected"].any():
                 raise StorageError(f"{where} is malformed: learned/selected chooses nothing")
+        if (learning := facts.learning) is not None:
+            if config.method != "gradcoo":
+                raise StorageError(f"{where} is malformed: method {config.method} learns no labels")
+            if learning.layer is not None and learning.layer >= len(layers.blocks):
+                raise StorageError(f"{where} is malformed: it has no block {learning.layer}")
+            width: int | None = getattr(text_config(model), "hidden_size", None)
+            sizes = {"components": len(references["unsafe"].sums), "hidden": width, "bias": 2}
+            unused = {"components": "hidden", "hidden": "components"}.get(learning.features)
+            for name in sizes.keys() - {unused}:
+                learned[name] = get(f"learned/{name}", [sizes[name]], torch.float64)
         state = cls(
             config=config,
             rows=rows,  # those of the references, whatever a new draw would give
@@ -146,6 +161,7 @@ class DetectorState:
             references=references,
             learned=learned,
             reference_gap=facts.reference_gap,
+            learning=facts.learning,
             calibration=facts.calibration,
             band=facts.band,
         )

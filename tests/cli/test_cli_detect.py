@@ -83,6 +83,34 @@ class TestDetect:
         for one, two in zip(first, again, strict=True):
             assert (one["score"], one["flag"]) == (two["score"], two["flag"])
 
+    def test_labelled_prompts_are_learned_from_and_saved(self, detect: Run) -> None:
+        rows = [
+            {"prompt": f"{verb} number {i}", "label": label}
+            for i in range(6)
+            for verb, label in (("break", "unsafe"), ("bake", "safe"))
+        ]
+        Path("labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = ("--learn", "labelled.jsonl", "--learn-features", "both", "--learn-layer", "0")
+        calibration = ("--calibrate", "benign.txt", "--max-fpr", "0.2")
+        status, _, err = detect(
+            *options, *calibration, "--save-detector", "saved", "-o", "out.jsonl"
+        )
+        assert status == 0
+        assert "learned from 6 unsafe and 6 safe prompts" in err
+        assert err.index("learned from") < err.index("calibrated: threshold")
+        first = [(r["score"], r["flag"]) for r in records()]
+        detect("--detector", "saved", "-o", "again.jsonl", references=False)
+        assert [(r["score"], r["flag"]) for r in records("again.jsonl")] == first
+        detect("-o", "plain.jsonl")
+        assert [r["score"] for r in records("plain.jsonl")] != [score for score, _ in first]
+        relearned = ("--learn", "labelled.jsonl", "--learn-features", "hidden")
+        status, _, err = detect(
+            "--detector", "saved", *relearned, "-o", "hidden.jsonl", references=False
+        )
+        assert status == 0
+        assert "with the hidden state of block 0" in err
+        assert {r["run"] for r in records("hidden.jsonl")} != {r["run"] for r in records()}
+
     def test_unlabelled_prompts_get_a_spread(self, detect: Run) -> None:
         Path("bare.txt").write_text("\n".join(PROMPTS))
         _, out, _ = detect("-o", "out.jsonl", prompts="bare.txt")

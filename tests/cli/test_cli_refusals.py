@@ -32,6 +32,10 @@ class TestRefusedAtOnce:
             (("--calibrate", "gone.txt"), "no such file: gone.txt"),
             (("--calibrate", "taken"), "taken: no rows"),
             (("--calibrate", "prompts.jsonl"), "prompts.jsonl:2: labelled unsafe, expected safe"),
+            (("--learn", "gone.jsonl"), "no such file: gone.jsonl"),
+            (("--learn", "unsafe.txt"), "--learn unsafe.txt: no labels"),
+            (("--learn", "prompts.jsonl", "--method", "nll"), "--learn needs --method gradcoo"),
+            (("--learn-layer", "0"), "--learn_features and --learn_layer need --learn FILE"),
             (("--calibrate-unsafe", "unsafe.txt"), "--calibrate_unsafe needs --method cascade"),
             (
                 ("--method", "cascade", "--calibrate", "benign.txt"),
