@@ -1,9 +1,10 @@
-"""Curves of the detection benchmark: time per prompt over batch, prompt length and model size."""
+"""Curves of detection: time per prompt, and quality over the number of labels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
@@ -68,3 +69,33 @@ def _place(text: str) -> float:
     """Number on the axis: "100M" is 100, "1B" is 1000."""
     units = {"M": 1.0, "B": 1e3}
     return float(text[:-1]) * units[text[-1]] if text[-1] in units else float(text)
+
+
+def labels_chart(rows: list[dict[str, Any]], path: Path) -> None:
+    """AUPRC over the number of labels of a class, one panel per model and set; bars: one sd."""
+    parts = list(dict.fromkeys((row["model"], row["set"]) for row in rows))
+    figure, panels = plt.subplots(
+        1, len(parts), figsize=(3.4 * len(parts), 3.6), sharey=True, squeeze=False
+    )
+    for axes, part in zip(panels[0], parts, strict=True):
+        own = [row for row in rows if (row["model"], row["set"]) == part]
+        counts = list(dict.fromkeys(row["labels of a class"] for row in own))
+        for index, kind in enumerate(dict.fromkeys(row["features"] for row in own)):
+            found = [row for row in own if row["features"] == kind]
+            places = [counts.index(row["labels of a class"]) for row in found]
+            values, spread = ([row[key] for row in found] for key in ("AUPRC", "AUPRC sd"))
+            shift = 0.04 * (index - 2)  # bars side by side
+            axes.errorbar(
+                [place + shift for place in places], values, spread,
+                color=f"C{index}", marker="o", markersize=3, capsize=2, label=kind,
+            )  # fmt: skip
+        axes.set_xticks(range(len(counts)), [str(count) for count in counts])
+        axes.set_xlabel("labels of each class")
+        axes.set_title(", ".join(part), fontsize=9)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("AUPRC on the test part")
+    handles, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=8, loc="lower center", ncols=len(names), frameon=False)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

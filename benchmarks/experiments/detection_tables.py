@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from gradsafe.detection.learning import learn_weights
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -20,7 +19,9 @@ from benchmarks.environment import environment
 from benchmarks.experiments import ROOT
 from benchmarks.experiments.detection import FORMULAS, MODELS, PAIRS, SIGNED, stored
 from benchmarks.experiments.detection_sets import SETS, load, own_references
+from benchmarks.plot_detection import labels_chart
 from benchmarks.table import markdown, write_csv
+from gradsafe.detection.learning import learn_weights
 
 RESULTS = ROOT / "benchmarks" / "results"
 CHOICE = ("XSTest", "ToxicChat")
@@ -228,6 +229,7 @@ def write() -> None:
     write_csv(RESULTS / "detection_smollm2.csv", rows)
     labelled = with_labels(layers)
     write_csv(RESULTS / "detection_labels.csv", labelled)
+    labels_chart(labelled, DOCS / "detection_labels.png")
     forms = [*FORMULAS, *SIGNED]
     others = [r["method"] for r in rows if r["method"].startswith("own: tensor, ")]
     ablations = [f"{style}: {form}" for style in ("generic", "own") for form in forms]

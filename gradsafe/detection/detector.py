@@ -88,8 +88,8 @@ class Detector:
             TypeError: An unknown option, or a value of the wrong type.
 
         Warns:
-            ReferenceGapWarning: The mean NLL of the response is less than 1 nat higher after the
-                unsafe references: the model does not refuse them, and scores will be poor.
+            ReferenceGapWarning: Method "cascade", and the mean NLL of the response is less than 1
+                nat higher after the unsafe references.
             CoverageWarning: Less than half of the weights of the chosen blocks are scored.
         """
         config = DetectorConfig(**options)
@@ -126,6 +126,7 @@ class Detector:
     def reference_gap(self) -> float | None:
         """Mean NLL of the response, in nats, after the unsafe minus after the safe references.
 
+        It says whether the NLL will work; it does not predict how well gradients separate prompts.
         None for methods without references.
         """
         return self.state.reference_gap

@@ -24,7 +24,7 @@ MIN_REFERENCE_GAP = 1.0  # nats
 
 
 class ReferenceGapWarning(UserWarning):
-    """The model answers the unsafe reference prompts as readily as the safe ones."""
+    """The NLL, which method "cascade" relies on, does not tell the references apart."""
 
 
 class CoverageWarning(UserWarning):
@@ -236,13 +236,15 @@ def _check_stacks(config: DetectorConfig, layers: Layers) -> None:
 
 def _reference_gap(config: DetectorConfig, losses: Mapping[str, Tensor]) -> float:
     unsafe, safe = (float(losses[name].mean()) for name in ("unsafe", "safe"))
-    if unsafe - safe < MIN_REFERENCE_GAP:
+    # Gradients separate prompts after which the losses are alike, and the other way round: see the
+    # measurements in docs/detection.md. Only the cascade relies on the loss.
+    if config.method == "cascade" and unsafe - safe < MIN_REFERENCE_GAP:
         warnings.warn(
             f"gradsafe.Detector.fit: the mean NLL of {config.response!r} is {unsafe:.2f} after the "
             f"unsafe and {safe:.2f} after the safe references, a gap of {unsafe - safe:.2f} nats "
-            f"(expected at least {MIN_REFERENCE_GAP:g}): this model does not refuse the unsafe "
-            "references, so scores will be poor. Choose references in the style of your traffic "
-            "that the model refuses.",
+            f"(expected at least {MIN_REFERENCE_GAP:g}): the loss does not tell them apart, so "
+            'method "cascade" will clear unsafe prompts or save nothing; use method "gradcoo", or '
+            "choose references in the style of your traffic that the model refuses",
             ReferenceGapWarning,
             stacklevel=4,
         )

@@ -170,3 +170,17 @@ def test_a_model_with_a_recurrent_state(tokenizer, sharing):
         assert not sharing
     finally:
         type(model)._is_stateful = before
+
+
+def test_hidden_states_do_not_depend_on_sharing(tokenizer, sharing):
+    model = make_model("llama", vocab_size=300, max_position_embeddings=256)
+    detector = fit(model, tokenizer, system=SYSTEM)
+    detector.learn(PROMPTS[:4], [0, 1, 0, 1], features="hidden", progress=False)
+    sharing.clear()
+    shared = score(detector, components=False).values  # a forward pass only
+    assert len(sharing) == 1
+    gradients.SHARED_FROM = 10**6
+    torch.testing.assert_close(
+        shared, score(detector, components=False).values, rtol=1e-4, atol=1e-5
+    )
+    assert len(sharing) == 1
