@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from gradsafe import Detector
 WORK = ROOT / "build" / "detection"
 MODELS = ("base", "aligned")
 PAIRS = 4
+SIZES, DRAWS = (1, 2, 4, 8, 16), 4  # of references of each class
 
 # Read from one pass with the same stored references.
 FORMULAS: dict[str, dict[str, Any]] = {
@@ -112,12 +114,33 @@ def others_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Ar
     return found
 
 
+def sizes_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arrays:
+    """GradCoo with `DRAWS` random draws of each number of own references; the paper's Fig. 3."""
+    texts, labels = load(name, "dev")
+    groups = [
+        [t for t, found in zip(texts, labels, strict=True) if found == label] for label in (1, 0)
+    ]
+    found: Arrays = {}
+    for count in SIZES:
+        if count > min(map(len, groups)):
+            continue
+        detectors = {}
+        for draw in range(DRAWS):
+            rng = random.Random(f"{name} {count} {draw}")
+            drawn = tuple(rng.sample(group, count) for group in groups)
+            detectors |= variants(model, tokenizer, f"{count}, draw {draw}", drawn, {"tensor": {}})
+        arrays = Together(detectors)(prompts)
+        found |= {key: arrays[key] for key in detectors}
+    return found
+
+
 Pass = Callable[[Any, Any, str, list[str]], Arrays]
 # Name to the pass, and the sets and parts that it is for.
 PASSES: dict[str, tuple[Pass, tuple[str, ...], tuple[str, ...]]] = {
     "main": (main_pass, tuple(SETS), ("dev", "test")),
     "gradsafe": (gradsafe_pass, tuple(SETS), ("dev", "test")),
     "responses": (response_pass, tuple(SETS), ("dev", "test")),
+    "sizes": (sizes_pass, ("XSTest", "ToxicChat"), ("test",)),
     "others": (others_pass, ("XSTest", "ToxicChat"), ("dev",)),
 }
 

@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 CHOICE = ("XSTest", "ToxicChat")
 LABELS = (10, 25, 50, 0)  # of each class; 0 for all
 DRAWS = 10
-RESAMPLES = 500
+RESAMPLES = 200
 
 Scores = dict[str, np.ndarray]
 
@@ -95,22 +95,24 @@ def choose_layers() -> dict[str, int]:
     return chosen
 
 
-def quality(labels: np.ndarray, values: np.ndarray, seed: int = 0) -> dict[str, float]:
-    """AUPRC and AUROC with the half width of a 95 % bootstrap interval."""
-    rng = np.random.default_rng(seed)
-    groups = [np.flatnonzero(labels == label) for label in (0, 1)]
-    resampled = []
-    for _ in range(RESAMPLES):
-        rows = np.concatenate([rng.choice(group, len(group)) for group in groups])
-        pair = labels[rows], values[rows]
-        resampled.append((average_precision_score(*pair), roc_auc_score(*pair)))
-    low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
-    return {
+def quality(labels: np.ndarray, values: np.ndarray, intervals: bool) -> dict[str, float]:
+    """AUPRC and AUROC, and the half widths of 95 % bootstrap intervals."""
+    result = {
         "AUPRC": round(float(average_precision_score(labels, values)), 3),
-        "AUPRC +-": round(float(high[0] - low[0]) / 2, 3),
         "AUROC": round(float(roc_auc_score(labels, values)), 3),
-        "AUROC +-": round(float(high[1] - low[1]) / 2, 3),
     }
+    if intervals:
+        rng = np.random.default_rng(0)
+        groups = [np.flatnonzero(labels == label) for label in (0, 1)]
+        resampled = []
+        for _ in range(RESAMPLES):
+            rows = np.concatenate([rng.choice(group, len(group)) for group in groups])
+            pair = labels[rows], values[rows]
+            resampled.append((average_precision_score(*pair), roc_auc_score(*pair)))
+        low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
+        for name, half in zip(("AUPRC +-", "AUROC +-"), (high - low) / 2, strict=True):
+            result[name] = round(float(half), 3)
+    return result
 
 
 def without_labels(part: str, layers: dict[str, int]) -> list[dict[str, Any]]:
@@ -123,7 +125,7 @@ def without_labels(part: str, layers: dict[str, int]) -> list[dict[str, Any]]:
             for method, values in found.items():
                 facts = {"model": variant, "set": name, "part": part, "method": method}
                 counts = {"prompts": len(labels), "unsafe": int(labels.sum())}
-                rows.append({**facts, **counts, **quality(labels, values)})
+                rows.append({**facts, **counts, **quality(labels, values, part == "test")})
     return rows
 
 
@@ -198,6 +200,31 @@ def _learned(
     return result
 
 
+def sizes() -> list[dict[str, Any]]:
+    """AUPRC / AUROC by the number of own references, mean and standard deviation of the draws."""
+    rows = []
+    for variant, name in ((v, n) for v in MODELS for n in CHOICE):
+        path = stored(variant, name, "test", "sizes")
+        if not path.exists():
+            continue
+        found: dict[int, list[tuple[float, float]]] = {}
+        with np.load(path) as file:
+            for key in file.files:
+                if key != "labels":
+                    pair = file["labels"], file[key]
+                    rates = average_precision_score(*pair), roc_auc_score(*pair)
+                    found.setdefault(int(key.split(",")[0]), []).append(rates)
+        for count, rates in found.items():
+            mean, spread = np.mean(rates, axis=0), np.std(rates, axis=0)
+            rows.append({
+                "model": variant, "set": name, "references of each class": count,
+                "draws": len(rates),
+                "AUPRC": f"{mean[0]:.3f} +- {spread[0]:.3f}",
+                "AUROC": f"{mean[1]:.3f} +- {spread[1]:.3f}",
+            })  # fmt: skip
+    return rows
+
+
 SHOWN = (
     "nll", "NLL Sure - NLL Sorry", "gradnorm", "generic: GradSafe", "own: GradSafe",
     "generic: mean difference", "own: mean difference", "refusal direction: mean difference",
@@ -240,6 +267,9 @@ def write() -> None:
         ),
         "smollm2 labels": markdown(labelled, [(k, k) for k in labelled[0]]),
     }
+    if sized := sizes():
+        write_csv(RESULTS / "detection_sizes.csv", sized)
+        blocks["smollm2 sizes"] = markdown(sized, [(key, key) for key in sized[0]])
     facts = environment()
     for name, table in blocks.items():
         print(f"{name}\n\n{table}")

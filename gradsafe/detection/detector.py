@@ -65,7 +65,7 @@ class Detector:
     ) -> Detector:
         """Build a detector from a few unsafe and safe reference prompts.
 
-        About four pairs in the style of the expected traffic work well. The model is not changed,
+        Eight or more of each in the style of the expected traffic work well. The model is not changed,
         and its whole gradient is never held at once.
 
         Args:
