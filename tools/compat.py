@@ -31,9 +31,11 @@ TESTS = (
     "tests/models",
     "tests/tracing/test_signature.py",
     "tests/detection/test_other_weights.py",
+    "tests/detection/test_prefix.py",
     "tests/detection/test_quantised_weights.py",
     "tests/finetuning/test_sft_trainer.py",
     "tests/finetuning/test_cli_finetune.py",
+    "tests/cli/test_packaged_model.py",
 )
 
 

@@ -65,8 +65,8 @@ class Detector:
     ) -> Detector:
         """Build a detector from a few unsafe and safe reference prompts.
 
-        Eight or more of each in the style of the expected traffic work well. The model is not changed,
-        and its whole gradient is never held at once.
+        Eight or more of each, in the style of the expected traffic, work well. The model is not
+        changed, and its whole gradient is never held at once.
 
         Args:
             model: A causal language model of `transformers`, with or without a PEFT wrapper.
