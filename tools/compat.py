@@ -51,7 +51,7 @@ def main(kinds: list[str]) -> None:
         print(f"compat: {kind}:", flush=True)
         run(python, "-c", f"from importlib import metadata; {report}")
         # Nothing that gradsafe asks for is deprecated.
-        run(python, "-W", "error::FutureWarning", "-m", "benchmarks.demo")
+        run(python, "-W", "error::FutureWarning", "-m", "benchmarks.demo", "--testbed")
         run(python, "-m", "pytest", "-n", "auto", "--dist", "loadfile", *TESTS)
 
 
