@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,12 @@ PARTIAL = ".partial"  # ends the name of everything that is still being written
 
 
 T = TypeVar("T")
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file of this name was being written when its process was killed."""
+    # safetensors writes to a file of the second kind first, and renames it.
+    return name.endswith(PARTIAL) or re.fullmatch(r"\.tmp\w{6}", name) is not None
 
 
 class FileRecord(msgspec.Struct, forbid_unknown_fields=True):

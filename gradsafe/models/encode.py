@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from jinja2.exceptions import TemplateError
@@ -56,7 +56,7 @@ class Encoded:
     input_ids: list[int]
     prompt_length: int
     control_tokens: int = 0
-    opening: int = 0
+    opening: int = field(default=0, compare=False)
 
     def __post_init__(self) -> None:
         if not 1 <= self.prompt_length < len(self.input_ids):

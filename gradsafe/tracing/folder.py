@@ -18,12 +18,12 @@ from torch import Tensor
 
 from gradsafe._io.artifacts import (
     MANIFEST,
-    PARTIAL,
     StorageError,
     check_destination,
     checked,
     file_record,
     flush_to_disk,
+    is_partial,
     read_manifest,
     replacing_folder,
     verify_file,
@@ -213,7 +213,7 @@ class IndexFolder:
         for entry in self.path.iterdir():
             if entry.name.startswith(WORK) and entry not in kept:
                 shutil.rmtree(entry)
-            elif entry.name.endswith(PARTIAL):
+            elif is_partial(entry.name):
                 entry.unlink(missing_ok=True)  # a query may have finished it
 
     def copy_to(self, path: Path) -> None:
@@ -308,7 +308,7 @@ class IndexFolder:
 def is_blank(path: Path) -> bool:
     """Whether a folder is empty, apart from locks and a manifest that was never finished."""
     return path.is_dir() and all(
-        entry.name.startswith(LOCK) or entry.name.endswith(PARTIAL) for entry in path.iterdir()
+        entry.name.startswith(LOCK) or is_partial(entry.name) for entry in path.iterdir()
     )
 
 
@@ -319,7 +319,7 @@ def digest(values: Tensor) -> str:
 
 def _is_unlisted(name: str) -> bool:
     """Whether gradsafe writes a file of this name that the manifest does not list."""
-    return name.startswith((LOCK, WORK, FAISS)) or name.endswith(PARTIAL)
+    return name.startswith((LOCK, WORK, FAISS)) or is_partial(name)
 
 
 @contextmanager

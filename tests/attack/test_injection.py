@@ -138,7 +138,8 @@ def test_ordinary_prompts_are_tokenised_once(monkeypatch: pytest.MonkeyPatch) ->
     )
     prompts = [f"Is {i} < {i + 1}?" for i in range(9)] + [INJECTED]
     encode_prompts(tokenizer, prompts, "Sure")
-    assert len(calls) == len(prompts) + 1  # and the response, once
+    # And once: the response, and two other texts, which show where the user's text begins.
+    assert len(calls) == len(prompts) + 3
 
 
 def test_many_special_tokens_cost_little() -> None:

@@ -229,6 +229,15 @@ def test_another_batch_size_may_finish_a_build(
     assert (a.scores - b.scores).abs().max() < 1e-5
 
 
+def test_what_safetensors_left_behind_is_removed(model, tokenizer, tmp_path):
+    """A process that is killed inside `save_file` leaves a file with a name of its own."""
+    build(model, tokenizer, tmp_path / "whole")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / ".tmpA1b2C3").write_bytes(b"half")
+    build(model, tokenizer, tmp_path / "a")
+    assert files(tmp_path / "a") == files(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("full")])
 def test_a_full_disk_leaves_a_valid_index(
     model,

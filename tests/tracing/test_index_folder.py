@@ -79,6 +79,7 @@ def test_saving_replaces_an_index_that_a_killed_build_left(index, tmp_path):
     (tmp_path / "copy" / ".lock").touch()
     (tmp_path / "copy" / ".work-shard-000009").mkdir()
     (tmp_path / "copy" / "shard-000009.safetensors.partial").touch()
+    (tmp_path / "copy" / ".tmpA1b2C3").touch()  # how safetensors calls a file that it writes
     with (
         building_alone(tmp_path / "copy", Processes()),
         pytest.raises(BusyFolderError, match="another build uses"),
