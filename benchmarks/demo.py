@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -177,15 +178,11 @@ def run(task: Task, page: Path, progress: bool = True) -> None:
     console.print()
     console.print(comparison_table(task, measures))
     rate = f"{100 * task.max_fpr:g}%"
-    console.print(
-        f"* best value of its column. recall@{rate}FPR: with the best threshold, chosen with"
-    )
-    console.print("the labels.", end=" ")
+    note = f"* best value of its column. recall@{rate}FPR: with the best threshold, "
+    note += "chosen with the labels."
     if task.benign:
-        console.print(
-            f"recall, FPR: with a threshold calibrated for a rate of at most {rate}.", end=""
-        )
-    console.print()
+        note += f" recall, FPR: with a threshold calibrated for a rate of at most {rate}."
+    console.print("\n".join(textwrap.wrap(note, 80)))
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text(str(page), explain.page(ExplainResult(task.methods[0], explanation)))
     console.print("\nwhy a harmless prompt has the highest score of its kind:")
