@@ -200,10 +200,8 @@ def score(
         values = probe(prompts)
         bar.update(len(prompts))
         return values.numpy(), time.perf_counter() - start, None
-    options: dict[str, Any] = {"method": method, "progress": False}
-    if method == "gradsafe":
-        options["gap"] = task_gap(task)
-    detector = Detector.fit(task.model, task.tokenizer, task.unsafe, task.safe, **options)
+    references = task.unsafe, task.safe
+    detector = Detector.fit(task.model, task.tokenizer, *references, method=method, progress=False)
     if task.benign:
         others = task.harmful if method == "cascade" else None
         detector.calibrate(task.benign, max_fpr=task.max_fpr, progress=False, unsafe_prompts=others)
@@ -217,11 +215,6 @@ def score(
     values = np.empty(len(prompts), dtype=np.float32)
     values[order] = np.concatenate(found)
     return values, time.perf_counter() - start, detector
-
-
-def task_gap(task: Task) -> float:
-    """GradSafe's `gap`: 1 as published, for the testbed; a model that hardly refuses needs less."""
-    return 1.0 if task.benign else 0.2
 
 
 def measure(
