@@ -74,7 +74,7 @@ def test_two_write_the_file_of_one(common: list[str]) -> None:
     assert done.stdout.count("gradcoo") == 1
     for once in ("too few to guarantee", "scored 14 weights", "calibrated: threshold"):
         assert sum(once in line for line in messages(done)) == 1
-    assert len(messages(done)) == 4
+    assert len(messages(done)) == 3
     assert Path("saved/manifest.json").is_file()
     assert not part_paths("out.jsonl")
 
