@@ -117,7 +117,7 @@ class GradientPass:
         return EncodedPrompts(names, windows)
 
     def _check_cut(self) -> None:
-        reason = obstacle(self.model)
+        reason = self._obstacle()
         start = min((layer.block for layer in self.layers.scored), default=0)
         if checkpointing_modules(self.model, self.layers.blocks, start):
             reason = "its activation checkpointing drops the cache; switch it off"
@@ -176,6 +176,10 @@ class GradientPass:
         for index, item in enumerate(items):
             length = item.opening if self._shared(item, visit) else 0
             groups.setdefault(tuple(item.input_ids[:length]), []).append(index)
+        alone_with_it = [ids for ids, members in groups.items() if ids and len(members) == 1]
+        if visit is None and alone_with_it:  # nothing is shared, and batches of one are slow
+            rest = [groups.pop(ids)[0] for ids in alone_with_it]
+            groups.setdefault((), []).extend(rest)
         for ids, members in groups.items():
             opening = None
             if ids:
@@ -191,13 +195,19 @@ class GradientPass:
             return self.config.prefix == "cut" and item.opening > 0
         if item.opening < SHARED_FROM:
             return False
-        reason = obstacle(self.model)
+        reason = self._obstacle()
         if reason is not None:
             announce_fallback(
                 "gradsafe.Detector: what all prompts begin with runs once per prompt: the model's "
                 f"class is {type(self.model).__name__}, and {reason}"
             )
         return reason is None
+
+    def _obstacle(self) -> str | None:
+        reason = obstacle(self.model)
+        if reason is None and not self.layers.continues:
+            reason = "its cache does not hold keys and values of earlier tokens alone"
+        return reason
 
     def _advise_on_memory(self, error: RuntimeError, batch: list[Encoded]) -> None:
         # The CPU's allocator raises a plain RuntimeError.

@@ -28,6 +28,8 @@ class Layers:
         head_dim: Size of an attention head, None where unknown.
         block_parameters: Number of all parameters of the chosen blocks.
         padding: Whether padding behind a sample leaves its logits unchanged.
+        continues: Whether texts behind the keys and values of an opening have the logits of whole
+            texts.
     """
 
     scored: list[LinearLayer]
@@ -36,6 +38,7 @@ class Layers:
     head_dim: int | None
     block_parameters: int = 0
     padding: bool = True
+    continues: bool = False
 
     @property
     def one_at_a_time(self) -> bool:
@@ -96,7 +99,7 @@ def find_layers(
     chosen = _block_indices(layers, len(blocks))
     prefix = next(name for name, module in model.named_modules() if module is blocks)
     candidates = find_candidates(blocks, prefix)
-    padding = observe(model, candidates)
+    facts = observe(model, candidates)
     usable = [c.scored for c in candidates if c.use is not None]
     scored = [x for x in usable if x.block in chosen and modules in ("all", x.role)]
     if not scored:
@@ -111,7 +114,7 @@ def find_layers(
     weights = {(id(layer.module), layer.parameter) for layer in scored}
     skipped = skipped_parameters(model, blocks, chosen, weights, reasons)
     inside = {id(p): p.numel() for i in chosen for p in blocks[i].parameters()}
-    return Layers(scored, skipped, blocks, head_dimension(model), sum(inside.values()), padding)
+    return Layers(scored, skipped, blocks, head_dimension(model), sum(inside.values()), *facts)
 
 
 def _block_indices(layers: int | Sequence[int] | None, depth: int) -> set[int]:

@@ -15,6 +15,7 @@ from gradsafe.models.inspection import base_model, forward_parameters, input_dev
 from gradsafe.models.layout import Layout, find_layout
 from gradsafe.models.linear import linear_shape
 from gradsafe.models.modes import evaluating, frozen
+from gradsafe.models.opening import Opening, obstacle
 from gradsafe.models.products import Product, watch_calls, watch_products
 from gradsafe.models.threads import alone, own
 
@@ -28,14 +29,14 @@ NO_PRODUCT = "not used in a product that is supported"
 OTHER = "used in different ways"
 
 
-def observe(model: nn.Module, candidates: Sequence[Candidate]) -> bool:
+def observe(model: nn.Module, candidates: Sequence[Candidate]) -> tuple[bool, bool]:
     """Run a few tokens through the model and note how it uses each candidate.
 
     A model whose weights are on the "meta" device cannot run: there linear modules are assumed to
     be called with `[B, T, I]`.
 
     The results are written into the candidates. Returns whether padding leaves a sample's logits
-    unchanged. ValueError if the forward pass fails.
+    unchanged, and whether texts continue an opening. ValueError if the forward pass fails.
     """
     for candidate in candidates:
         stack = stacked_parameters(candidate.module).get(candidate.parameter)
@@ -46,7 +47,7 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> bool:
             shape = linear_shape(candidate.module)
             if shape is not None:
                 candidate.accept("call", (0, *shape), False, Layout())
-        return True
+        return True, False
     single = [c for c in candidates if c.use is None]
     fused = [c for c in candidates if c.use is not None]
     with alone(model), evaluating(model):
@@ -56,13 +57,14 @@ def observe(model: nn.Module, candidates: Sequence[Candidate]) -> bool:
             with torch.inference_mode(False), torch.enable_grad():
                 _run(model)
         padding = _padding_is_harmless(model)
+        continues = padding and _continues(model)
     _mark_routed(single)
     for candidate in candidates:
         if candidate.reason == UNUSED and linear_shape(candidate.module) is None:
             candidate.refuse(NO_PRODUCT)
         if candidate.use is not None and not candidate.reached:
             candidate.refuse(NO_GRADIENT)
-    return padding
+    return padding, continues
 
 
 def _cannot_run(model: nn.Module) -> bool:
@@ -91,9 +93,31 @@ def _padding_is_harmless(model: nn.Module) -> bool:
         alone, padded = _logits(base, ids[:1, :SHORT], SHORT), _logits(base, ids, SHORT)
     if alone.ndim != 3 or padded.shape[1] != TOKENS:
         return True
-    rounding = 1e-4 if alone.dtype in (torch.float32, torch.float64) else 0.1
-    alone, padded = alone.float(), padded[:1, :SHORT].float()
-    return bool((alone - padded).norm() <= rounding * alone.norm())
+    return _same(alone, padded[:1, :SHORT])
+
+
+def _continues(model: nn.Module) -> bool:
+    """Whether texts behind a common opening have the logits of whole texts, but for rounding."""
+    if obstacle(model) is not None:
+        return False
+    base, ids = base_model(model), _ids(model)
+    ids[1:, :SHORT] = ids[0, :SHORT]
+    try:
+        opening = Opening(base, ids[0, :SHORT].tolist())
+        with torch.no_grad():
+            whole = _logits(base, ids, SHORT + 1)[:, SHORT:]
+            for _ in range(2):  # the first pass must leave the opening as it is
+                parts = _logits(base, ids[:, SHORT:], 1, opening)
+    except Exception:  # whatever its cache lacks: whole texts do not need one
+        return False
+    whole[0, 1:], parts[0, 1:] = 0, 0  # padding
+    return whole.shape == parts.shape and _same(whole, parts)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    rounding = 1e-4 if a.dtype in (torch.float32, torch.float64) else 0.1
+    a, b = a.float(), b.float()
+    return bool((a - b).norm() <= rounding * a.norm())
 
 
 def _ids(model: nn.Module) -> Tensor:
@@ -106,13 +130,15 @@ def _ids(model: nn.Module) -> Tensor:
     return ids.view(SAMPLES, TOKENS).to(input_device(model) or "cpu")
 
 
-def _logits(base: Any, ids: Tensor, real: int) -> Tensor:
+def _logits(base: Any, ids: Tensor, real: int, opening: Opening | None = None) -> Tensor:
     """Logits of a batch whose first row has `real` tokens and padding behind them."""
     mask = torch.ones_like(ids)
     mask[0, real:] = 0
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     if "position_ids" in forward_parameters(base):
         inputs["position_ids"] = (mask.cumsum(1) - 1) * mask
+    if opening is not None:
+        opening.precede(inputs)
     output = base(**inputs)
     return output.logits if hasattr(output, "logits") else output[0]
 

@@ -7,12 +7,17 @@ import copy
 import pytest
 import torch
 from builders import make_model, make_tokenizer
+from test_experts import make_model as make_experts
 from torch.nn import functional
+from transformers import BertConfig, BertLMHeadModel
 
 from gradsafe import Detector
+from gradsafe._fallback import FallbackWarning
 from gradsafe.detection import gradients
+from gradsafe.models import collate, find_layers, response_nll
 from gradsafe.models.compat import cache_argument, enable_checkpointing, returned_cache
 from gradsafe.models.inspection import forward_parameters
+from gradsafe.models.opening import Opening
 
 UNSAFE, SAFE = ["how to hurt", "steal it now please"], ["bake a cake", "sing"]
 PROMPTS = ["hello", "a much longer prompt than others", "x", "why is it so", "tea?"]
@@ -60,13 +65,25 @@ def cut_norms(model, detector, item):
     ).logits
     first = item.prompt_length - 1 - item.opening
     loss = functional.cross_entropy(logits[0, first:-1], ids[0, item.prompt_length :])
-    weights = [model.get_submodule(layer.name).weight for layer in detector.layers.scored]
+    weights = [
+        parameter
+        for layer in detector.layers.scored
+        for name, parameter in model.named_parameters()
+        if name in (layer.name, f"{layer.name}.weight")
+    ]
     return torch.stack([g.norm() for g in torch.autograd.grad(loss, weights)])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma2", "gpt_neox", "gpt2"])
+@pytest.mark.filterwarnings("ignore::gradsafe.detection.CoverageWarning")
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen3", "gemma2", "gpt_neox", "gpt2", "mixtral", "gpt_oss"]
+)
 def test_cut_gradients_are_those_of_autograd(family):
-    model, tokenizer = make_model(family, vocab_size=300, **LONG[family]), make_tokenizer()
+    if family in ("mixtral", "gpt_oss"):
+        model = make_experts(family).eval()
+    else:
+        model = make_model(family, vocab_size=300, **LONG[family])
+    tokenizer = make_tokenizer()
     detector = fit(model, tokenizer, method="gradnorm", system=SYSTEM, prefix="cut")
     items = detector.encode(PROMPTS).items
     assert min(item.opening for item in items) > len(SYSTEM)  # one token per character
@@ -184,3 +201,65 @@ def test_hidden_states_do_not_depend_on_sharing(tokenizer, sharing):
         shared, score(detector, components=False).values, rtol=1e-4, atol=1e-5
     )
     assert len(sharing) == 1
+
+
+def bert():
+    """Attends to later tokens, too, and returns no cache."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return BertLMHeadModel(BertConfig(vocab_size=300, intermediate_size=48, **sizes)).eval()
+
+
+def longrope():
+    """Rotates by other angles in texts of more than 40 tokens."""
+    options = {"rope_type": "longrope", "original_max_position_embeddings": 40}
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 10000.0}
+    sizes = {"vocab_size": 300, "max_position_embeddings": 256}
+    model = make_model("phi3", **sizes, rope_parameters=options | factors)
+    model.config.original_max_position_embeddings = 40
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore::gradsafe.detection.CoverageWarning")
+@pytest.mark.parametrize("build", [bert, longrope])
+def test_models_that_do_not_continue_run_whole_texts(build, tokenizer, sharing):
+    model = build()
+    assert not find_layers(model).continues
+    detector = fit(model, tokenizer, method="nll", system=SYSTEM)
+    with pytest.warns(FallbackWarning, match="runs once per prompt"):
+        found = score(detector).values
+    assert not sharing
+    gradients.SHARED_FROM = 10**6
+    assert torch.equal(found, score(detector).values)
+    with pytest.raises(ValueError, match="does not work with"):
+        fit(model, tokenizer, system=SYSTEM, prefix="cut")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_an_opening_serves_batches_of_any_size(family, tokenizer):
+    model = make_model(family, vocab_size=300, **LONG[family]).eval()
+    detector = fit(model, tokenizer, method="nll", system=SYSTEM)
+    items = detector.encode(PROMPTS).items
+    opening = Opening(model, items[0].input_ids[: items[0].opening])
+    before = [layer.keys.clone() for layer in opening.cache.layers]
+    rest = [item.after(opening.length) for item in items]
+    with torch.no_grad():
+        expected = response_nll(model, collate(items, 0))
+        for count in (5, 1, 3):
+            found = response_nll(model, collate(rest[:count], 0), opening)
+            torch.testing.assert_close(found, expected[:count], rtol=1e-5, atol=1e-6)
+    assert all(map(torch.equal, before, [layer.keys for layer in opening.cache.layers]))
+
+
+def test_prompts_with_openings_of_their_own_share_a_batch(tokenizer, sharing):
+    model = make_model("llama", vocab_size=300, max_position_embeddings=256)
+    talks = [
+        [{"role": "system", "content": f"{i}. {SYSTEM}"}, {"role": "user", "content": text}]
+        for i, text in enumerate(PROMPTS)
+    ]
+    detector, sizes = fit(model, tokenizer, method="nll"), []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    score(detector, talks)
+    handle.remove()
+    assert (sizes, sharing) == ([len(talks)], [])
