@@ -176,9 +176,9 @@ class GradientPass:
         for index, item in enumerate(items):
             length = item.opening if self._shared(item, visit) else 0
             groups.setdefault(tuple(item.input_ids[:length]), []).append(index)
-        alone_with_it = [ids for ids, members in groups.items() if ids and len(members) == 1]
-        if visit is None and alone_with_it:  # nothing is shared, and batches of one are slow
-            rest = [groups.pop(ids)[0] for ids in alone_with_it]
+        single = [ids for ids, members in groups.items() if ids and len(members) == 1]
+        if visit is None and single:  # nothing is shared, and batches of one are slow
+            rest = [groups.pop(ids)[0] for ids in single]
             groups.setdefault((), []).extend(rest)
         for ids, members in groups.items():
             opening = None
@@ -204,10 +204,9 @@ class GradientPass:
         return reason is None
 
     def _obstacle(self) -> str | None:
-        reason = obstacle(self.model)
-        if reason is None and not self.layers.continues:
-            reason = "its cache does not hold keys and values of earlier tokens alone"
-        return reason
+        if self.layers.continues:
+            return None
+        return obstacle(self.model) or "its cache holds not only keys and values of earlier tokens"
 
     def _advise_on_memory(self, error: RuntimeError, batch: list[Encoded]) -> None:
         # The CPU's allocator raises a plain RuntimeError.
