@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 from benchmarks.experiments import EXTERNAL
@@ -23,6 +24,7 @@ SIZE = 200  # of a part
 DATA = EXTERNAL / "data"
 
 
+@cache
 def _read(name: str, file: str = "prompts") -> list[Row]:
     lines = (DATA / name / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

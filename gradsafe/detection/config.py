@@ -22,8 +22,11 @@ ReferenceDtype = Literal["float32", "bfloat16", "float16", "float8"]
 
 _OF_GRADCOO = "granularity relative unsigned normalize center absolute reference_order reduce"
 # The methods that read a field, where not all of them do.
-READ_BY = {**dict.fromkeys(_OF_GRADCOO.split(), ("gradcoo", "cascade")), "gap": ("gradsafe",)}
-READ_BY["prefix"] = ("gradcoo", "gradsafe", "cascade", "gradnorm")
+READ_BY = {
+    **dict.fromkeys(_OF_GRADCOO.split(), ("gradcoo", "cascade")),
+    "gap": ("gradsafe",),
+    "prefix": ("gradcoo", "gradsafe", "cascade", "gradnorm"),
+}
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -172,9 +173,10 @@ class GradientPass:
 
         Only the prompt decides whether its opening is cut off, never the rest of its batch.
         """
+        first = self._first_shared(items, visit)
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, item in enumerate(items):
-            length = item.opening if self._shared(item, visit) else 0
+            length = item.opening if item.opening >= first else 0
             groups.setdefault(tuple(item.input_ids[:length]), []).append(index)
         single = [ids for ids, members in groups.items() if ids and len(members) == 1]
         if visit is None and single:  # nothing is shared, and batches of one are slow
@@ -190,18 +192,20 @@ class GradientPass:
             for places in plan_batches(lengths, budget):
                 yield [members[place] for place in places], opening
 
-    def _shared(self, item: Encoded, visit: Visit | None) -> bool:
+    def _first_shared(self, items: Sequence[Encoded], visit: Visit | None) -> float:
+        """Length from which openings run once; Inf for none."""
         if visit is not None:
-            return self.config.prefix == "cut" and item.opening > 0
-        if item.opening < SHARED_FROM:
-            return False
+            return 1 if self.config.prefix == "cut" else math.inf
+        if all(item.opening < SHARED_FROM for item in items):
+            return math.inf
         reason = self._obstacle()
-        if reason is not None:
-            announce_fallback(
-                "gradsafe.Detector: what all prompts begin with runs once per prompt: the model's "
-                f"class is {type(self.model).__name__}, and {reason}"
-            )
-        return reason is None
+        if reason is None:
+            return SHARED_FROM
+        announce_fallback(
+            "gradsafe.Detector: what all prompts begin with runs once per prompt: the model's "
+            f"class is {type(self.model).__name__}, and {reason}"
+        )
+        return math.inf
 
     def _obstacle(self) -> str | None:
         if self.layers.continues:

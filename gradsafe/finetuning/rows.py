@@ -19,6 +19,7 @@ from gradsafe._checks import fits, refuse
 from gradsafe.finetuning.config import SafeGradConfig
 from gradsafe.models import Encoding, context_length, encode, pad_token_id
 from gradsafe.models.encode import located
+from gradsafe.models.inspection import input_vocabulary
 from gradsafe.models.rows import pair
 
 if TYPE_CHECKING:
@@ -93,17 +94,12 @@ def fingerprint(rows: Sequence[Row]) -> str:
 
 def token_limits(model: Any) -> dict[str, float]:
     """How many token ids a model reads, and how many labels it predicts; Inf where unknown."""
-    found = {}
-    for key, get, size in (
-        ("input_ids", "get_input_embeddings", "num_embeddings"),
-        ("labels", "get_output_embeddings", "out_features"),
-    ):
-        try:
-            layer = getattr(model, get, lambda: None)()
-        except NotImplementedError:  # a model without such a layer
-            layer = None
-        found[key] = getattr(getattr(layer, "base_layer", layer), size, math.inf)
-    return found
+    try:
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+    except NotImplementedError:  # a model without such a layer
+        head = None
+    labels = getattr(getattr(head, "base_layer", head), "out_features", math.inf)
+    return {"input_ids": input_vocabulary(model), "labels": labels}
 
 
 def check_ids(where: str, row: Mapping[str, Any], limits: Mapping[str, float]) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,19 @@ def forward_parameters(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(base_model(model).forward).parameters)
 
 
+def input_vocabulary(model: Any) -> float:
+    """How many token ids the input embedding of a model holds; Inf where that is unknown."""
+    base: Any = base_model(model)
+    try:
+        embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+    except NotImplementedError:  # a model without one
+        embedding = None
+    embedding = getattr(embedding, "base_layer", embedding)
+    weight = getattr(embedding, "weight", None)
+    size = getattr(embedding, "num_embeddings", None) or (len(weight) if weight is not None else 0)
+    return size or math.inf
+
+
 def check_token_ids(where: str, model: nn.Module, ids: Sequence[int], names: Sequence[str]) -> None:
     """Raise ValueError if one of the prompts has a token that the model does not know.
 
@@ -82,12 +96,9 @@ def check_token_ids(where: str, model: nn.Module, ids: Sequence[int], names: Seq
         ids: The largest token id of each prompt.
         names: What messages call the prompts.
     """
-    base: Any = base_model(model)
-    embedding = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
-    weight = getattr(embedding, "weight", None)
-    size = getattr(embedding, "num_embeddings", None) or (len(weight) if weight is not None else 0)
+    size = input_vocabulary(model)
     for largest, name in zip(ids, names, strict=True):
-        if size and largest >= size:
+        if largest >= size:
             got = f"id {largest} in {name}"
             do = "use the model's own tokenizer, or resize the model's embeddings"
             refuse(where, f"token ids below {size}, the size of the input embedding", got, do)
