@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,10 @@ PARTIAL = ".partial"  # ends the name of everything that is still being written
 
 
 T = TypeVar("T")
+
+# The first use of a Struct type by two threads at once can end the process in msgspec 0.22: each
+# builds the description of the type.
+_convert_lock = threading.Lock()
 
 
 def is_partial(name: str) -> bool:
@@ -281,18 +286,19 @@ def check_destination(
     parent = target.resolve().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"cannot save {target}: no such folder {parent}, create it first")
-    if not target.exists():
-        return
     advice = "choose another path or remove it"
-    try:
-        manifest = read_manifest(target)
-        names = {entry.name for entry in target.iterdir()} - {MANIFEST, *manifest["files"]}
-    except (StorageError, FileNotFoundError) as error:
-        if not target.exists() or isinstance(
-            error, FileNotFoundError
-        ):  # another thread or process is replacing it
+    while True:
+        before = _identity(target)
+        if before is None:
             return
-        raise FileExistsError(f"refusing to replace {target}: {error}; {advice}") from error
+        try:
+            manifest = read_manifest(target)
+            names = {entry.name for entry in target.iterdir()} - {MANIFEST, *manifest["files"]}
+            break
+        except (StorageError, FileNotFoundError) as error:
+            if _identity(target) != before:  # another thread or process has replaced it
+                continue
+            raise FileExistsError(f"refusing to replace {target}: {error}; {advice}") from error
     if manifest["kind"] != kind:
         raise FileExistsError(
             f"refusing to replace {target}: it is of kind {manifest['kind']!r}, not {kind!r}; "
@@ -379,9 +385,18 @@ def checked(where: object, value: Any, kind: type[T]) -> T:
         StorageError: A value is missing, of another type, or out of range; the message names it.
     """
     try:
-        return msgspec.convert(value, kind)
+        with _convert_lock:
+            return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise StorageError(f"{where} is malformed: {error}") from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -181,7 +183,7 @@ def test_threads_that_save_one_folder_leave_a_whole_one(tmp_path: Path) -> None:
 
     def save(number: int) -> None:
         try:
-            for _ in range(10):
+            for _ in range(25):
                 save_folder(tmp_path / "x", "kind", {"t": torch.full((9,), number)}, {"n": number})
         except BaseException as error:
             errors.append(error)
@@ -195,6 +197,43 @@ def test_threads_that_save_one_folder_leave_a_whole_one(tmp_path: Path) -> None:
     tensors, metadata = load_folder(tmp_path / "x", "kind")
     assert tensors["t"].unique().tolist() == [metadata["n"]]
     assert [entry.name for entry in tmp_path.iterdir()] == ["x"]
+
+
+SAVE_FROM_THREADS = """
+import sys, threading, torch
+from pathlib import Path
+from gradsafe._io.artifacts import save_folder
+
+sys.setswitchinterval(1e-5)
+errors = []
+
+def save(number):
+    try:
+        for _ in range(20):
+            save_folder(Path(sys.argv[1]), "kind", {"t": torch.full((9,), number)}, {"n": number})
+    except BaseException as error:
+        errors.append(error)
+
+threads = [threading.Thread(target=save, args=(number,)) for number in range(6)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+sys.exit(str(errors[0]) if errors else 0)
+"""
+
+
+def test_the_first_folder_of_a_process_can_be_saved_by_several_threads(tmp_path: Path) -> None:
+    # In a process of its own: a validator that describes its types on first use fails only then.
+    for name in "abc":
+        done = subprocess.run(
+            [sys.executable, "-c", SAVE_FROM_THREADS, str(tmp_path / name)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_folder_of_a_stranger_is_not_removed(tmp_path: Path) -> None:
