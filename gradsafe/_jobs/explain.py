@@ -1,4 +1,4 @@
-"""`gradsafe explain`: the evidence of one prompt, per token and per component."""
+"""`gradsafe explain`: the evidence of one prompt, by token and component or by word."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gradsafe._jobs import detector as detectors
 from gradsafe._jobs.data import read_prompts, refuse_inputs
 from gradsafe._jobs.detector import FitOptions
 from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, save_config, transient
-from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.config import DetectorConfig, Evidence
 from gradsafe.models.encoding import Prompt
 from gradsafe.models.rows import prompt_of
 
@@ -28,7 +28,7 @@ class ExplainResult:
 
 @dataclass(frozen=True)
 class Explain:
-    """Show which tokens and components a score comes from.
+    """Show which tokens and components, or which words, a score comes from.
 
     The prompt is printed, also one from a file: the command shows its tokens.
 
@@ -39,6 +39,8 @@ class Explain:
         model: Model.
         fit: References and calibration.
         config: Detector.
+        evidence: What is shown: "position" (exact parts of the score, by token) or "deletion" (how
+            much lower the score is without a word; one score per word).
         html: File for a page with a heat map.
         overwrite: Replace an existing page.
         json: Print JSON.
@@ -51,6 +53,7 @@ class Explain:
     model: ModelOptions = field(default_factory=ModelOptions, metadata=FLAT)
     fit: FitOptions = field(default_factory=FitOptions, metadata=FLAT)
     config: DetectorConfig = field(default_factory=DetectorConfig, metadata=FLAT)
+    evidence: Evidence = "position"
     html: str | None = None
     overwrite: bool = transient(False)
     json: bool = transient(False)
@@ -78,7 +81,7 @@ class Explain:
         from gradsafe._jobs.model import load_model
         from gradsafe.detection.explanation import check_explainable
 
-        if not self.fit.detector:
+        if not self.fit.detector and self.evidence == "position":
             check_explainable(self.config, self.fit.learn_features if self.fit.learn else None)
         model, tokenizer = load_model(self.model)
         detector = detectors.prepare(
@@ -91,7 +94,9 @@ class Explain:
             progress=self.progress and sys.stderr.isatty(),
             say=lambda text: print(f"gradsafe: {text}", file=sys.stderr) if self.progress else None,
         )
-        explanation = detector.explain(prompt, where)
+        explanation = detector.explain(
+            prompt, where, self.evidence, progress=self.progress and sys.stderr.isatty()
+        )
         if self.html:
             save_config(self, self.html)
         return ExplainResult(detector.config.method, explanation)

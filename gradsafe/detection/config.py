@@ -17,6 +17,7 @@ Overflow = Literal["error", "window"]
 Turns = Literal["all", "worst"]
 Prefix = Literal["exact", "cut"]
 Features = Literal["components", "hidden", "both"]  # what `Detector.learn` reads
+Evidence = Literal["position", "deletion"]  # what `Detector.explain` measures
 Modules = Literal["all", "attention", "mlp"]
 ReferenceDtype = Literal["float32", "bfloat16", "float16", "float8"]
 

@@ -16,8 +16,13 @@ from gradsafe._io.artifacts import StorageError, checked, load_folder, save_fold
 from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
 from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band
 from gradsafe.detection.components import choose_rows
-from gradsafe.detection.config import DetectorConfig, Features
-from gradsafe.detection.explanation import Explanation, check_explainable, explain
+from gradsafe.detection.config import DetectorConfig, Evidence, Features
+from gradsafe.detection.explanation import (
+    Explanation,
+    check_explainable,
+    explain,
+    explain_by_deletion,
+)
 from gradsafe.detection.gradients import EncodedPrompts, GradientPass
 from gradsafe.detection.learned import learn, make_method
 from gradsafe.detection.learning import Learning, check_labels
@@ -357,43 +362,70 @@ class Detector:
         values = self._score(method, gradients, gradients.encode(prompts, "prompts")).values
         return (values > threshold) | values.isnan()
 
-    def explain(self, prompt: Prompt, name: str = "prompt") -> Explanation:
-        """Explain a score with exact, additive contributions of tokens and components.
+    def explain(
+        self,
+        prompt: Prompt,
+        name: str = "prompt",
+        evidence: Evidence = "position",
+        batch_tokens: int = 4096,
+        progress: bool = True,
+    ) -> Explanation:
+        """Explain a score with contributions of components and tokens, or of the prompt's words.
 
-        With a_ct and b_ct, token t's parts of the similarities a_c and b_c of component c to the
-        references, the evidence of the token is e_t = mean_c (a_ct - b_ct) / (a_c + b_c), which
-        sums to 2 * score - 1. For relative "difference" and "unsafe", signed shares and GradSafe's
-        cosines it sums to the score. After `learn`, every component counts with its learned weight
-        in place of the mean; the hidden state's evidence is one number (`hidden_evidence`), and a
-        constant remains: see `Explanation`.
-
-        The tokens of the template and of the response are included. The evidence of a token belongs
-        to its position, which depends on all tokens before it. The last tokens of the template
-        carry much of it, since the response is predicted there; the last token of the response
-        carries none. An explanation takes two to three times as long as a score: the backward pass
+        Evidence "position" is exact and additive. With a_ct and b_ct, token t's parts of the
+        similarities a_c and b_c of component c to the references, the evidence of the token is
+        e_t = mean_c (a_ct - b_ct) / (a_c + b_c), which sums to 2 * score - 1. For relative
+        "difference" and "unsafe", signed shares and GradSafe's cosines it sums to the score. After
+        `learn`, every component counts with its learned weight in place of the mean; the hidden
+        state's evidence is one number (`hidden_evidence`), and a constant remains: see
+        `Explanation`. The tokens of the template and of the response are included. The evidence of
+        a token belongs to its position, which depends on all tokens before it. The last tokens of
+        the template carry much of it, since the response is predicted there; the last token of the
+        response carries none. It takes two to three times as long as a score: the backward pass
         runs twice.
+
+        Evidence "deletion" answers which words raise the score: that of a word is the score of the
+        prompt less the score without the word. It exists for every method and option, takes one
+        score per word, and does not sum to the score. Of a conversation the words are those of the
+        last user turn. Neighbours share one deletion where a text has more than 64 words; a single
+        word is divided into characters.
 
         Args:
             prompt: A text or a conversation.
             name: What error messages call it.
+            evidence: "position" or "deletion".
+            batch_tokens: Tokens per batch with "deletion", see `score`.
+            progress: Show a progress bar with "deletion".
 
         Returns:
             The explanation, on the CPU. With overflow "window", the explanation of the window with
-            the highest score.
+            the highest score; with "deletion" the scores are those of whole prompts.
 
         Raises:
-            ValueError: As in `score`, or a method or option whose score is not a sum over tokens:
-                methods "nll", "gradnorm" and "cascade", relative "ratio" and "logratio", reduce
-                "median", `center`, absolute "before" and a score learned from "hidden" alone.
+            ValueError: As in `score`, a prompt of one character with "deletion", or, with
+                "position", a method or option whose score is not a sum over tokens: methods "nll",
+                "gradnorm" and "cascade", relative "ratio" and "logratio", reduce "median",
+                `center`, absolute "before" and a score learned from "hidden" alone.
             TypeError: `prompt` is neither a text nor a conversation.
         """
         method = self.method  # another thread may learn or calibrate
-        learning = method.state.learning
-        check_explainable(self.config, learning.features if learning else None)
+        check_value("Detector.explain", "evidence", evidence, Evidence)
+        if evidence == "position":
+            learning = method.state.learning
+            check_explainable(self.config, learning.features if learning else None)
         several = isinstance(prompt, (list, tuple)) and not isinstance((*prompt, {})[0], Mapping)
         if several or isinstance(prompt, Mapping):
             expected, got = "prompt to be str or a list of messages", type(prompt).__name__
             refuse("Detector.explain", expected, got, "explain takes one prompt", TypeError)
+        if evidence == "deletion":
+            gradients = self._gradients(batch_tokens, progress)
+            windows = len(gradients.encode([prompt], [name]).items)
+
+            def score(prompts: list[Prompt]) -> Scores:
+                encoded = gradients.encode(prompts, [name] * len(prompts))
+                return self._score(method, gradients, encoded, False)
+
+            return explain_by_deletion(score, prompt, windows)
         gradients = self._gradients(batch_tokens=1, progress=False)
         encoded = gradients.encode([prompt], [name])
         probes = gradients.encode(probe_prompts(prompt), name)

@@ -1,7 +1,9 @@
-"""Exact, additive shares of every token and every component in the score of a prompt."""
+"""What the tokens, the components or the words of a prompt contribute to its score."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,18 +12,24 @@ from torch import Tensor
 
 from gradsafe._checks import refuse
 from gradsafe.detection.components import DOTS
-from gradsafe.detection.config import DetectorConfig
+from gradsafe.detection.config import DetectorConfig, Evidence
 from gradsafe.detection.factors import Factors
 from gradsafe.detection.gradients import EncodedPrompts, GradientPass
-from gradsafe.detection.scoring import Method
-from gradsafe.models import Encoded, LinearLayer, prompt_span, token_texts
+from gradsafe.detection.scoring import Method, Scores
+from gradsafe.models import Encoded, LinearLayer, Prompt, prompt_span, token_texts
+from gradsafe.models.encoding import last_user_turn
 
 ADDITIVE = ("share", "difference", "unsafe")  # values of `relative`
+PIECES = 64  # at most so many parts of a prompt are deleted in turn
 
 
 @dataclass(frozen=True)
 class Explanation:
     """The evidence in one prompt: positive values for unsafe, negative values for safe.
+
+    With evidence "deletion", `tokens` are the words of the prompt, or groups of them, and
+    `token_evidence` is the score with the word less the score without it: it does not sum to the
+    score. There are no components.
 
     Attributes:
         tokens: T texts that join to the encoded prompt: template, prompt and response. A character
@@ -42,7 +50,9 @@ class Explanation:
         hidden_evidence: Learned evidence of the hidden state, relative to the mean of the labelled
             prompts; it has no parts. 0 without `Detector.learn`.
         constant: Of a detector with learned weights, the log-odds without any evidence:
-            score = constant + total + hidden_evidence. None without `Detector.learn`.
+            score = constant + total + hidden_evidence. None without `Detector.learn`, and with
+            evidence "deletion".
+        evidence: "position" or "deletion", as asked for.
     """
 
     tokens: list[str]
@@ -58,12 +68,14 @@ class Explanation:
     control_tokens: int = 0
     hidden_evidence: float = 0.0
     constant: float | None = None
+    evidence: Evidence = "position"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         tokens = zip(self.tokens, self.token_evidence.tolist(), strict=True)
         components = zip(self.components, self.component_evidence.tolist(), strict=True)
         return {
+            "evidence": self.evidence,
             "score": self.score,
             "threshold": self.threshold,
             "total": self.total,
@@ -131,6 +143,48 @@ def _token_evidence(
     found = torch.stack([part.cpu() for part in parts]).sum(0)
     # With prefix "cut" the tokens of the opening are constants.
     return torch.cat([found.new_zeros(len(item) - len(found)), found])
+
+
+def explain_by_deletion(
+    score: Callable[[list[Prompt]], Scores], prompt: Prompt, windows: int
+) -> Explanation:
+    """See `Detector.explain`; `score` scores prompts, and `windows` is only reported."""
+    text, with_text = last_user_turn(prompt)
+    parts = _pieces(text)
+    if len(parts) < 2:
+        expected, got = "a prompt of at least two characters", repr(text)
+        refuse("Detector.explain", expected, got, 'take evidence="position"')
+    # The space between the first word and the second goes with the first.
+    rests = ["".join(parts[1:]).lstrip()]
+    rests += ["".join(parts[:i] + parts[i + 1 :]) for i in range(1, len(parts))]
+    scores = score([prompt, *map(with_text, rests)])
+    evidence = scores.values[0] - scores.values[1:]
+    return Explanation(
+        tokens=parts,
+        token_evidence=evidence,
+        prompt_tokens=slice(0, len(parts)),
+        response_tokens=slice(len(parts), len(parts)),
+        components=[],
+        component_evidence=evidence.new_empty(0),
+        total=float(evidence.double().sum()),
+        score=float(scores.values[0]),
+        threshold=scores.threshold,
+        windows=windows,
+        control_tokens=int(scores.control_tokens[0]),
+        evidence="deletion",
+    )
+
+
+def _pieces(text: str) -> list[str]:
+    """At most `PIECES` parts that join to a text: words, or the characters of a single word."""
+    parts = re.findall(r"\s*\S+", text)
+    if len(parts) < 2:
+        parts = re.findall(r"\s*\S", text)
+    size = -(-len(parts) // PIECES) or 1
+    parts = ["".join(parts[i : i + size]) for i in range(0, len(parts), size)]
+    if parts:
+        parts[-1] += text[len(text.rstrip()) :]
+    return parts
 
 
 def check_explainable(config: DetectorConfig, features: str | None = None) -> None:

@@ -106,6 +106,24 @@ class TestText:
         assert len(lines) - lines.index("") - 6 - len(want.tokens) == COMPONENTS
         assert "scored 14 weights" in err
 
+    def test_words_of_a_prompt(self, explain: Run, place: Path) -> None:
+        status, out, _ = explain(PROMPT, "--evidence", "deletion", "--html", "words.html")
+        lines = out.splitlines()
+        assert status == 0
+        assert lines[1] == "evidence of a word: the score with it less the score without it"
+        shown = re.findall(r'^"(.+?)" +prompt +(\S+)$', out, re.M)
+        assert [word for word, _ in shown] == ["a", " <b>", " &", " c", "↵d"]
+        assert "component" not in out
+        page = Page((place / "words.html").read_text())
+        assert page.shown.replace("↵", "") == PROMPT
+        assert "table" not in page.tags
+
+    def test_every_method_has_words(self, explain: Run) -> None:
+        assert explain(PROMPT, "--method", "nll", references=False)[0] == 2
+        options = ("--method", "nll", "--evidence", "deletion", "--json")
+        status, out, _ = explain(PROMPT, *options, references=False)
+        assert (status, json.loads(out)["evidence"]) == (0, "deletion")
+
     def test_colors_on_a_terminal(self, explain: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
         monkeypatch.setenv("TERM", "xterm-256color")

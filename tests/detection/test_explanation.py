@@ -336,3 +336,87 @@ def test_bad_prompts(model, tokenizer):
         broken.get_input_embeddings().weight[tokenizer("z").input_ids[-1]] = float("nan")
     with pytest.raises(NonFiniteGradientError, match=r"model\.layers"):
         detector.explain("with a z")
+
+
+class TestDeletion:
+    """Evidence "deletion": the score of a prompt less its score without a word."""
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {},
+            {"relative": "logratio", "reduce": "median"},
+            {"method": "nll"},
+            {"method": "gradnorm"},
+            {"method": "cascade"},
+            {"method": "gradsafe", "gap": -1.0},
+        ],
+        ids=str,
+    )
+    def test_is_a_difference_of_scores(self, model, tokenizer, options) -> None:
+        method = options.get("method")
+        references = (None, None) if method in ("nll", "gradnorm") else (UNSAFE, SAFE)
+        detector = fit(model, tokenizer, *references, **options)
+        found = detector.explain(PROMPT, evidence="deletion", progress=False)
+        variants = [PROMPT, "is it so?", "why it so?", "why is so?", "why is it"]
+        values = detector.score(variants, progress=False).values
+        assert found.tokens == ["why", " is", " it", " so?"]
+        torch.testing.assert_close(found.token_evidence, values[0] - values[1:])
+        assert found.score == float(values[0])
+        assert found.components == []
+        assert found.component_evidence.shape == (0,)
+        assert (found.evidence, found.constant, found.windows) == ("deletion", None, 1)
+        json.dumps(found.to_json(), allow_nan=False)
+
+    @pytest.mark.parametrize(
+        ("text", "count", "first"),
+        [
+            ("  two words \n", 2, "  two"),
+            ("word", 4, "w"),
+            (" " + "w " * 64, 64, " w"),
+            ("w " * 65, 33, "w w"),
+            ("w " * 500, 63, "w w w w w w w w"),
+        ],
+    )
+    def test_parts_join_to_the_text(self, tokenizer, text, count, first) -> None:
+        model = make_model("llama", vocab_size=300, max_position_embeddings=1100)
+        detector = Detector.fit(model, tokenizer, method="nll", progress=False)
+        found = detector.explain(text, evidence="deletion", progress=False)
+        assert "".join(found.tokens) == text
+        assert len(found.tokens) == len(found.token_evidence) == count
+        assert found.tokens[0] == first
+
+    def test_of_a_conversation_deletes_from_its_last_user_turn(self, model, tokenizer) -> None:
+        detector = fit(model, tokenizer)
+
+        def talk(text):
+            return [
+                {"role": "user", "content": "first words"},
+                {"role": "assistant", "content": "and an answer"},
+                {"role": "user", "content": text},
+            ]
+
+        found = detector.explain(talk("last turn"), evidence="deletion", progress=False)
+        values = detector.score([talk(t) for t in ("last turn", "turn", "last")], progress=False)
+        assert found.tokens == ["last", " turn"]
+        torch.testing.assert_close(found.token_evidence, values.values[0] - values.values[1:])
+
+    def test_counts_what_was_learned(self, model, tokenizer) -> None:
+        detector = fit(model, tokenizer)
+        detector.learn([*UNSAFE, *SAFE, "a b", "c d"], [1, 1, 0, 0, 1, 0], features="hidden")
+        with pytest.raises(ValueError, match="whose evidence has no parts"):
+            detector.explain(PROMPT)
+        found = detector.explain("a b", evidence="deletion", progress=False)
+        values = detector.score(["a b", "b", "a"], progress=False).values
+        torch.testing.assert_close(found.token_evidence, values[0] - values[1:])
+
+    def test_what_it_refuses(self, model, tokenizer) -> None:
+        detector = fit(model, tokenizer)
+        with pytest.raises(ValueError, match="a prompt of at least two characters, got 'a'"):
+            detector.explain("a", evidence="deletion")
+        with pytest.raises(ValueError, match="evidence to be one of position, deletion"):
+            detector.explain("a b", evidence="words")
+        with pytest.raises(TypeError, match="explain takes one prompt"):
+            detector.explain(["a b", "c d"], evidence="deletion")
+        with pytest.raises(ValueError, match=r"request: .*non-empty prompt"):
+            detector.explain("", name="request", evidence="deletion")

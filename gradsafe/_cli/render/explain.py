@@ -69,7 +69,10 @@ def write(result: ExplainResult, count: int) -> None:
         console.print(_colored(shown), soft_wrap=True)
     else:
         rows = [[f'"{visible(p.text)}"', p.part, signed(p.evidence)] for p in shown]
-        console.print(table(["token", "part", "evidence"], rows, left=2), soft_wrap=True)
+        unit = "word" if explanation.evidence == "deletion" else "token"
+        console.print(table([unit, "part", "evidence"], rows, left=2), soft_wrap=True)
+    if not explanation.components:
+        return
     top = [(visible(name), signed(value)) for name, value in top_components(explanation, count)]
     title = "component" if len(top) == len(explanation.components) else "top components"
     console.print("", table([title, "evidence"], top), sep="\n", soft_wrap=True)
@@ -127,6 +130,11 @@ def balance(explanation: Explanation, shown: list[Piece]) -> str:
     )
     typed = explanation.control_tokens
     note = f"; the prompt types {typed} control tokens" if typed else ""
+    if explanation.evidence == "deletion":
+        return f"evidence of a word: the score with it less the score without it{note}"
+    if explanation.constant is not None:
+        sums += f"; hidden state {signed(explanation.hidden_evidence)}"
+        sums += f"; constant {signed(explanation.constant)}"
     return f"evidence {signed(explanation.total)} (+ unsafe, - safe): {sums}{note}"
 
 
