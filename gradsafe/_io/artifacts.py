@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -169,6 +170,8 @@ def load_folder(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads a folder of `save_folder` after checking every byte against its manifest.
 
+    A folder that is replaced meanwhile is read again.
+
     Args:
         path: The folder.
         kind: The kind it must have.
@@ -180,10 +183,25 @@ def load_folder(
         StorageError: The folder is missing, foreign, of another kind, from a newer version of
             gradsafe, or a file in it is missing, truncated or altered.
     """
+    folder = Path(path)
+    while True:
+        before = _identity(folder)
+        try:
+            found = _read_folder(folder, kind)
+        except (StorageError, OSError, RuntimeError):
+            if before is None:
+                time.sleep(0.05)  # another process may be between the two renames of a save
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:  # else the manifest may be of another save
+            return found
+
+
+def _read_folder(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    folder = Path(path)
     manifest = read_manifest(folder, kind)
     if TENSORS not in manifest["files"]:
         raise StorageError(f"{folder / MANIFEST} is malformed: it lists no {TENSORS}")

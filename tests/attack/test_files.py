@@ -236,6 +236,29 @@ def test_the_first_folder_of_a_process_can_be_saved_by_several_threads(tmp_path:
         assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_folder_can_be_read_while_it_is_replaced(tmp_path: Path) -> None:
+    folder, done = tmp_path / "x", threading.Event()
+
+    def save() -> None:
+        for number in range(150):
+            tensor = torch.full((1000,), number)
+            save_folder(folder, "kind", {"t": tensor}, {"n": number})
+        done.set()
+
+    save_folder(folder, "kind", {"t": torch.zeros(1000)}, {"n": 0})
+    writer = threading.Thread(target=save)
+    writer.start()
+    seen = set()
+    try:
+        while not done.is_set():
+            tensors, metadata = load_folder(folder, "kind")
+            assert tensors["t"].unique().tolist() == [metadata["n"]]
+            seen.add(metadata["n"])
+    finally:
+        writer.join()
+    assert len(seen) > 5
+
+
 def test_a_folder_of_a_stranger_is_not_removed(tmp_path: Path) -> None:
     save_folder(tmp_path / "x", "kind", {}, {})
     (tmp_path / ".x.previous").mkdir()
