@@ -31,17 +31,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import smollm2
+from benchmarks.document import DOCS, measured_note, replace_block
+from benchmarks.environment import environment
 from benchmarks.experiments import ROOT
 from benchmarks.experiments.detection import MODELS, PAIRS, own
 from benchmarks.experiments.detection_sets import _read, load, own_references
-from benchmarks.table import write_csv
+from benchmarks.table import markdown, write_csv
 from gradsafe import Detector
 from gradsafe.detection.metrics import rank
 from gradsafe.models import prompt_span, token_texts
 from gradsafe.models.pieces import probe_prompts
 
 WORK = ROOT / "build" / "explanations"
-COUNT = 12  # prompts of a task
+COUNT = 10  # prompts of a task
 FRACTIONS = (0.1, 0.2, 0.3, 0.4, 0.5)  # of the words
 STEPS = 8  # of the path of integrated gradients
 NEUTRAL = " the"
@@ -54,6 +56,12 @@ KINDS = (
     "deletion",
     "deletion, NLL",
     "random",
+)
+TITLES = (
+    ("deleted", "deleted, less random", 4),
+    ("kept", "kept, less random", 4),
+    ("auroc", "planted: AUROC", 2),
+    ("precision", "planted: precision", 2),
 )
 LEARNED = ("learned, position", "learned, deletion")
 
@@ -292,14 +300,20 @@ def tables() -> None:
                 row["prompts"] = max(len(found), row.get("prompts", 0))
             rows.append(row)
     write_csv(ROOT / "benchmarks" / "results" / "detection_explanations.csv", rows)
-    print("| Model | Evidence | Deleted | Kept | AUROC | Precision |")
-    print("|---|---|---:|---:|---:|---:|")
-    for row in rows:
-        cells = []
-        for figure, digits in (("deleted", 4), ("kept", 4), ("auroc", 2), ("precision", 2)):
-            mean, error = row[figure], row[f"{figure}_se"]
-            cells.append(f"{float(mean):.{digits}f} ± {float(error):.{digits}f}" if mean else "-")
-        print(f"| {row['model']} | {row['evidence']} | {' | '.join(cells)} |")
+    shown = [
+        {"model": row["model"], "evidence": row["evidence"]}
+        | {
+            title: f"{float(row[key]):.{digits}f} ± {float(row[f'{key}_se']):.{digits}f}"
+            for key, title, digits in TITLES
+            if row[key]
+        }
+        for row in rows
+    ]
+    keys = ["model", "evidence", *(title for _, title, _ in TITLES)]
+    table = markdown(shown, [(key, key) for key in keys])
+    print(table)
+    note = measured_note(environment())
+    replace_block(DOCS / "detection.md", "smollm2 explanations", f"{table}\n{note}\n")
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
