@@ -22,7 +22,7 @@ from benchmarks.experiments.detection_sets import load
 from benchmarks.table import markdown, write_csv
 from gradsafe import Detector
 
-PROMPTS, ROUNDS = 16, 5
+PROMPTS, ROUNDS = 16, 3
 
 
 def detectors(model: Any, tokenizer: Any) -> dict[str, Detector]:
