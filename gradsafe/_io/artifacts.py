@@ -184,18 +184,7 @@ def load_folder(
             gradsafe, or a file in it is missing, truncated or altered.
     """
     folder = Path(path)
-    while True:
-        before = _identity(folder)
-        try:
-            found = _read_folder(folder, kind)
-        except (StorageError, OSError, RuntimeError):
-            if before is None:
-                time.sleep(0.05)  # another process may be between the two renames of a save
-            if _identity(folder) == before:
-                raise
-            continue
-        if _identity(folder) == before:  # else the manifest may be of another save
-            return found
+    return _unless_replaced(folder, lambda: _read_folder(folder, kind))
 
 
 def _read_folder(folder: Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -304,19 +293,22 @@ def check_destination(
     parent = target.resolve().parent
     if not parent.is_dir():
         raise FileNotFoundError(f"cannot save {target}: no such folder {parent}, create it first")
+    if not target.exists():
+        return
     advice = "choose another path or remove it"
-    while True:
-        before = _identity(target)
-        if before is None:
+
+    def contents() -> tuple[dict[str, Any], set[str]]:
+        manifest = read_manifest(target)
+        names = {entry.name for entry in target.iterdir()}
+        return manifest, names - {MANIFEST, *manifest["files"]}
+
+    try:
+        manifest, names = _unless_replaced(target, contents)
+    except (StorageError, FileNotFoundError) as error:
+        missed = isinstance(error, _MissingFolderError) and target.is_dir()
+        if missed or not target.exists():  # another thread or process is replacing it
             return
-        try:
-            manifest = read_manifest(target)
-            names = {entry.name for entry in target.iterdir()} - {MANIFEST, *manifest["files"]}
-            break
-        except (StorageError, FileNotFoundError) as error:
-            if _identity(target) != before:  # another thread or process has replaced it
-                continue
-            raise FileExistsError(f"refusing to replace {target}: {error}; {advice}") from error
+        raise FileExistsError(f"refusing to replace {target}: {error}; {advice}") from error
     if manifest["kind"] != kind:
         raise FileExistsError(
             f"refusing to replace {target}: it is of kind {manifest['kind']!r}, not {kind!r}; "
@@ -407,6 +399,22 @@ def checked(where: object, value: Any, kind: type[T]) -> T:
             return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise StorageError(f"{where} is malformed: {error}") from error
+
+
+def _unless_replaced(folder: Path, read: Callable[[], T]) -> T:
+    """Calls `read` again for as long as another thread or process replaced the folder meanwhile."""
+    while True:
+        before = _identity(folder)
+        try:
+            found = read()
+        except (StorageError, OSError, RuntimeError):
+            if before is None:
+                time.sleep(0.05)  # the other may be between the two renames of a save
+            if _identity(folder) == before:
+                raise
+            continue
+        if _identity(folder) == before:
+            return found
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

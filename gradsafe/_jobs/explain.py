@@ -83,6 +83,7 @@ class Explain:
 
         if not self.fit.detector and self.evidence == "position":
             check_explainable(self.config, self.fit.learn_features if self.fit.learn else None)
+        bars = self.progress and sys.stderr.isatty()
         model, tokenizer = load_model(self.model)
         detector = detectors.prepare(
             self.fit,
@@ -91,12 +92,10 @@ class Explain:
             model,
             tokenizer,
             batch_tokens=4096,
-            progress=self.progress and sys.stderr.isatty(),
+            progress=bars,
             say=lambda text: print(f"gradsafe: {text}", file=sys.stderr) if self.progress else None,
         )
-        explanation = detector.explain(
-            prompt, where, self.evidence, progress=self.progress and sys.stderr.isatty()
-        )
+        explanation = detector.explain(prompt, where, self.evidence, progress=bars)
         if self.html:
             save_config(self, self.html)
         return ExplainResult(detector.config.method, explanation)

@@ -45,6 +45,7 @@ def page(result: ExplainResult) -> str:
         "explain.html.j2",
         verdict=verdict(result),
         balance=balance(explanation, shown),
+        unit=unit(explanation),
         pieces=shown,
         scale=full_scale(shown),
         top=top,
@@ -69,8 +70,7 @@ def write(result: ExplainResult, count: int) -> None:
         console.print(_colored(shown), soft_wrap=True)
     else:
         rows = [[f'"{visible(p.text)}"', p.part, signed(p.evidence)] for p in shown]
-        unit = "word" if explanation.evidence == "deletion" else "token"
-        console.print(table([unit, "part", "evidence"], rows, left=2), soft_wrap=True)
+        console.print(table([unit(explanation), "part", "evidence"], rows, left=2), soft_wrap=True)
     if not explanation.components:
         return
     top = [(visible(name), signed(value)) for name, value in top_components(explanation, count)]
@@ -136,6 +136,11 @@ def balance(explanation: Explanation, shown: list[Piece]) -> str:
         sums += f"; hidden state {signed(explanation.hidden_evidence)}"
         sums += f"; constant {signed(explanation.constant)}"
     return f"evidence {signed(explanation.total)} (+ unsafe, - safe): {sums}{note}"
+
+
+def unit(explanation: Explanation) -> str:
+    """What the evidence belongs to."""
+    return "word" if explanation.evidence == "deletion" else "token"
 
 
 def signed(value: float) -> str:
