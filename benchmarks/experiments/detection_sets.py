@@ -25,7 +25,8 @@ DATA = EXTERNAL / "data"
 
 
 @cache
-def _read(name: str, file: str = "prompts") -> list[Row]:
+def read(name: str, file: str = "prompts") -> list[Row]:
+    """The rows of a set in the order of the rule."""
     lines = (DATA / name / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
 
@@ -41,22 +42,22 @@ def _halves(rows: list[Row], part: Part) -> list[Row]:
 
 def _toxicchat(part: Part) -> list[Row]:
     if part == "dev":
-        return _read("toxicchat", "train")[:SIZE]
-    known = {" ".join(row["prompt"].lower().split()) for row in _read("toxicchat", "train")}
-    test = _read("toxicchat", "test")
+        return read("toxicchat", "train")[:SIZE]
+    known = {" ".join(row["prompt"].lower().split()) for row in read("toxicchat", "train")}
+    test = read("toxicchat", "test")
     return [row for row in test if " ".join(row["prompt"].lower().split()) not in known][:SIZE]
 
 
 def _with_alpaca(name: str, part: Part, skip: int) -> list[Row]:
-    unsafe = _read(name)[:100]
-    safe = _read("alpaca_instructions")[skip : skip + len(unsafe)]
+    unsafe = read(name)[:100]
+    safe = read("alpaca_instructions")[skip : skip + len(unsafe)]
     return _halves(unsafe, part) + _halves(safe, part)
 
 
 SETS: dict[str, Callable[[Part], list[Row]]] = {
-    "XSTest": lambda part: _halves(_read("xstest"), part),
+    "XSTest": lambda part: _halves(read("xstest"), part),
     "ToxicChat": _toxicchat,
-    "OpenAI moderation": lambda part: _halves(_read("openai_moderation"), part),
+    "OpenAI moderation": lambda part: _halves(read("openai_moderation"), part),
     "SimpleSafetyTests": lambda part: _with_alpaca("simple_safety_tests", part, 0),
     "JailbreakBench": lambda part: _with_alpaca("jailbreakbench", part, 100),
 }
@@ -90,5 +91,5 @@ def own_references(name: str, count: int, draw: int = 0) -> tuple[list[int], lis
 
 def contrast(count: int = 64) -> tuple[list[str], list[str]]:
     """Unsafe and harmless requests of sets that are not tested, for the refusal direction."""
-    unsafe, safe = _read("malicious_instruct"), _read("alpaca_instructions")[200:]
+    unsafe, safe = read("malicious_instruct"), read("alpaca_instructions")[200:]
     return [r["prompt"] for r in unsafe[:count]], [r["prompt"] for r in safe[:count]]

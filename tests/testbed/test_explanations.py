@@ -7,7 +7,8 @@ import pytest
 import torch
 from builders import make_model, make_tokenizer
 
-from benchmarks.experiments.explanations import Evidence, by_word, carried, join, planted, words
+from benchmarks.experiments.explanation_evidence import Evidence, by_word, carried, join, words
+from benchmarks.experiments.explanations import planted
 from gradsafe import Detector
 
 PROMPT = "why is it so?"
