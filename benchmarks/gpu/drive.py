@@ -5,8 +5,8 @@ bash benchmarks/gpu/run.sh OUT [--only a,b] [--skip-done] [--built] [--list] [--
 Every step has a folder in build/gpu_run with its log, its tables and, when it has ended, its status
 in done.json. OUT gets two files: results.tar.gz, an archive of that folder which is updated every
 few seconds and after each step, and report.txt, a summary. This script needs only Python 3.10. The
-steps need torch 2.10 or later, setuptools 77 or later, pybind11, nvcc, cmake, ninja, pytest and
-hypothesis, and detection needs transformers.
+steps need torch 2.10 or later, setuptools 77 or later, pybind11, nvcc, cmake, ninja, pytest,
+pytest-xdist and hypothesis, and the package's own dependencies.
 
 Environment: GRADSAFE_COMMIT is the commit if there is no .git; GRADSAFE_CUDA_ARCHS defaults to the
 architecture of the device; DRY_RUN=1 runs every step on CPU tensors with tiny shapes.
@@ -43,7 +43,7 @@ import sys, importlib.metadata as m, torch
 version = m.version("setuptools")
 assert int(version.split(".")[0]) >= {least}, f"setuptools {{version}}: the build needs {least}"
 assert sys.version_info >= (3, 10), f"Python {{sys.version}}: 3.10 or later is needed"
-for name in ("pybind11", "pytest", "hypothesis"): __import__(name)
+for name in ("pybind11", "pytest", "xdist", "hypothesis"): __import__(name)
 print(f"python {{sys.version.split()[0]}}, torch {{torch.__version__}}, setuptools {{version}}, "
       f"{{torch.cuda.device_count()}} GPUs")
 assert {dry} or torch.cuda.is_available(), "torch sees no GPU: is the driver too old for its CUDA?"
@@ -245,7 +245,10 @@ def main(argv: list[str] | None = None) -> int:
     archive(out)
     extra = check_machine(dry)
     extra |= {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
+        ),
+        "NVCC_APPEND_FLAGS": os.environ.get("NVCC_APPEND_FLAGS", "--split-compile=0"),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "GRADSAFE_CUDA": os.environ.get("GRADSAFE_CUDA", "auto" if dry else "on"),

@@ -58,8 +58,15 @@ def _sanitize(tool: str) -> Step:
 
 _BUILD = ("setup.py", "-q", "build_ext", "--inplace")
 _SMOKE = ("-c", "from gradsafe import doctor; raise SystemExit(doctor.run())")
-_SUITE = (*PYTEST, "tests/gpu", "--durations=5", "--junitxml={out}/junit.xml")
-_OPS = (*PYTEST, "tests/ops", "-m", "gpu", "--junitxml={out}/junit.xml")
+# Tests run in eight processes, but for one that compares what all others of its process ran.
+_PARALLEL = ("-n", "8", "--dist", "load")
+_PATHS = "tests/gpu/test_benchmark_paths.py"
+_SUITE = (*PYTEST, *_PARALLEL, "tests/gpu", "--ignore", _PATHS, "--durations=5",
+          "--junitxml={out}/junit.xml")  # fmt: skip
+_OPS = (*PYTEST, *_PARALLEL, "tests/ops", "-m", "gpu", "--junitxml={out}/junit.xml")
+_ONE_PROCESS = (*PYTEST, "tests/gpu/test_operators.py", "tests/gpu/test_kl_cuda.py",
+                "tests/gpu/test_gpu_cosine_topk.py", "tests/gpu/test_surgery_on_gpu.py", _PATHS,
+                "--junitxml={out}/junit.xml")  # fmt: skip
 STEPS = (
     Step("build", 240, _BUILD, _BUILD, needed=True),
     Step("smoke", 45, _SMOKE, _SMOKE),
@@ -79,6 +86,7 @@ STEPS = (
         dry=(*DETECTION, "--size", "tiny", "--tokens", "8"),
     ),
     *(_sanitize(tool) for tool in KINDS),
+    Step("paths", 150, _ONE_PROCESS, _ONE_PROCESS),
     Step(  # against torch.compile too, if there is time left
         "compiled",
         120,
