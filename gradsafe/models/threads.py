@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -47,13 +48,25 @@ def current_thread() -> int:
     return threading.get_ident()
 
 
+def _name_thread() -> None:
+    """Put this thread's identity into torch's storage, once in the life of the thread.
+
+    Torch 2.10 to 2.12 store the object without a reference of their own and release one when the
+    thread ends. The reference that is added here, and never released, makes up for it.
+    """
+    if not torch._C._is_key_in_tls(_KEY):
+        thread = threading.get_ident()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thread))
+        torch._C._stash_obj_in_tls(_KEY, thread)
+
+
 def own(hook: Hook) -> Hook:
     """The hook of a forward pass, in passes that this thread starts; others see no hook.
 
     Hooks of the backward pass need no check: they belong to a graph, and so to one pass.
     """
+    _name_thread()
     thread = current_thread()
-    torch._C._stash_obj_in_tls(_KEY, thread)
 
     # Any arguments: torch registers a hook, and only then that it takes keyword arguments.
     def act(*args: Any, **kwargs: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from gradsafe import Detector, TraceIndex
 from gradsafe.finetuning import KLAlignment
 from gradsafe.models import capture, collate, encode, find_layers, response_nll
 from gradsafe.models.compat import enable_checkpointing
+from gradsafe.models.threads import current_thread, own
 from gradsafe.tracing import choose_layer, resolve_layer
 
 UNSAFE, SAFE = ["do harm", "steal it"], ["a joke", "add 2+2"]
@@ -504,3 +507,35 @@ def test_resolving_layers_needs_no_lock(tokenizer):
     layers = find_layers(model)
     with capture(model, layers, lambda *_: None):
         assert together(lambda: resolve_layer(model, "last")) == [3]
+
+
+def test_torch_frees_no_identity_that_is_in_use(monkeypatch):
+    """Releases of torch below 2.13 keep an object without counting it, and release it later."""
+    native, kept = torch._C._stash_obj_in_tls, []
+
+    def uncounted(key: str, value: Any) -> None:
+        before = sys.getrefcount(value)
+        native(key, value)
+        if sys.getrefcount(value) > before:
+            ctypes.pythonapi.Py_DecRef(ctypes.py_object(value))
+        kept.append(value)
+
+    monkeypatch.setattr(torch._C, "_stash_obj_in_tls", uncounted)
+
+    def work() -> None:
+        for _ in range(100):
+            assert own(current_thread)() == threading.get_ident()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    end = time.monotonic() + 10
+    # A thread releases its storage shortly after it is joined.
+    while max(counts := [sys.getrefcount(value) for value in kept]) > 3 and time.monotonic() < end:
+        time.sleep(0.01)
+    if min(counts) < 3:
+        for value in kept:  # or this process would end with a segmentation fault
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(value))
+    assert len(kept) == len(threads)  # once in the life of a thread
+    assert counts == [3] * len(threads)  # the list, the loop and the call
