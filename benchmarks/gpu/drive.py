@@ -8,8 +8,8 @@ few seconds and after each step, and report.txt, a summary. This script needs on
 steps need torch 2.10 or later, setuptools 77 or later, pybind11, nvcc, cmake, ninja, pytest,
 pytest-xdist and hypothesis, and the package's own dependencies.
 
-Environment: GRADSAFE_COMMIT is the commit if there is no .git; GRADSAFE_CUDA_ARCHS defaults to the
-architecture of the device; DRY_RUN=1 runs every step on CPU tensors with tiny shapes.
+Environment: GRADSAFE_COMMIT is the commit of a copy, else git tells it; GRADSAFE_CUDA_ARCHS is by
+default the architecture of the device; DRY_RUN=1 runs every step on CPU tensors, tiny shapes.
 """
 
 from __future__ import annotations
@@ -122,6 +122,8 @@ def short(row: dict[str, str]) -> str:
         keys = ("method", "batch", "ms_per_prompt", "extra_MB", "x_loop", "error")
         return ", ".join(f"{key} {row[key]}" for key in keys if row.get(key))
     others = [k for k in row if k.endswith("_p50_us") and row[k]]
+    if "us" in row:
+        return f"{row['case']}: {row['us']} us, roof {row['roof_us']} us, {row['x_roof']} of it"
     times = " ".join(f"{key.removesuffix('_p50_us')} {row[key]}" for key in others)
     flops = f" {row['TFLOP/s']} TFLOP/s" if row.get("TFLOP/s") else ""
     wrong = " WRONG" if float(row.get("checked") or 0) > 1 else ""

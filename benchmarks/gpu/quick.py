@@ -35,6 +35,10 @@ FLUSH_BYTES, BUSY_CYCLES, ROUNDS = 256 << 20, 200_000, 9
 ROWS: list[dict[str, object]] = []
 
 
+def short(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", F32: "fp32", F8: "float8"}[dtype]
+
+
 def randn(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=dtype)
 
@@ -77,7 +81,7 @@ def measure_wgrad(samples: int, tokens: int, shape: tuple[int, int], axis, ref_d
     refs = [randn(*shape).to(ref_dtype) for _ in range(2)]
     store = torch.empty(samples, *shape, device="cuda", dtype=BF16)
     report(
-        f"wgrad_moments {samples} x {tokens} {list(shape)} {axis} refs {ref_dtype}",
+        f"wgrad_moments {samples} x {tokens} {list(shape)} {axis} refs {short(ref_dtype)}",
         lambda: wgrad_moments(x, dy, refs, axis),
         lambda: torch.bmm(dy.transpose(1, 2), x, out=store),
     )
@@ -87,7 +91,7 @@ def measure_moments(count: int, shape: tuple[int, int], axis, dtype: torch.dtype
     grads = [randn(*shape, dtype=dtype) for _ in range(count)]
     refs = [[randn(*shape, dtype=dtype) for _ in range(2)] for _ in grads]
     read = 3 * count * grads[0].numel() * dtype.itemsize
-    name = f"moments {count} x {list(shape)} {axis} {dtype}"
+    name = f"moments {count} x {list(shape)} {axis} {short(dtype)}"
     report(name, lambda: moments(grads, refs, axis), read)
 
 
@@ -96,7 +100,7 @@ def measure_kl(tokens: int, vocabulary: int, dtype: torch.dtype) -> None:
     weight = torch.ones(tokens, device="cuda")
     moved = 3 * student.numel() * dtype.itemsize
     report(
-        f"kl_divergence_ {tokens} x {vocabulary} {dtype}",
+        f"kl_divergence_ {tokens} x {vocabulary} {short(dtype)}",
         lambda: kl_divergence_(student, teacher, weight),
         moved,
     )
@@ -122,7 +126,7 @@ def measure_surgery(count: int, shape: tuple[int, int]) -> None:
 
 def measure_cosine(queries: int, rows: int, features: int, dtype: torch.dtype) -> None:
     q, r = randn(queries, features, dtype=dtype), randn(rows, features, dtype=dtype)
-    name = f"cosine_topk {queries} x {rows} x {features} {dtype}"
+    name = f"cosine_topk {queries} x {rows} x {features} {short(dtype)}"
     report(name, lambda: cosine_topk(q, r, 10), lambda: q @ r.t())
 
 

@@ -1,5 +1,6 @@
-// Sixteen float32 lanes as a plain array, for machines without AVX2 and as the readable definition
-// of the two others. Multiply and add are rounded separately: without hardware, fma is very slow.
+// Sixteen float32 lanes in the vector type of GCC and Clang, for machines without AVX2 and as the
+// readable definition of the two others. Multiply and add are rounded separately: without hardware,
+// fma is very slow.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,10 @@ struct bf16 { uint16_t bits; };
 struct f16 { uint16_t bits; };
 struct f8 { uint8_t bits; };
 
+using Lanes = float __attribute__((vector_size(kLanes * sizeof(float))));
+using Bits = uint32_t __attribute__((vector_size(kLanes * sizeof(uint32_t))));
 struct Vec {
-  float v[kLanes];
+  Lanes v;
 };
 
 inline float from_bits(uint32_t bits) {
@@ -79,49 +82,26 @@ inline void narrow(float x, f16& out) {
   out.bits = static_cast<uint16_t>(sign | result);
 }
 
-inline Vec broadcast(float x) {
-  Vec a;
-  for (int i = 0; i < kLanes; ++i) a.v[i] = x;
-  return a;
-}
-inline Vec zero() { return {}; }
-inline Vec add(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
-  return a;
-}
-inline Vec sub(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] -= b.v[i];
-  return a;
-}
-inline Vec mul(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] *= b.v[i];
-  return a;
-}
-inline Vec div(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] /= b.v[i];
-  return a;
-}
+inline Vec broadcast(float x) { return {Lanes{} + x}; }
+inline Vec zero() { return {Lanes{}}; }
+inline Vec add(Vec a, Vec b) { return {a.v + b.v}; }
+inline Vec sub(Vec a, Vec b) { return {a.v - b.v}; }
+inline Vec mul(Vec a, Vec b) { return {a.v * b.v}; }
+inline Vec div(Vec a, Vec b) { return {a.v / b.v}; }
 inline Vec root(Vec a) {
   for (int i = 0; i < kLanes; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
   return a;
 }
-inline Vec fma(Vec a, Vec b, Vec c) {
-  for (int i = 0; i < kLanes; ++i) c.v[i] += a.v[i] * b.v[i];
-  return c;
-}
+inline Vec fma(Vec a, Vec b, Vec c) { return {c.v + a.v * b.v}; }
 // b where a is NaN.
-inline Vec max(Vec a, Vec b) {
-  for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[i] > b.v[i] ? a.v[i] : b.v[i];
-  return b;
-}
+inline Vec max(Vec a, Vec b) { return {a.v > b.v ? a.v : b.v}; }
 inline Vec bit_and(Vec a, uint32_t mask) {
-  for (int i = 0; i < kLanes; ++i) a.v[i] = from_bits(to_bits(a.v[i]) & mask);
-  return a;
+  return {reinterpret_cast<Lanes>(reinterpret_cast<Bits>(a.v) & mask)};
 }
 
 template <class T>
 inline Vec load_first(const T* p, int n) {
-  Vec a = {};
+  Vec a = zero();
   for (int i = 0; i < n; ++i) a.v[i] = widen(p[i]);
   return a;
 }

@@ -30,7 +30,7 @@ inline MomentsCall parse_moments(const std::vector<Tensor>& grads, const std::ve
   call.out_offsets.push_back(0);
   for (size_t i = 0; i < grads.size(); ++i) {
     const Tensor& grad = grads[i];
-    const std::string name = item("grads", static_cast<int64_t>(i));
+    const Name name = item("grads", i);
     GRADSAFE_CHECK(grad.dim() == 2, op, ": expected ", name, " of shape [O, I], got ",
                    shape_text(grad));
     check_same_device(grad, grads[0], op, name);
@@ -45,7 +45,7 @@ inline MomentsCall parse_moments(const std::vector<Tensor>& grads, const std::ve
     task.grad_stride = row_stride(grad, op, name);
     for (int64_t k = 0; k < num_refs; ++k) {
       const Tensor& ref = refs[i * num_refs + k];
-      const std::string ref_name = item("refs", static_cast<int64_t>(i)) + item("", k);
+      const Name ref_name("refs", static_cast<int64_t>(i), k);
       GRADSAFE_CHECK(ref.dim() == 2 && ref.size(0) == task.rows && ref.size(1) == task.cols, op,
                      ": expected ", ref_name, " of shape ", shape_text(grad), ", got ",
                      shape_text(ref));

@@ -16,7 +16,7 @@ using IntList = torch::headeronly::HeaderOnlyArrayRef<int64_t>;
 // reachable twice.
 class Extents {
  public:
-  void add(const void* data, int64_t bytes, bool written, const std::string& name) {
+  void add(const void* data, int64_t bytes, bool written, const Name& name) {
     if (bytes == 0) return;
     const char* begin = static_cast<const char*>(data);
     all_.push_back({begin, begin + bytes, written, name});
@@ -30,8 +30,9 @@ class Extents {
     const Extent* furthest_written = nullptr;  // of those that are written
     for (const Extent& e : all_) {
       const Extent* other = e.written ? furthest : furthest_written;
-      GRADSAFE_CHECK(other == nullptr || !(e.begin < other->end), op, ": expected ", e.name,
-                     " and ", other == nullptr ? "" : other->name, " not to share memory");
+      const bool apart = other == nullptr || !(e.begin < other->end);
+      GRADSAFE_CHECK(apart, op, ": expected ", e.name, " and ", (apart ? e : *other).name,
+                     " not to share memory");
       if (furthest == nullptr || e.end > furthest->end) furthest = &e;
       if (e.written && (furthest_written == nullptr || e.end > furthest_written->end)) {
         furthest_written = &e;
@@ -44,13 +45,14 @@ class Extents {
     const char* begin;
     const char* end;
     bool written;
-    std::string name;
+    Name name;
   };
   std::vector<Extent> all_;
 };
 
 // True if the elements fill an unbroken piece of memory, in whatever order of dimensions.
 inline bool is_unbroken(const Tensor& tensor) {
+  if (tensor.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int64_t d = 0; d < tensor.dim(); ++d) {
     if (tensor.size(d) != 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
@@ -74,7 +76,7 @@ inline std::string stride_text(const Tensor& tensor) {
 
 // Shape, strides, dtype and device of `first`.
 inline void check_twin(const Tensor& tensor, const Tensor& first, const char* op,
-                       const std::string& name, const std::string& first_name) {
+                       const Name& name, const Name& first_name) {
   bool same_shape = tensor.dim() == first.dim(), same_strides = true;
   for (int64_t d = 0; same_shape && d < first.dim(); ++d) {
     same_shape = tensor.size(d) == first.size(d);
@@ -101,11 +103,10 @@ inline std::vector<SurgeryTask> parse_surgery(const char* op, const std::vector<
   std::vector<SurgeryTask> tasks;
   tasks.reserve(user.size());
   for (size_t i = 0; i < user.size(); ++i) {
-    const int64_t index = static_cast<int64_t>(i);
-    const std::string name = item("user", index), align_name = item("align", index);
+    const Name name = item("user", i), align_name = item("align", i);
     const int64_t group = groups.size() == 0 ? 0 : groups[i];
-    GRADSAFE_CHECK(group >= 0 && group < num_groups, op, ": expected groups[", index,
-                   "] between 0 and ", num_groups - 1, ", got ", group);
+    GRADSAFE_CHECK(group >= 0 && group < num_groups, op, ": expected ", item("groups", i),
+                   " between 0 and ", num_groups - 1, ", got ", group);
     SurgeryTask task{};
     task.dtype = dtype_of(user[i], op, name);
     GRADSAFE_CHECK(user[i].numel() == 0 || is_unbroken(user[i]), op, ": expected ", name,
@@ -162,7 +163,7 @@ inline SurgeryAdamwCall parse_surgery_adamw(const std::vector<Tensor>& params,
                  " step counters or one for all, got ", steps.size());
   call.pairs = parse_surgery(op, user, align, groups, num_groups, false, extents);
   for (size_t i = 0; i < steps.size(); ++i) {
-    const std::string name = item("step", static_cast<int64_t>(i));
+    const Name name = item("step", i);
     GRADSAFE_CHECK(steps[i].numel() == 1 && steps[i].scalar_type() == ScalarType::Float, op,
                    ": expected ", name, " with one float32 element, got shape ",
                    shape_text(steps[i]));
@@ -171,14 +172,13 @@ inline SurgeryAdamwCall parse_surgery_adamw(const std::vector<Tensor>& params,
     extents.add(call.steps.back(), 4, true, name);
   }
   for (size_t i = 0; i < n; ++i) {
-    const int64_t index = static_cast<int64_t>(i);
     SurgeryAdamwTask task{};
     task.pair = call.pairs[i];
     task.step = call.steps[steps.size() == 1 ? 0 : i];
     const int64_t bytes = task.pair.count * size_of(task.pair.dtype);
     const auto written = [&](const Tensor& tensor, const char* list) {
-      const std::string name = item(list, index);
-      check_twin(tensor, user[i], op, name, item("user", index));
+      const Name name = item(list, i);
+      check_twin(tensor, user[i], op, name, item("user", i));
       void* data = tensor.mutable_data_ptr();
       extents.add(data, bytes, true, name);
       return data;

@@ -66,7 +66,7 @@ inline WgradArguments parse_wgrad(const char* op, const Tensor& x, const Tensor&
   std::vector<int64_t> shape{p.out_features, p.in_features};
   if (experts >= 0) shape.insert(shape.begin(), experts);
   for (size_t k = 0; k < refs.size(); ++k) {
-    const std::string name = item("refs", static_cast<int64_t>(k));
+    const Name name = item("refs", k);
     const Tensor& ref = refs[k];
     GRADSAFE_CHECK(shape_of(ref) == shape, op, ": expected ", name, " of shape ", list_text(shape),
                    ", got ", shape_text(ref));

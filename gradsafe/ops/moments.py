@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal
 
 import torch
@@ -26,6 +27,7 @@ from gradsafe.ops.registry import operator
 Axis = Literal["tensor", "row", "column", "both"]
 AXES: tuple[Axis, ...] = ("tensor", "row", "column", "both")  # position = code of the operator
 MAX_REFS = 4
+_SHAPE = attrgetter("shape")
 
 
 @dataclass(frozen=True)
@@ -144,10 +146,11 @@ def _alike(
         return None
     count = len(refs[0])
     flat = [ref for group in refs for ref in group]
+    shapes = list(map(_SHAPE, grads))
     fits = (
         all(len(group) == count for group in refs)
         and are_alike(flat, REF_DTYPES, device)
-        and all(ref.shape == g.shape for g, group in zip(grads, refs, strict=True) for ref in group)
+        and all(list(map(_SHAPE, flat[k::count])) == shapes for k in range(count))
     )
     return (flat, count) if fits else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
+    FLOAT_DTYPES,
+    are_twins,
     check_apart,
     check_dense,
     check_device,
@@ -27,6 +30,7 @@ from gradsafe.ops.registry import operator
 
 SUMS = ("dot", "sq_user", "sq_align")  # of a row of `surgery_sums`
 RESULTS = (*SUMS, "coefficient")  # of a row of `surgery_`
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 def surgery_(
@@ -169,6 +173,19 @@ def check_pairs(
 
     `num_groups` is the number of given sums; without them every group must be used.
     """
+    if not (
+        are_twins(FLOAT_DTYPES, user, align)
+        and not any(map(_REQUIRES_GRAD, user))
+        and not any(map(_REQUIRES_GRAD, align))
+    ):
+        _check_pair_by_pair(op, user, align)
+    if user:
+        check_supported_device(op, user[0])
+    return _check_groups(op, len(user), groups, num_groups)
+
+
+def _check_pair_by_pair(op: str, user: Sequence[Tensor], align: Sequence[Tensor]) -> None:
+    """Raises where an argument does not fit."""
     check_tensor_list(op, "user", user)
     check_tensor_list(op, "align", align)
     check_same_length(op, "align", align, "user", len(user))
@@ -186,9 +203,6 @@ def check_pairs(
                 expected = f"{kind}[{index}] not to require a gradient"
                 do = "surgery is not differentiable, call .detach() first"
                 refuse(op, expected, "one that does", do)
-    if user:
-        check_supported_device(op, user[0])
-    return _check_groups(op, len(user), groups, num_groups)
 
 
 def check_rho(op: str, rho: float) -> None:

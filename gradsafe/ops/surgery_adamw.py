@@ -9,6 +9,8 @@ from torch import Tensor
 
 from gradsafe._checks import refuse
 from gradsafe.ops.checks import (
+    FLOAT_DTYPES,
+    are_twins,
     check_apart,
     check_dense,
     check_device,
@@ -110,14 +112,8 @@ def _check(
     step: Tensor | Sequence[Tensor],
 ) -> list[Tensor]:
     """All lists but `align`, which `check_pairs` compares with `user`; returns the counters."""
-    check_tensor_list(OP, "params", params)
-    lists = {"user": user, "align": align, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    for name, tensors in lists.items():
-        check_tensor_list(OP, name, tensors)
-        check_same_length(OP, name, tensors, "params", len(params))
-        if name != "align":
-            for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-                check_twin(OP, f"{name}[{index}]", tensor, f"params[{index}]", param)
+    if not are_twins(FLOAT_DTYPES, params, user, align, exp_avg, exp_avg_sq):
+        _check_one_by_one(params, user, align, exp_avg, exp_avg_sq)
     steps = [step] if isinstance(step, Tensor) else step
     check_tensor_list(OP, "step", steps)
     if not isinstance(step, Tensor) and len(steps) != len(params):
@@ -131,6 +127,24 @@ def _check(
         if params:
             check_device(OP, name, counter, "params[0]", params[0])
     return list(steps)
+
+
+def _check_one_by_one(
+    params: Sequence[Tensor],
+    user: Sequence[Tensor],
+    align: Sequence[Tensor],
+    exp_avg: Sequence[Tensor],
+    exp_avg_sq: Sequence[Tensor],
+) -> None:
+    """Raises where an argument does not fit."""
+    check_tensor_list(OP, "params", params)
+    lists = {"user": user, "align": align, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, tensors in lists.items():
+        check_tensor_list(OP, name, tensors)
+        check_same_length(OP, name, tensors, "params", len(params))
+        if name != "align":
+            for index, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
+                check_twin(OP, f"{name}[{index}]", tensor, f"params[{index}]", param)
 
 
 operator(

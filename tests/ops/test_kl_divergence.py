@@ -117,7 +117,9 @@ def test_shapes_spreads_and_shifts(rows, vocabulary, dtype, spread, shift):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_of_one_logit_has_no_divergence(dtype, device):
     student, teacher = torch.randn(2, 50, 1, device=device).mul(3000).to(dtype)
-    assert torch.equal(kl_divergence(student, teacher).cpu(), torch.zeros(50))
+    # 16-bit logits on a GPU: either sum is one exponential, within 2 ulp.
+    bound = 4 * 2.0**-23 if device == "cuda" and dtype.itemsize == 2 else 0.0
+    assert float(kl_divergence(student, teacher).max()) <= bound
 
 
 @pytest.mark.parametrize("device", DEVICES)
