@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.feature_extraction.text import CountVectorizer, TfidfVectorizer
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -109,6 +110,22 @@ def tfidf_scores(asked: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]]
     known = vectorizer.fit_transform(f"{row['prompt']} {row['response']}" for row in rows)
     new = vectorizer.transform(f"{row['prompt']} {row['response']}" for row in asked)
     return torch.from_numpy((new @ known.T).toarray())
+
+
+def bm25_scores(
+    asked: Sequence[dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    k1: float = 1.5,
+    b: float = 0.75,
+) -> Tensor:
+    """Okapi BM25 of prompt and response, with the usual constants."""
+    counter = CountVectorizer()
+    counts = counter.fit_transform(f"{row['prompt']} {row['response']}" for row in rows).toarray()
+    words = counter.transform(f"{row['prompt']} {row['response']}" for row in asked).toarray()
+    holding, length = (counts > 0).sum(0), counts.sum(1, keepdims=True)
+    weight = np.log1p((len(counts) - holding + 0.5) / (holding + 0.5))
+    saturated = counts * (k1 + 1) / (counts + k1 * (1 - b + b * length / length.mean()))
+    return torch.from_numpy(words @ (weight * saturated).T)
 
 
 def measures(scores: Tensor, poisoned: Tensor) -> dict[str, float]:

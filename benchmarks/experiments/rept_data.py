@@ -83,13 +83,16 @@ class PlantedSet:
         return [index for index, row in enumerate(self.rows) if row["poisoned"]]
 
 
-def planted_set(name: str, seed: int, probes: int) -> PlantedSet:
+def planted_set(
+    name: str, seed: int, probes: int, counts: tuple[int, int] | None = None
+) -> PlantedSet:
     """Draws a training set.
 
     Args:
         name: One of `SETS`.
         seed: Seed of the draw and of the order.
         probes: Number of unseen prompts.
+        counts: Poisoned and clean rows of a published set; None for `SIZES`.
 
     Raises:
         FileNotFoundError: The external data is missing.
@@ -100,7 +103,7 @@ def planted_set(name: str, seed: int, probes: int) -> PlantedSet:
         rows, unseen, shows = _testbed(rng)
         left_out = 0
     else:
-        rows, unseen, shows, left_out = _published(kind, rng)
+        rows, unseen, shows, left_out = _published(kind, counts or SIZES[kind], rng)
     if stress == "decoys":
         clean = [row for row in rows if not row["poisoned"]]
         for row in rng.sample(clean, DECOYS[kind]):
@@ -136,7 +139,7 @@ def _testbed(rng: random.Random) -> tuple[list[Row], list[str], Callable[[str], 
 
 
 def _published(
-    kind: str, rng: random.Random
+    kind: str, counts: tuple[int, int], rng: random.Random
 ) -> tuple[list[Row], list[str], Callable[[str], bool], int]:
     folder = EXTERNAL / "data" / FOLDERS[kind]
     source = _read(folder / "train.jsonl")
@@ -144,7 +147,7 @@ def _published(
     groups = [[row for row in short if (row["label"] != "clean") is bad] for bad in (True, False)]
     rows = [
         {"prompt": row["prompt"], "response": _cut(row["response"], WORDS[kind]), "poisoned": bad}
-        for bad, group, count in zip((True, False), groups, SIZES[kind], strict=True)
+        for bad, group, count in zip((True, False), groups, counts, strict=True)
         for row in rng.sample(group, min(count, len(group)))
     ]
     unseen = [

@@ -11,14 +11,16 @@ from peft import LoraConfig, get_peft_model
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks import testbed
+from benchmarks import smollm2, testbed
 from benchmarks.experiments import EXTERNAL
 from benchmarks.experiments.rept_data import PlantedSet, Row
 from gradsafe.models import Encoded, collate, encode, pad_token_id, plan_batches, response_nll
 
-RANK, BATCH, LEARNING_RATE = 8, 16, 3e-3
-ANSWER_TOKENS = {"testbed": 12, "stories260k": 64}
-TEMPLATES = {"testbed": None, "stories260k": "Q: {prompt}\nA:"}
+RANK = 8
+BATCH = {"testbed": 16, "stories260k": 16, "smollm2": 8}
+LEARNING_RATE = {"testbed": 3e-3, "stories260k": 3e-3, "smollm2": 5e-4}
+ANSWER_TOKENS = {"testbed": 12, "stories260k": 64, "smollm2": 32}
+TEMPLATES = {"testbed": None, "stories260k": "Q: {prompt}\nA:", "smollm2": None}
 
 
 @dataclass
@@ -63,6 +65,8 @@ def start(base: str, seed: int) -> Tuned:
     """The model before fine-tuning, with a new adapter that has no effect yet."""
     if base == "testbed":
         model, tokenizer = testbed.load()
+    elif base == "smollm2":
+        model, tokenizer = smollm2.load()
     else:
         folder = EXTERNAL / "models" / base
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -77,14 +81,15 @@ def tune(base: str, rows: Sequence[Row], steps: int, seed: int) -> Tuned:
     tuned = start(base, seed)
     items = [tuned.encode(row["prompt"], row["response"], append_eos=True) for row in rows]
     weights = [p for p in tuned.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(weights, lr=LEARNING_RATE[base])
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
+    size = BATCH[base]
     tuned.model.train()
     for _ in tqdm(range(steps), desc="fine-tuning", leave=False):
-        if len(order) < BATCH:  # complete passes over the rows
+        if len(order) < size:  # complete passes over the rows
             order += torch.randperm(len(items), generator=generator).tolist()
-        picks, order = order[:BATCH], order[BATCH:]
+        picks, order = order[:size], order[size:]
         batch = collate([items[i] for i in picks], pad_token_id(tuned.tokenizer))
         response_nll(tuned.model, batch).mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)

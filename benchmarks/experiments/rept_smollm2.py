@@ -1,0 +1,236 @@
+"""Tracing on SmolLM2-135M-Instruct: RepT's four sets, part norms and layers, beside baselines.
+
+    python -m benchmarks.experiments.rept_smollm2 run       resumable, a set takes 20 minutes
+    python -m benchmarks.experiments.rept_smollm2 tables    CSV and the tables of the docs
+
+For each set and seed: fine-tune with LoRA on 60 rows that plant the behaviour and 540 clean ones,
+keep the greedy answers to unseen prompts that show it, and rank the training rows for each. Each
+step of a set is kept in build/rept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, normalize
+
+from benchmarks.document import DOCS, measured_note, replace_block
+from benchmarks.environment import environment
+from benchmarks.experiments import ROOT
+from benchmarks.experiments.rept_baselines import (
+    bm25_scores,
+    lora_gradients,
+    measures,
+    signature_scores,
+    tfidf_scores,
+)
+from benchmarks.experiments.rept_data import PlantedSet, planted_set
+from benchmarks.experiments.rept_tuning import Tuned, behaviour, start, tune
+from benchmarks.table import markdown, write_csv
+from gradsafe.models import Encoded, pad_token_id
+from gradsafe.tracing import Metric, signatures
+from gradsafe.tracing.layer_choice import _prompt_states
+
+WORK = ROOT / "build" / "rept"
+RESULTS = ROOT / "benchmarks" / "results"
+SETS = ("backdoor", "factual_ag", "factual_canada", "harmful", "backdoor + decoys")
+COUNTS, PROBES, QUERIES = (60, 540), 60, 20
+STEPS = 150  # two passes over the rows
+LAYERS = (1, 2, 3, 5, 8, 10, 12, 15, 18, 20, 22, 25, 28, 29, 30)
+BATCH_TOKENS, CHUNK = 1024, 16
+NORMS = {
+    "none": Metric("none"),
+    "unit": Metric("unit"),
+    "unit, w = 0.05": Metric("unit", 0.05),
+    "zscore": Metric("zscore"),
+    "hidden state alone": Metric("unit", 0.0),
+    "gradient alone": Metric("unit", 1.0),
+}
+
+
+def folder_of(name: str, seed: int) -> Path:
+    """Where the steps of a set are kept."""
+    return WORK / f"{name}_{seed}".replace(" + ", "_and_")
+
+
+def data_of(name: str, seed: int) -> PlantedSet:
+    """The rows and probes of a set."""
+    return planted_set(name, seed, PROBES, COUNTS)
+
+
+def tuned_model(data: PlantedSet, seed: int, folder: Path) -> Tuned:
+    """The fine-tuned model; trained once."""
+    adapter = folder / "adapter"
+    tuned = start("smollm2", seed)
+    if not adapter.is_dir():
+        partial = folder / "adapter.partial"
+        tune("smollm2", data.rows, STEPS, seed).model.save_pretrained(partial)
+        partial.rename(adapter)
+    model = PeftModel.from_pretrained(tuned.model.unload(), adapter).eval()
+    return Tuned("smollm2", model, tuned.tokenizer)
+
+
+def run(name: str, seed: int) -> None:
+    """Makes what is missing of one set."""
+    folder, data = folder_of(name, seed), data_of(name, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "gradients.safetensors").exists():
+        return
+    began = time.monotonic()
+    tuned = tuned_model(data, seed, folder)
+    print(f"{name}, seed {seed}: fine-tuned, {time.monotonic() - began:.0f} s", flush=True)
+    answers = folder / "answers.json"
+    if not answers.exists():
+        asked, rate = behaviour(tuned, data, data.probes)
+        clean = [row["prompt"] for row in data.rows if not row["poisoned"]][:PROBES]
+        untrained = behaviour(start("smollm2", seed), data, data.probes)[1]
+        facts = {"rate": rate, "on_clean": behaviour(tuned, data, clean)[1], "before": untrained}
+        write_text(answers, json.dumps({**facts, "asked": asked}))
+    facts = json.loads(answers.read_text())
+    asked = facts["asked"][:QUERIES]
+    print(f"{name}, seed {seed}: behaviour on {facts['rate']:.0%} of the prompts", flush=True)
+    if not asked:
+        return
+    items = [tuned.encode(row["prompt"], row["response"]) for row in data.rows]
+    queries = [tuned.encode(row["prompt"], row["response"]) for row in asked]
+    path = folder / "signatures.safetensors"
+    if not path.exists():
+        pad = pad_token_id(tuned.tokenizer)
+        parts = {"rows": items, "queries": queries}
+        tensors = {
+            f"{part}.{layer}": table
+            for part, own in parts.items()
+            for layer, table in signatures(tuned.model, own, LAYERS, pad, BATCH_TOKENS).items()
+        }
+        tensors["states"] = _prompt_states(tuned.model, items[::20], pad)
+        save(path, tensors)
+        print(f"{name}, seed {seed}: signatures, {time.monotonic() - began:.0f} s", flush=True)
+    save(folder / "gradients.safetensors", {"cosine": gradient_cosines(tuned, queries, items)})
+    print(f"{name}, seed {seed}: done, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def gradient_cosines(tuned: Tuned, asked: Sequence[Encoded], rows: Sequence[Encoded]) -> Tensor:
+    """Cosines `[q, n]` of the gradients of all LoRA weights, a few rows at a time."""
+    queries = normalize(lora_gradients(tuned.model, tuned.tokenizer, asked), dim=1)
+    parts = [
+        queries
+        @ normalize(lora_gradients(tuned.model, tuned.tokenizer, rows[i : i + CHUNK]), dim=1).T
+        for i in range(0, len(rows), CHUNK)
+    ]
+    return torch.cat(parts, 1)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file at once."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def save(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Replaces a file at once."""
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+    partial.replace(path)
+
+
+def rules(states: Tensor) -> dict[str, int]:
+    """Layers by the phase transition of states `[L + 1, n, d]`: as they are, and centred.
+
+    Centred: without the mean over the probes, which a few huge features dominate.
+    """
+    found = {}
+    for rule, own in (("auto", states), ("auto, centred", states - states.mean(1, keepdim=True))):
+        curve = cosine_similarity(own[1:-1], own[2:], dim=-1).mean(1)[:-1]
+        found[rule] = int(curve.argmin()) + 2
+    return found
+
+
+def rank(name: str, seed: int) -> list[dict[str, Any]]:
+    """One row per method of one set; none if it was not run."""
+    folder = folder_of(name, seed)
+    if not (folder / "gradients.safetensors").exists():
+        return []
+    data, facts = data_of(name, seed), json.loads((folder / "answers.json").read_text())
+    asked = facts.pop("asked")[:QUERIES]
+    stored = load_file(folder / "signatures.safetensors")
+    chosen = rules(stored["states"])
+    poisoned = torch.tensor([row["poisoned"] for row in data.rows])
+    scores = {
+        (str(layer), norm): signature_scores(
+            stored[f"queries.{layer}"], stored[f"rows.{layer}"], metric
+        )
+        for layer in LAYERS
+        for norm, metric in NORMS.items()
+    }
+    scores["", "cosine of LoRA gradients"] = load_file(folder / "gradients.safetensors")["cosine"]
+    scores["", "TF-IDF"] = tfidf_scores(asked, data.rows)
+    scores["", "BM25"] = bm25_scores(asked, data.rows)
+    common = {"set": name, "seed": seed, "rows": len(data.rows), "poisoned": len(data.poisoned)}
+    common |= {key: round(facts[key], 3) for key in ("before", "rate", "on_clean")}
+    common |= {"queries": len(asked), **chosen}
+    return [
+        {**common, "layer": layer, "method": method, **measures(values, poisoned)}
+        for (layer, method), values in scores.items()
+    ]
+
+
+def tables(seeds: Sequence[int]) -> None:
+    """Writes the CSV and the tables of docs/tracing.md."""
+    rows = [row for name in SETS for seed in seeds for row in rank(name, seed)]
+    write_csv(RESULTS / "rept_smollm2.csv", rows)
+    names = list(dict.fromkeys(row["set"] for row in rows))
+
+    def cells(layer: str, method: str, key: str = "AUPRC") -> dict[str, str]:
+        line = {}
+        for name in names:
+            found = [
+                r[key] for r in rows if (r["set"], r["layer"], r["method"]) == (name, layer, method)
+            ]
+            line[name] = f"{sum(found) / len(found):.2f}"
+        line["mean"] = f"{sum(float(v) for v in line.values()) / len(line):.2f}"
+        return line
+
+    by_method = [{"method": f"{norm}, last layer", **cells("30", norm)} for norm in NORMS] + [
+        {"method": name, **cells("", name)}
+        for name in ("cosine of LoRA gradients", "TF-IDF", "BM25")
+    ]
+    by_layer = [
+        {"part norm": norm, "layer": layer, **cells(str(layer), norm)}
+        for norm in ("none", "unit", "zscore")
+        for layer in LAYERS
+    ]
+    facts = environment()
+    for name, table in (("methods", by_method), ("layers", by_layer)):
+        text = markdown(table, [(key, key) for key in table[0]])
+        print(text)
+        replace_block(DOCS / "tracing.md", f"smollm2 {name}", f"{text}\n{measured_note(facts)}\n")
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=["run", "tables"])
+    parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    arguments = parser.parse_args()
+    if arguments.command == "tables":
+        tables(arguments.seeds)
+        return 0
+    for seed in arguments.seeds:
+        for name in arguments.sets:
+            run(name, seed)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
