@@ -30,6 +30,15 @@ COLUMNS = {
         ("x_two", "vs surgery_, then fused AdamW"),
         ("x_foreach", "vs dot + foreach, then fused AdamW"),
     ],
+    "subspace_surgery": [
+        ("case", "case"),
+        ("p50_us", "µs"),
+        ("GB/s", "GB/s"),
+        ("x_copy", "time / copy"),
+        ("x_each", "vs two products per tensor"),
+        ("x_matmul", "vs cat + matmul"),
+        ("x_surgery_", "vs surgery_ (rank 1)"),
+    ],
     "wgrad_moments": [
         ("case", "case"),
         ("p50_us", "µs"),

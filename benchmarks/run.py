@@ -26,6 +26,7 @@ from benchmarks import (
     cases_grouped_wgrad_moments,
     cases_kl_divergence,
     cases_moments,
+    cases_subspace_surgery,
     cases_surgery,
     cases_wgrad_moments,
 )
@@ -88,6 +89,14 @@ OPERATORS = {
     ),
     "surgery_adamw": Operator(
         *_SURGERY, cases_surgery.build_adamw, lambda case: case.bytes_adamw, _TINY_SURGERY, 15
+    ),
+    "subspace_surgery": Operator(
+        cases_subspace_surgery.CPU_CASES,
+        cases_subspace_surgery.GPU_CASES,
+        cases_subspace_surgery.build,
+        lambda case: case.bytes_moved,
+        _TINY_SURGERY,
+        9,
     ),
     "wgrad_moments": Operator(
         cases_wgrad_moments.CPU_CASES,

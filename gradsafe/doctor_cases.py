@@ -95,6 +95,14 @@ def _surgery_merge_(dtype: torch.dtype, device: str) -> Iterator[Call]:
     yield [user, align, _sums(device), 0.5], {}, user
 
 
+def _subspace_surgery_(dtype: torch.dtype, device: str) -> Iterator[Call]:
+    user, align = _conflict(dtype, device)
+    # Two vectors of disjoint parts; exact in 16 bits, or a rounding could fall either way.
+    basis = [torch.stack([u > 0.5, u < -0.5]).to(dtype) / 256 for u in align]
+    direction = torch.tensor([-3.0, 1.0], dtype=torch.float64, device=device)
+    yield [user, basis, direction, 0.5], {}, user if dtype == torch.float32 else []
+
+
 def _surgery_adamw_(dtype: torch.dtype, device: str) -> Iterator[Call]:
     user, align = _conflict(dtype, device)
     options: dict[str, Any] = {"lr": 0.1}
@@ -132,6 +140,6 @@ CASES: dict[str, Case] = {
     calls.__name__[1:]: partial(_run, calls.__name__[1:], calls)
     for calls in (
         _moments, _cosine_topk, _grouped_wgrad_moments, _kl_divergence, _kl_divergence_, _surgery_,
-        _surgery_adamw_, _surgery_merge_, _surgery_sums, _wgrad_moments,
+        _subspace_surgery_, _surgery_adamw_, _surgery_merge_, _surgery_sums, _wgrad_moments,
     )
 }  # fmt: skip

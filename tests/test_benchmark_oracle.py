@@ -13,6 +13,7 @@ from benchmarks import (
     cases_grouped_wgrad_moments,
     cases_kl_divergence,
     cases_moments,
+    cases_subspace_surgery,
     cases_surgery,
     oracle,
     run,
@@ -63,6 +64,7 @@ WRONG = [
     ("kl_divergence", cases_kl_divergence, "kl_divergence_", off_inputs),
     ("surgery", cases_surgery, "surgery_", off_inputs),
     ("surgery_adamw", cases_surgery, "surgery_adamw_", off_inputs),
+    ("subspace_surgery", cases_subspace_surgery, "subspace_surgery_", off_inputs),
 ]
 
 

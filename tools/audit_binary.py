@@ -23,6 +23,7 @@ PLAIN_OBJECTS = (
     "dispatch.cpp",
     "moments.cpp",
     "surgery.cpp",
+    "subspace_surgery.cpp",
     "wgrad_moments.cpp",
     "cosine_topk.cpp",
     "level_scalar.cpp",

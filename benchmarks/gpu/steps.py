@@ -77,7 +77,7 @@ STEPS = (
     _measure("grouped", 45, "grouped_wgrad_moments"),
     _measure("moments", 40, "moments"),
     _measure("kl", 40, "kl_divergence"),
-    _measure("surgery", 60, "surgery", "surgery_adamw"),
+    _measure("surgery", 80, "surgery", "surgery_adamw", "subspace_surgery"),
     _measure("cosine", 45, "cosine_topk"),
     Step(
         "detection",

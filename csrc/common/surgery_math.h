@@ -27,6 +27,31 @@ GRADSAFE_HOST_DEVICE inline double surgery_coefficient(const double* sums, doubl
   return coefficient <= kLargest && coefficient >= -kLargest ? coefficient : kNan;
 }
 
+// <u, a> from the sums (subspace_surgery.h). NaN says "leave everything as it is", as above.
+GRADSAFE_HOST_DEVICE inline double subspace_conflict(const double* sums, const double* direction,
+                                                     int rank, double rho) {
+  constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+  constexpr double kLargest = std::numeric_limits<float>::max();
+  double conflict = 0;
+  for (int j = 0; j < rank; ++j) conflict += direction[j] * sums[j];
+  if (!(conflict - conflict == 0 && sums[rank] - sums[rank] == 0)) return kNan;
+  for (int j = 0; j < rank; ++j) {
+    const double coefficient = rho * direction[j] - (conflict < 0 ? sums[j] : 0);
+    if (!(coefficient <= kLargest && coefficient >= -kLargest && sums[j] - sums[j] == 0)) {
+      return kNan;
+    }
+  }
+  return conflict;
+}
+
+// Coefficient of vector j, given the conflict.
+GRADSAFE_HOST_DEVICE inline double subspace_coefficient(const double* sums,
+                                                        const double* direction, int j, double rho,
+                                                        double conflict) {
+  if (conflict != conflict) return conflict;
+  return rho * direction[j] - (conflict < 0 ? sums[j] : 0);
+}
+
 // base^exponent by squaring: the library's pow differs between host and device.
 GRADSAFE_HOST_DEVICE inline double integer_power(double base, int64_t exponent) {
   double power = 1;

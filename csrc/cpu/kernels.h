@@ -131,6 +131,16 @@ struct SurgeryAdamwRange {
   void* exp_avg_sq;
 };
 
+// A tile of surgery with a subspace: `count` neighbouring elements of a tensor and of each of `rank`
+// vectors, which lie `stride` elements apart.
+struct SubspaceRange {
+  void* user;
+  const void* basis;
+  int64_t stride, count;
+  DType dtype;
+  int rank;
+};
+
 // Neighbouring logits of one row of the student and the teacher.
 struct KlSegment {
   const void* student;
@@ -166,6 +176,8 @@ struct CpuKernels {
   void (*surgery_merge)(const SurgeryRange& range, float coefficient);
   void (*surgery_adamw)(const SurgeryAdamwRange& range, float coefficient,
                         const AdamwScalars& scalars);
+  void (*subspace_sums)(const SubspaceRange& range, double* partial);
+  void (*subspace_merge)(const SubspaceRange& range, const float* coefficients);
   // Raises the maxima to the segment's, then sums it relative to them.
   void (*kl_sums)(const KlSegment& segment, KlMaxima* maxima, KlSums* sums);
   // `out` has the student's dtype and may be the student's own buffer.

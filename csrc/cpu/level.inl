@@ -7,6 +7,7 @@ namespace {
 #include "moments_impl.inl"
 #include "surgery_impl.inl"
 #include "surgery_adamw_impl.inl"
+#include "subspace_surgery_impl.inl"
 #include "wgrad_moments_impl.inl"
 #include "cosine_topk_impl.inl"
 #include "exp_impl.inl"
@@ -47,6 +48,8 @@ const CpuKernels& GRADSAFE_KERNELS() {
       &surgery_sums,
       &surgery_merge,
       &surgery_adamw,
+      &subspace_sums,
+      &subspace_merge,
       &kl_sums,
       &kl_gradient,
   };

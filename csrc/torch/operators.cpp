@@ -34,6 +34,11 @@ STABLE_TORCH_LIBRARY(gradsafe, m) {
       "Tensor(c!)[] exp_avg_sq, Tensor(d!)[] steps, Tensor? sums, float rho, float lr, "
       "float beta1, float beta2, float eps, float weight_decay, int[] groups, int num_groups) "
       "-> Tensor");
+  // basis: for each tensor k vectors [k, ...]; direction [k] float64. Returns float64 [2 + 2 k]:
+  // conflict, sq_user, dots, coefficients.
+  m.def(
+      "subspace_surgery_(Tensor(a!)[] user, Tensor[] basis, Tensor direction, float rho) "
+      "-> Tensor");
   // student, teacher [N, V] logits; weight [N] float32. Returns KL(teacher || student) per row,
   // float32 [N]; the form with _ writes the gradient of sum weight * KL over the student's logits.
   m.def("kl_divergence(Tensor student, Tensor teacher) -> Tensor");

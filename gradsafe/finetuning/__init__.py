@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment
     from gradsafe.finetuning.config import SafeGradConfig
     from gradsafe.finetuning.statistics import SurgeryStatistics
+    from gradsafe.finetuning.subspace import AlignmentSubspace
     from gradsafe.finetuning.surgery import GradientSurgery
     from gradsafe.finetuning.trainer import SafeGradTrainer
 
 __all__ = [
+    "AlignmentSubspace",
     "GradientSurgery",
     "KLAlignment",
     "SFTAlignment",
@@ -25,6 +27,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "AlignmentSubspace": "subspace",
         "GradientSurgery": "surgery",
         "KLAlignment": "alignment",
         "SFTAlignment": "alignment",

@@ -195,6 +195,29 @@ def surgery_(
     return surgery_merge_(user, align, sums, rho, groups, dtype)
 
 
+def subspace_surgery_(
+    user: Sequence[Tensor],
+    basis: Sequence[Tensor],
+    direction: Tensor,
+    rho: float = 0.0,
+    dtype: torch.dtype | None = torch.float64,
+) -> Tensor:
+    """What `gradsafe.ops.subspace_surgery_` does; in `dtype`, rounded once to each tensor's."""
+    pairs = list(zip(_cast(user, dtype), _cast(basis, dtype), strict=True))
+    dots, square = torch.zeros_like(direction), direction.new_zeros(())
+    for u, vectors in pairs:
+        dots += vectors.reshape(len(dots), u.numel()) @ u.flatten()
+        square += (u * u).sum()
+    conflict = direction @ dots
+    coefficients = rho * direction - torch.where(conflict < 0, dots, 0.0)
+    if not torch.cat([conflict[None], square[None], coefficients]).isfinite().all():
+        conflict, coefficients = conflict * torch.nan, coefficients * torch.nan
+    elif coefficients.any():
+        for target, (u, vectors) in zip(user, pairs, strict=True):
+            target.copy_(u + torch.tensordot(coefficients.to(u.dtype), vectors, 1))
+    return torch.cat([conflict[None], square[None], dots, coefficients])
+
+
 def surgery_adamw_(
     params: Sequence[Tensor],
     user: Sequence[Tensor],

@@ -82,6 +82,13 @@ def _surgery_(
     return plain.surgery_(user, align, rho, groups or None).view(num_groups, 4)
 
 
+def _subspace_surgery_(
+    user: list[Tensor], basis: list[Tensor], direction: Tensor, rho: float
+) -> Tensor:
+    _refuse_shared_memory(user, [*basis, direction])
+    return plain.subspace_surgery_(user, basis, direction, rho)
+
+
 def _surgery_adamw_(
     params: list[Tensor],
     user: list[Tensor],
@@ -141,6 +148,7 @@ _KERNELS: dict[str, Callable[..., Any]] = {
     "surgery_merge_": _surgery_merge_,
     "surgery_": _surgery_,
     "surgery_adamw_": _surgery_adamw_,
+    "subspace_surgery_": _subspace_surgery_,
 }
 for _name, _kernel in _KERNELS.items():
     for _key in ("CPU", "CUDA"):

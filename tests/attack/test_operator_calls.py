@@ -370,9 +370,40 @@ def surgery_adamw_(make: Maker) -> Call:
     return Call("surgery_adamw_", args, check, written, options={"groups", "sums"})
 
 
+def subspace_surgery_(make: Maker) -> Call:
+    user, _ = lists(make, make.random.randint(1, 3), 0.04)
+    user, rank = [u.contiguous() for u in user], make.random.randint(1, 16)
+    basis = [(torch.randn(rank, *u.shape) / 30).to(u.dtype) for u in user]
+    direction = torch.randn(rank, dtype=torch.float64)
+    args = {"user": user, "basis": basis, "direction": direction, "rho": 0.25}
+    before = copy.deepcopy(user)
+
+    def check(found: Tensor) -> None:
+        exact = [u.double() for u in before]
+        want = reference.subspace_surgery_(exact, basis, direction, 0.25)
+        if math.isnan(found[0]):  # values beyond float32 are refused, too
+            assert not want[0].isfinite() or want[1] > 1e37 or want[1:].abs().max() > 1e37
+            assert list(map(bits, user)) == list(map(bits, before))
+            return
+        scale = reference.subspace_surgery_(
+            [u.abs() for u in before], [b.abs() for b in basis], direction.abs()
+        )
+        sums = slice(1, 2 + rank)
+        near(found[sums], want[sums], 8 * UNIT * scale[sums] + 1e-300)
+        for u, old, vectors in zip(user, before, basis, strict=True):
+            added = found[2 + rank :].view(-1, *[1] * u.dim()) * vectors.double()
+            wanted, limits = old.double() + added.sum(0), torch.finfo(u.dtype)
+            size = old.double().abs() + added.abs().sum(0)
+            rounded = limits.eps * wanted.abs() + (rank + 2) * UNIT * size
+            near(u.double(), wanted, rounded + limits.smallest_normal)
+
+    return Call("subspace_surgery_", args, check, ("user",))
+
+
 BUILDERS: tuple[Callable[[Maker], Call], ...] = (
     moments, wgrad_moments, grouped_wgrad_moments, cosine_topk, merge_topk, kl_divergence,
     kl_divergence_, surgery_sums, surgery("surgery_"), surgery("surgery_merge_"), surgery_adamw_,
+    subspace_surgery_,
 )  # fmt: skip
 
 NUMBERS = ("3", None, 1.5, True, -1, -(2**80), math.nan, [1], torch.ones(()), 1j, object())

@@ -15,6 +15,7 @@ from gradsafe.ops import (
     grouped_wgrad_moments,
     kl_divergence_,
     moments,
+    subspace_surgery_,
     surgery_,
     surgery_adamw_,
     wgrad_moments,
@@ -80,6 +81,11 @@ def main() -> None:
     second, step = torch.rand(64, 100, device="cuda").bfloat16(), torch.ones((), device="cuda")
     state = [noise(64, 100), *gradients, noise(64, 100), second, step]
     compare("surgery_adamw_", adamw, state)
+
+    vectors = [torch.linalg.qr(torch.randn(6400, 3, device="cuda"))[0].T.reshape(3, 64, 100)]
+    opposed = torch.tensor([-1.0, 2.0, 0.5], dtype=torch.float64, device="cuda")
+    subspace = [noise(64, 100), vectors[0].contiguous().bfloat16(), opposed]
+    compare("subspace_surgery_", lambda t: [subspace_surgery_(t[:1], t[1:2], t[2])], subspace)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,14 @@ import itertools
 import torch
 from gpu_operators import OPERATORS, flat, registered
 
-from gradsafe.ops import AXES, cosine_topk, kl_divergence_, surgery_, surgery_adamw_
+from gradsafe.ops import (
+    AXES,
+    cosine_topk,
+    kl_divergence_,
+    subspace_surgery_,
+    surgery_,
+    surgery_adamw_,
+)
 
 
 def main() -> None:
@@ -35,6 +42,9 @@ def main() -> None:
         stepped = surgery_adamw_(*lists, step, groups=[0, 1, 0])
         print("surgery_adamw_", dtype, odd, stepped.tolist())
         print("surgery_", dtype, odd, surgery_(lists[1], [-a for a in lists[2]]).tolist())
+        basis = [torch.stack([a, b]) / 400 for a, b in zip(lists[3], lists[4], strict=True)]
+        direction = torch.tensor([-1.0, -1.0], dtype=torch.float64, device="cuda")
+        print("subspace_surgery_", subspace_surgery_(lists[2], basis, direction, 0.5).tolist())
         student, teacher = (torch.randn(7, 10_008 + odd).cuda().to(dtype) for _ in range(2))
         value = kl_divergence_(student, teacher, torch.ones(7, device="cuda"))
         print("kl_divergence_", dtype, odd, f"{float(value.sum()):.6g}")

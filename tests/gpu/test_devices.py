@@ -37,6 +37,7 @@ def test_first_use_of_every_operator_inside_a_graph_capture():
         "kl_divergence_",
         "surgery_",
         "surgery_adamw_",
+        "subspace_surgery_",
     ]
 
 
