@@ -1,5 +1,7 @@
 // One instruction set's copy of every kernel. The anonymous namespace keeps each copy private: a
 // shared inline function would let the linker hand AVX-512 code to a machine without it.
+#include <type_traits>
+
 #include "kernels.h"
 
 namespace gradsafe {

@@ -1,20 +1,66 @@
 // A tile of surgery with a subspace. Included once per instruction set, inside its anonymous
 // namespace.
 //
-// A segment of the tensor stays in the first cache while the vectors pass by, so each element is
-// read once from memory, whatever the rank. Order of sums as in surgery_impl.inl.
+// A segment of the tensor stays in the first cache while the vectors pass by, up to four at a time,
+// so each element is read once from memory, whatever the rank. Order of sums as in
+// surgery_impl.inl; vectors are added in their order.
 
-// Sum of products of n elements with n others.
-template <class T>
-double segment_dot(const T* a, const T* b, int64_t n) {
-  Vec total = zero();
+// Calls body with the number of vectors, as a type, and the first of them.
+template <class Body>
+void for_each_four(int rank, const Body& body) {
+  int j = 0;
+  for (; j + 4 <= rank; j += 4) body(std::integral_constant<int, 4>(), j);
+  if (rank - j == 3) body(std::integral_constant<int, 3>(), j);
+  if (rank - j == 2) body(std::integral_constant<int, 2>(), j);
+  if (rank - j == 1) body(std::integral_constant<int, 1>(), j);
+}
+
+// Adds the dots of n elements of u with K vectors.
+template <class T, int K>
+void add_dots(const T* u, const T* vectors, int64_t stride, int64_t n, double* partial) {
+  Vec totals[K];
+  for (Vec& total : totals) total = zero();
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) total = fma(load(a + i), load(b + i), total);
+  for (; i + kLanes <= n; i += kLanes) {
+    const Vec x = load(u + i);
+    for (int k = 0; k < K; ++k) totals[k] = fma(x, load(vectors + k * stride + i), totals[k]);
+  }
   if (i < n) {
     const int left = static_cast<int>(n - i);
-    total = fma(load_first(a + i, left), load_first(b + i, left), total);
+    const Vec x = load_first(u + i, left);
+    for (int k = 0; k < K; ++k) {
+      totals[k] = fma(x, load_first(vectors + k * stride + i, left), totals[k]);
+    }
   }
-  return sum(total);
+  for (int k = 0; k < K; ++k) partial[k] += sum(totals[k]);
+}
+
+// Adds K vectors to n merged elements.
+template <class T, int K>
+void add_vectors(float* merged, const T* vectors, int64_t stride, int64_t n,
+                 const float* coefficients) {
+  Vec c[K];
+  for (int k = 0; k < K; ++k) c[k] = broadcast(coefficients[k]);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Vec x = load(merged + i);
+    for (int k = 0; k < K; ++k) x = fma(c[k], load(vectors + k * stride + i), x);
+    store(merged + i, x);
+  }
+  if (i < n) {
+    const int left = static_cast<int>(n - i);
+    Vec x = load_first(merged + i, left);
+    for (int k = 0; k < K; ++k) x = fma(c[k], load_first(vectors + k * stride + i, left), x);
+    store_first(merged + i, x, left);
+  }
+}
+
+template <class From, class To>
+void convert(const From* from, To* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  const int left = static_cast<int>(n - i);
+  if (left > 0) store_first(to + i, load_first(from + i, left), left);
 }
 
 template <class T>
@@ -24,10 +70,11 @@ void sum_subspace(const SubspaceRange& r, double* partial) {
   for (int q = 0; q <= r.rank; ++q) partial[q] = 0;
   for (int64_t begin = 0; begin < r.count; begin += kSurgerySegment) {
     const int64_t left = r.count - begin, n = left < kSurgerySegment ? left : kSurgerySegment;
-    for (int j = 0; j < r.rank; ++j) {
-      partial[j] += segment_dot(user + begin, basis + j * r.stride + begin, n);
-    }
-    partial[r.rank] += segment_dot(user + begin, user + begin, n);
+    const T* const u = user + begin;
+    for_each_four(r.rank, [&](auto count, int j) {
+      add_dots<T, count>(u, basis + j * r.stride + begin, r.stride, n, partial + j);
+    });
+    add_dots<T, 1>(u, u, 0, n, partial + r.rank);
   }
 }
 
@@ -38,24 +85,11 @@ void merge_subspace(const SubspaceRange& r, const float* coefficients) {
   float merged[kSurgerySegment];  // rounded to T once, behind the last vector
   for (int64_t begin = 0; begin < r.count; begin += kSurgerySegment) {
     const int64_t left = r.count - begin, n = left < kSurgerySegment ? left : kSurgerySegment;
-    const int64_t whole = n / kLanes * kLanes;
-    const int rest = static_cast<int>(n - whole);
-    T* const u = user + begin;
-    for (int64_t i = 0; i < whole; i += kLanes) store(merged + i, load(u + i));
-    if (rest > 0) store_first(merged + whole, load_first(u + whole, rest), rest);
-    for (int j = 0; j < r.rank; ++j) {
-      const Vec c = broadcast(coefficients[j]);
-      const T* const v = basis + j * r.stride + begin;
-      for (int64_t i = 0; i < whole; i += kLanes) {
-        store(merged + i, fma(c, load(v + i), load(merged + i)));
-      }
-      if (rest > 0) {
-        const Vec tail = fma(c, load_first(v + whole, rest), load_first(merged + whole, rest));
-        store_first(merged + whole, tail, rest);
-      }
-    }
-    for (int64_t i = 0; i < whole; i += kLanes) store(u + i, load(merged + i));
-    if (rest > 0) store_first(u + whole, load_first(merged + whole, rest), rest);
+    convert(user + begin, merged, n);
+    for_each_four(r.rank, [&](auto count, int j) {
+      add_vectors<T, count>(merged, basis + j * r.stride + begin, r.stride, n, coefficients + j);
+    });
+    convert(merged, user + begin, n);
   }
 }
 
