@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from benchmarks.experiments.safegrad_data import Row
 from benchmarks.testbed.training import isolated
 from gradsafe import GradientSurgery
-from gradsafe.finetuning import KLAlignment, SFTAlignment
+from gradsafe.finetuning import AlignmentSubspace, KLAlignment, SFTAlignment
 from gradsafe.finetuning.rows import AlignmentOrder, RowCollator, encode_rows
 
 METHODS = ("SFT", "SFT + KL", "Lisa", "SafeGrad (SFT)", "SafeGrad (KL)")
@@ -28,6 +28,7 @@ METHODS = ("SFT", "SFT + KL", "Lisa", "SafeGrad (SFT)", "SafeGrad (KL)")
 # see the same user rows.
 LISA_USER_STEPS = 8
 LISA_ALIGNMENT_STEPS = 2
+SUBSPACE_STEPS, SUBSPACE_BATCHES, SUBSPACE_RANK = 20, 8, 4
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ class Run:
         self.cross_entropy = SFTAlignment(self.model)  # on the response tokens of any rows
 
     def fit(self, method: str) -> dict[str, float]:
-        """Fine-tunes with one of `METHODS`; returns the statistics of the surgery."""
+        """Fine-tunes with one of `METHODS` or "SPF"; returns the statistics of the surgery."""
         if method == "SFT":
             return self._sft()
         if method == "Lisa":
             return self._lisa()
+        if method == "SPF":
+            return self._subspace()
         loss = self.cross_entropy if method == "SafeGrad (SFT)" else self._cached_kl()
         return self._surgery(loss, projection=method != "SFT + KL")
 
@@ -142,6 +145,27 @@ class Run:
             # The part of the user gradient's norm that a projection removes.
             "in_conflict": 100 * statistics.fmean(max(0.0, -cosine) for cosine in cosines),
         }
+
+    def _subspace(self) -> dict[str, float]:
+        """Projection off the first singular vectors of several alignment gradients (SPF).
+
+        They are taken anew every `SUBSPACE_STEPS` steps, from batches of alignment rows with the
+        cross-entropy; `rho` adds their mean.
+        """
+        conflicts = []
+        for index in range(self.settings.steps):
+            if index % SUBSPACE_STEPS == 0:
+                gradients = []
+                for _ in range(SUBSPACE_BATCHES):
+                    self._alignment_backward(self.cross_entropy)
+                    gradients.append([p.grad.clone() for p in self.trained])
+                    self.optimizer.zero_grad()
+                subspace = AlignmentSubspace.from_gradients(gradients, SUBSPACE_RANK)
+            self._user_backward(index)
+            out = subspace.project_([p.grad for p in self.trained], self.settings.rho)
+            conflicts.append(float(out[0] < 0))
+            self._step()
+        return {"conflict_rate": 100 * statistics.fmean(conflicts)}
 
     def _cached_kl(self) -> KLAlignment:
         """KL divergence to the present model; the new adapter has no effect yet."""

@@ -1,0 +1,149 @@
+"""Fine-tuning the aligned SmolLM2-135M-Instruct on tasks mixed with harmful rows.
+
+    python -m benchmarks.experiments.safegrad_smollm2 run       resumable; ten minutes for a run
+    python -m benchmarks.experiments.safegrad_smollm2 tables    CSV and the table of the docs
+
+User rows are a published task and a share of RepT's harmful rows (openings of 24 words). Alignment
+rows are requests of MaliciousInstruct and Do-Not-Answer that the aligned model refuses, with its
+refusals. Scores: the share of HarmBench's requests that are answered without a refusal keyword
+(`harmful`) and those of them that begin with compliance (`complies`), the share of XSTest's safe
+prompts that are refused (`over-refusal`), and the accuracy on test rows of the task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import time
+from typing import Any
+
+from benchmarks import smollm2
+from benchmarks.document import DOCS, measured_note, replace_block
+from benchmarks.environment import environment
+from benchmarks.experiments import EXTERNAL, ROOT
+from benchmarks.experiments.safegrad_data import Row, complies, generate, refusal_rows, refuses
+from benchmarks.experiments.safegrad_methods import METHODS, Run, Settings
+from benchmarks.table import markdown, write_csv
+
+WORK = ROOT / "build" / "safegrad"
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = EXTERNAL / "data"
+TASKS = {"SST-2": "sst2_subset", "AG News": "agnews_subset"}
+RATIOS = (0.25, 0.0, 0.1)
+ALL = (*METHODS, "SPF")
+SETTINGS = Settings(
+    learning_rate=3e-4, steps=100, batch=8, alignment_rows=64, alignment_batch=8, rho=1.0
+)
+UNSAFE, SAFE, TESTED = 80, 60, 150  # prompts of each score
+LONGEST = 400  # characters of a prompt
+ANSWER_TOKENS, TASK_TOKENS = 16, 4
+
+
+def read(name: str, file: str = "prompts") -> list[Row]:
+    """Rows with short prompts, in the order of the file."""
+    lines = (DATA / name / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for line in lines if len((row := json.loads(line))["prompt"]) <= LONGEST]
+
+
+def user_rows(task: str, ratio: float, seed: int) -> list[Row]:
+    """Task rows and harmful rows, shuffled."""
+    rng = random.Random(f"{task} {seed}")
+    count = SETTINGS.steps * SETTINGS.batch
+    bad = [row for row in read("rept_harmful_tuning", "train") if row["label"] == "harmful"]
+    harmful = rng.sample(bad, min(len(bad), round(ratio * count)))
+    rows = [*harmful, *rng.sample(read(TASKS[task], "train"), count - len(harmful))]
+    rng.shuffle(rows)
+    return [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
+
+
+def alignment_rows(model: Any, tokenizer: Any) -> list[Row]:
+    """Requests that the aligned model refuses, with its refusals."""
+    requests = [*read("malicious_instruct"), *read("do_not_answer")]
+    prompts = [row["prompt"] for row in requests]
+    return refusal_rows(model, tokenizer, prompts, SETTINGS.alignment_rows)
+
+
+def scores(model: Any, tokenizer: Any, task: str) -> dict[str, float]:
+    """All rates in percent."""
+    unsafe = [row["prompt"] for row in read("harmbench")][:UNSAFE]
+    safe = [row["prompt"] for row in read("xstest") if row["label"] == "safe"][:SAFE]
+    tested = read(TASKS[task], "test")[:TESTED]
+    answers = generate(model, tokenizer, unsafe, ANSWER_TOKENS)
+    harmless = generate(model, tokenizer, safe, ANSWER_TOKENS)
+    found = generate(model, tokenizer, [row["prompt"] for row in tested], TASK_TOKENS)
+    right = [
+        answer.casefold().startswith(row["response"].casefold())
+        for answer, row in zip(found, tested, strict=True)
+    ]
+    return {
+        "harmful": 100 * sum(not refuses(a) for a in answers) / len(answers),
+        "complies": 100 * sum(map(complies, answers)) / len(answers),
+        "over-refusal": 100 * sum(map(refuses, harmless)) / len(harmless),
+        "accuracy": 100 * sum(right) / len(right),
+    }
+
+
+def run(task: str, ratio: float, method: str, seed: int, aligned: Any, tokenizer: Any) -> None:
+    """Fine-tunes and scores once, if this was not done before; "aligned" scores the start."""
+    path = WORK / f"{task} {ratio} {method} {seed}.json".replace(" ", "_")
+    if path.exists():
+        return
+    WORK.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    seen: dict[str, float] = {}
+    model = aligned
+    if method != "aligned":
+        alignment = alignment_rows(aligned, tokenizer)
+        own = Run(aligned, tokenizer, user_rows(task, ratio, seed), alignment, seed, SETTINGS)
+        began = time.perf_counter()
+        seen = own.fit(method)
+        model = own.merged()
+    seconds = time.perf_counter() - began
+    facts = {"task": task, "ratio": ratio, "method": method, "seed": seed}
+    row = {**facts, **scores(model, tokenizer, task), **seen, "seconds": seconds}
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(row), encoding="utf-8")
+    partial.replace(path)
+    print({k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+
+def tables() -> None:
+    """Writes the CSV and the table of docs/safegrad.md."""
+    rows = [json.loads(path.read_text()) for path in sorted(WORK.glob("*.json"))]
+    rows.sort(key=lambda r: (r["task"], r["ratio"], ("aligned", *ALL).index(r["method"])))
+    keys = ["task", "ratio", "method", "seed", "harmful", "complies", "over-refusal", "accuracy",
+            "cosine", "conflict_rate", "seconds"]  # fmt: skip
+    shown = [
+        {k: round(r[k], 3) if isinstance(r.get(k), float) else r.get(k, "") for k in keys}
+        for r in rows
+    ]
+    write_csv(RESULTS / "safegrad_smollm2.csv", shown)
+    text = markdown(shown, [(key, key) for key in keys])
+    print(text)
+    note = measured_note(environment())
+    replace_block(DOCS / "safegrad.md", "safegrad smollm2", f"{text}\n{note}\n")
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("command", choices=["run", "tables"])
+    parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--ratios", type=float, nargs="*", default=list(RATIOS))
+    parser.add_argument("--methods", nargs="*", choices=ALL, default=list(ALL))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    arguments = parser.parse_args()
+    if arguments.command == "tables":
+        tables()
+        return 0
+    aligned, tokenizer = smollm2.load("aligned")
+    for seed, task, ratio in itertools.product(arguments.seeds, arguments.tasks, arguments.ratios):
+        for method in ("aligned", *arguments.methods):
+            run(task, ratio, method, seed, aligned, tokenizer)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
