@@ -114,6 +114,14 @@ def others_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Ar
     return found
 
 
+def eos_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arrays:
+    """GradCoo with a response that ends with the EOS token, as GradSafe has it."""
+    forms = {"tensor": {}, "row": {"granularity": "row"}}
+    detectors = variants(model, tokenizer, "own, EOS", own(name), forms, append_eos=True)
+    arrays = Together(detectors)(prompts)
+    return {key: arrays[key] for key in detectors}
+
+
 def sizes_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arrays:
     """GradCoo with `DRAWS` random draws of each number of own references; the paper's Fig. 3."""
     texts, labels = load(name, "dev")
@@ -140,6 +148,7 @@ PASSES: dict[str, tuple[Pass, tuple[str, ...], tuple[str, ...]]] = {
     "main": (main_pass, tuple(SETS), ("dev", "test")),
     "gradsafe": (gradsafe_pass, tuple(SETS), ("dev", "test")),
     "responses": (response_pass, tuple(SETS), ("dev", "test")),
+    "eos": (eos_pass, tuple(SETS), ("dev", "test")),
     "sizes": (sizes_pass, ("XSTest", "ToxicChat"), ("test",)),
     "others": (others_pass, ("XSTest", "ToxicChat"), ("dev",)),
 }

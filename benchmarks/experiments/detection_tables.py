@@ -35,7 +35,7 @@ Scores = dict[str, np.ndarray]
 def arrays(variant: str, name: str, part: str) -> Scores:
     """All passes over one part; empty if the main one was not made."""
     found: Scores = {}
-    for what in ("main", "gradsafe", "responses", "others"):
+    for what in ("main", "gradsafe", "responses", "others", "eos"):
         path = stored(variant, name, part, what)
         if path.exists():
             with np.load(path) as file:
@@ -229,6 +229,7 @@ SHOWN = (
     "nll", "NLL Sure - NLL Sorry", "gradnorm", "generic: GradSafe", "own: GradSafe",
     "generic: mean difference", "own: mean difference", "refusal direction: mean difference",
     *(f"{style}: {form}" for style in ("generic", "own") for form in ("tensor", "row", "column")),
+    "own, EOS: tensor", "own, EOS: row",
 )  # fmt: skip
 
 
