@@ -1,4 +1,9 @@
-"""Which layer to trace at: the phase transition of the hidden states over a few probes."""
+"""Which layer to trace at: the phase transition of the hidden states over a few probes.
+
+In a large model the least similar pair of all is the first one: there the states leave the
+embeddings, and a few features grow to a hundred times the others ("massive activations", arXiv
+2402.17762), which makes all later pairs alike. So the first quarter of the layers is left out.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,7 @@ from gradsafe.tracing.config import RULES, LayerRule
 from gradsafe.tracing.response_pass import model_inputs
 
 PROBES = 32
+LEFT_OUT = 4  # the first L // 4 layers are no candidates
 TIE = 1e-6  # a minimum is unique if no other similarity is closer to it than this
 
 
@@ -43,16 +49,17 @@ def choose_layer(
 ) -> LayerChoice:
     """Find the least similar pair of consecutive layers.
 
-    The pairs are (1, 2) to (L - 2, L - 1), as in the published code: the input of the first block
-    and the final norm are left out. Without a unique minimum the last layer L is chosen, as the
-    paper does (arXiv 2510.02334).
+    The pairs are (f, f + 1) to (L - 2, L - 1), where f is max(1, L // 4), or 1 with "auto-single",
+    as in the published code: the input of the first block and the final norm are left out. Without
+    a unique minimum the last layer L is chosen, as the paper does (arXiv 2510.02334).
 
     Args:
         model: A causal language model.
         probes: Encoded samples, of which only the prompts are read.
         pad_id: Token id of the padding.
         rule: "auto" takes the upper layer of the pair, averaged over the probes; "auto-lower" the
-            lower one; "auto-single" the upper one of the first probe alone, as the published code.
+            lower one; "auto-single" the upper one of the first probe alone, among all pairs, as
+            the published code.
         batch_tokens: Padded tokens per batch.
 
     Raises:
@@ -66,12 +73,13 @@ def choose_layer(
         probes = probes[:1]
     curve = similarity_curve(model, probes, pad_id, batch_tokens)
     depth = len(curve) + 1
-    candidates = curve[:-1].tolist()
+    first = 1 if rule == "auto-single" else max(1, depth // LEFT_OUT)
+    candidates = curve[first - 1 : -1].tolist()
     lowest = min(candidates, default=0.0)
     minima = [index for index, value in enumerate(candidates) if value <= lowest + TIE]
     if len(minima) != 1:
         return LayerChoice(depth, curve.tolist())
-    lower = minima[0] + 1
+    lower = minima[0] + first
     return LayerChoice(lower if rule == "auto-lower" else lower + 1, curve.tolist())
 
 

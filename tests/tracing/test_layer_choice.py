@@ -61,6 +61,17 @@ def test_the_least_similar_pair_decides(monkeypatch, model, items, curve, auto, 
     assert seen == [len(items), len(items), 1, len(items)]
 
 
+def test_the_first_quarter_is_left_out(monkeypatch, model, items):
+    """The curve of SmolLM2-135M, coarsely: a large step at the start, and one in the last third."""
+    curve = [0.67, *[0.96] * 22, 0.88, *[0.97] * 4, 0.38]
+    monkeypatch.setattr(
+        layer_choice, "similarity_curve", lambda *_: torch.tensor(curve, dtype=torch.float64)
+    )
+    assert choose_layer(model, items, 0).layer == 25
+    assert choose_layer(model, items, 0, "auto-lower").layer == 24
+    assert choose_layer(model, items, 0, "auto-single").layer == 2  # as published
+
+
 def test_an_index_keeps_the_curve_of_its_choice(tokenizer, tmp_path):
     model = make_model("llama", vocab_size=300, num_hidden_layers=5).eval()
     index = build(model, tokenizer, tmp_path / "a", EXAMPLES[:9], layer="auto")
