@@ -1,6 +1,7 @@
 """Tracing on SmolLM2-135M-Instruct: RepT's four sets, part norms and layers, beside baselines.
 
-    python -m benchmarks.experiments.rept_smollm2 run       resumable, a set takes 20 minutes
+    python -m benchmarks.experiments.rept_smollm2 run       resumable; 20 minutes for a set
+    python -m benchmarks.experiments.rept_smollm2 gradients the baseline of LoRA gradients
     python -m benchmarks.experiments.rept_smollm2 tables    CSV and the tables of the docs
 
 For each set and seed: fine-tune with LoRA on 60 rows that plant the behaviour and 540 clean ones,
@@ -83,7 +84,8 @@ def run(name: str, seed: int) -> None:
     """Makes what is missing of one set."""
     folder, data = folder_of(name, seed), data_of(name, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "gradients.safetensors").exists():
+    path = folder / "signatures.safetensors"
+    if path.exists():
         return
     began = time.monotonic()
     tuned = tuned_model(data, seed, folder)
@@ -100,22 +102,36 @@ def run(name: str, seed: int) -> None:
     print(f"{name}, seed {seed}: behaviour on {facts['rate']:.0%} of the prompts", flush=True)
     if not asked:
         return
-    items = [tuned.encode(row["prompt"], row["response"]) for row in data.rows]
-    queries = [tuned.encode(row["prompt"], row["response"]) for row in asked]
-    path = folder / "signatures.safetensors"
-    if not path.exists():
-        pad = pad_token_id(tuned.tokenizer)
-        parts = {"rows": items, "queries": queries}
-        tensors = {
-            f"{part}.{layer}": table
-            for part, own in parts.items()
-            for layer, table in signatures(tuned.model, own, LAYERS, pad, BATCH_TOKENS).items()
-        }
-        tensors["states"] = _prompt_states(tuned.model, items[::20], pad)
-        save(path, tensors)
-        print(f"{name}, seed {seed}: signatures, {time.monotonic() - began:.0f} s", flush=True)
-    save(folder / "gradients.safetensors", {"cosine": gradient_cosines(tuned, queries, items)})
+    items, queries = encoded(tuned, data, asked)
+    pad = pad_token_id(tuned.tokenizer)
+    tensors = {
+        f"{part}.{layer}": table
+        for part, own in (("rows", items), ("queries", queries))
+        for layer, table in signatures(tuned.model, own, LAYERS, pad, BATCH_TOKENS).items()
+    }
+    tensors["states"] = _prompt_states(tuned.model, items[::20], pad)
+    save(path, tensors)
     print(f"{name}, seed {seed}: done, {time.monotonic() - began:.0f} s", flush=True)
+
+
+def gradients(name: str, seed: int) -> None:
+    """Adds the baseline of one set that was run."""
+    folder, data = folder_of(name, seed), data_of(name, seed)
+    path = folder / "gradients.safetensors"
+    if path.exists() or not (folder / "signatures.safetensors").exists():
+        return
+    tuned = tuned_model(data, seed, folder)
+    asked = json.loads((folder / "answers.json").read_text())["asked"][:QUERIES]
+    items, queries = encoded(tuned, data, asked)
+    save(path, {"cosine": gradient_cosines(tuned, queries, items)})
+
+
+def encoded(tuned: Tuned, data: PlantedSet, asked: Sequence[Any]) -> tuple[list[Encoded], ...]:
+    """The training rows and the queries."""
+    return tuple(
+        [tuned.encode(row["prompt"], row["response"]) for row in rows]
+        for rows in (data.rows, asked)
+    )
 
 
 def gradient_cosines(tuned: Tuned, asked: Sequence[Encoded], rows: Sequence[Encoded]) -> Tensor:
@@ -158,7 +174,7 @@ def rules(states: Tensor) -> dict[str, int]:
 def rank(name: str, seed: int) -> list[dict[str, Any]]:
     """One row per method of one set; none if it was not run."""
     folder = folder_of(name, seed)
-    if not (folder / "gradients.safetensors").exists():
+    if not (folder / "signatures.safetensors").exists():
         return []
     data, facts = data_of(name, seed), json.loads((folder / "answers.json").read_text())
     asked = facts.pop("asked")[:QUERIES]
@@ -172,7 +188,8 @@ def rank(name: str, seed: int) -> list[dict[str, Any]]:
         for layer in LAYERS
         for norm, metric in NORMS.items()
     }
-    scores["", "cosine of LoRA gradients"] = load_file(folder / "gradients.safetensors")["cosine"]
+    if (baseline := folder / "gradients.safetensors").exists():
+        scores["", "cosine of LoRA gradients"] = load_file(baseline)["cosine"]
     scores["", "TF-IDF"] = tfidf_scores(asked, data.rows)
     scores["", "BM25"] = bm25_scores(asked, data.rows)
     common = {"set": name, "seed": seed, "rows": len(data.rows), "poisoned": len(data.poisoned)}
@@ -219,7 +236,7 @@ def tables(seeds: Sequence[int]) -> None:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["run", "tables"])
+    parser.add_argument("command", choices=["run", "gradients", "tables"])
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     arguments = parser.parse_args()
@@ -228,7 +245,7 @@ def main() -> int:
         return 0
     for seed in arguments.seeds:
         for name in arguments.sets:
-            run(name, seed)
+            (run if arguments.command == "run" else gradients)(name, seed)
     return 0
 
 
