@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
 
 from benchmarks import smollm2, testbed
 from benchmarks.experiments import ROOT
@@ -30,6 +32,7 @@ WORK = ROOT / "build" / "detection"
 MODELS = ("base", "aligned")
 PAIRS = 4
 SIZES, DRAWS = (1, 2, 4, 8, 16), 4  # of references of each class
+CHOSEN = 8  # references of each class that a strategy picks
 
 # Read from one pass with the same stored references.
 FORMULAS: dict[str, dict[str, Any]] = {
@@ -142,6 +145,48 @@ def sizes_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arr
     return found
 
 
+def chosen_references(
+    variant: str, name: str, count: int, strategy: str
+) -> tuple[list[str], list[str]]:
+    """`count` development rows of each class, by their hidden states in the middle block.
+
+    "central": nearest to the mean of the class; "spread": nearest to the centres of `count` clusters
+    of the class; "apart": farthest along the difference of the two means; "boundary": the opposite.
+    """
+    texts, labels = load(name, "dev")
+    with np.load(stored(variant, name, "dev", "main")) as file:
+        states = file["hidden"][:, file["hidden"].shape[1] // 2].astype(np.float64)
+    truth = np.array(labels)
+    unsafe, safe = (states[truth == label].mean(0) for label in (1, 0))
+    along = (states - (unsafe + safe) / 2) @ (unsafe - safe)
+    picked = []
+    for label, sign in ((1, 1.0), (0, -1.0)):
+        rows = np.flatnonzero(truth == label)
+        own = states[rows]
+        if strategy == "central":
+            order = np.linalg.norm(own - own.mean(0), axis=1).argsort()
+        elif strategy == "spread":
+            centres = KMeans(count, n_init=10, random_state=0).fit(own).cluster_centers_
+            distances = np.linalg.norm(own[None] - centres[:, None], axis=2)
+            order = linear_sum_assignment(distances)[1]
+        else:
+            order = (-sign * along[rows]).argsort()
+            order = order if strategy == "apart" else order[::-1]
+        picked.append([texts[i] for i in rows[order[:count]]])
+    return picked[0], picked[1]
+
+
+def choice_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arrays:
+    """GradCoo of the base model with references chosen from the development rows."""
+    detectors = {}
+    for strategy in ("central", "spread", "apart", "boundary"):
+        references = chosen_references("base", name, CHOSEN, strategy)
+        style = f"{CHOSEN} {strategy}"
+        detectors |= variants(model, tokenizer, style, references, {"tensor": {}})
+    arrays = Together(detectors)(prompts)
+    return {key: arrays[key] for key in detectors}
+
+
 Pass = Callable[[Any, Any, str, list[str]], Arrays]
 # Name to the pass, and the sets and parts that it is for.
 PASSES: dict[str, tuple[Pass, tuple[str, ...], tuple[str, ...]]] = {
@@ -149,6 +194,7 @@ PASSES: dict[str, tuple[Pass, tuple[str, ...], tuple[str, ...]]] = {
     "gradsafe": (gradsafe_pass, tuple(SETS), ("dev", "test")),
     "responses": (response_pass, tuple(SETS), ("dev", "test")),
     "eos": (eos_pass, tuple(SETS), ("dev", "test")),
+    "choice": (choice_pass, ("XSTest", "ToxicChat"), ("test",)),
     "sizes": (sizes_pass, ("XSTest", "ToxicChat"), ("test",)),
     "others": (others_pass, ("XSTest", "ToxicChat"), ("dev",)),
 }

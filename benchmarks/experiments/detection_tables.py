@@ -6,6 +6,7 @@ AUROC over XSTest and ToxicChat of the base model. Test rows are read with these
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -203,17 +204,18 @@ def _learned(
 def sizes() -> list[dict[str, Any]]:
     """AUPRC / AUROC by the number of own references, mean and standard deviation of the draws."""
     rows = []
-    for variant, name in ((v, n) for v in MODELS for n in CHOICE):
-        path = stored(variant, name, "test", "sizes")
+    for variant, name, what in itertools.product(MODELS, CHOICE, ("sizes", "choice")):
+        path = stored(variant, name, "test", what)
         if not path.exists():
             continue
-        found: dict[int, list[tuple[float, float]]] = {}
+        found: dict[str, list[tuple[float, float]]] = {}
         with np.load(path) as file:
             for key in file.files:
                 if key != "labels":
                     pair = file["labels"], file[key]
                     rates = average_precision_score(*pair), roc_auc_score(*pair)
-                    found.setdefault(int(key.split(",")[0]), []).append(rates)
+                    kind = key.split(",")[0].removesuffix(": tensor")
+                    found.setdefault(kind, []).append(rates)
         for count, rates in found.items():
             mean, spread = np.mean(rates, axis=0), np.std(rates, axis=0)
             rows.append({
