@@ -150,8 +150,8 @@ def chosen_references(
 ) -> tuple[list[str], list[str]]:
     """`count` development rows of each class, by their hidden states in the middle block.
 
-    "central": nearest to the mean of the class; "spread": nearest to the centres of `count` clusters
-    of the class; "apart": farthest along the difference of the two means; "boundary": the opposite.
+    "central": nearest to the mean of the class; "spread": nearest to the centres of its `count`
+    clusters; "apart": farthest along the difference of the two means; "boundary": nearest.
     """
     texts, labels = load(name, "dev")
     with np.load(stored(variant, name, "dev", "main")) as file:
