@@ -92,7 +92,7 @@ def measure(a: argparse.Namespace, path: Path) -> list[dict[str, Any]]:
         search = Search(folder)
         return lambda: search.best_rows(queries, a.k, metric, approximate).indices
 
-    norms = {"none": Metric("none"), "unit": Metric("unit"), "zscore": Metric("zscore")}
+    norms = {"none": Metric("none"), "unit": Metric("unit", 0.5), "zscore": Metric("zscore")}
     calls: dict[str, Callable[[], Any]] = {
         f"exact, {name}": ours(metric) for name, metric in norms.items()
     }

@@ -25,6 +25,7 @@ from benchmarks.experiments.rept_baselines import (
     DEFAULT,
     RAW,
     SIGNATURE_METHODS,
+    ZSCORED,
     gradient_scores,
     measures,
     signature_scores,
@@ -121,7 +122,7 @@ def run(
     if not loop:
         return methods, []
     depth = tuned.model.config.num_hidden_layers
-    tracers = {method: scores["last", depth, method] for method in (DEFAULT, RAW)}
+    tracers = {method: scores["last", depth, method] for method in (DEFAULT, ZSCORED, RAW)}
     closed = close_loop(data, tracers, steps, seed, rate)
     return methods, [{"set": name, "seed": seed, "before": round(before, 3), **r} for r in closed]
 

@@ -33,12 +33,13 @@ from gradsafe.tracing.matching import feature_moments
 TOPS = (10, 50)
 PROJECTED = 2048
 BATCH_TOKENS = 4096
-RAW, DEFAULT = "raw concatenation (published)", "z-scored parts (default)"
+RAW, DEFAULT = "raw concatenation (published)", "unit parts, w = 0.05 (default)"
+ZSCORED = "z-scored parts"
 SIGNATURE_METHODS = {
     RAW: Metric("none"),
-    "unit parts": Metric("unit"),
-    "unit parts, w = 0.05": Metric("unit", 0.05),
-    DEFAULT: Metric("zscore"),
+    "unit parts": Metric("unit", 0.5),
+    DEFAULT: Metric("unit", 0.05),
+    ZSCORED: Metric("zscore", 0.5),
     "hidden state alone (RepSim)": Metric("unit", 0.0),
     "gradient alone": Metric("unit", 1.0),
 }

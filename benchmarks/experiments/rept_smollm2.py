@@ -50,9 +50,10 @@ LAYERS = (1, 2, 3, 5, 8, 10, 12, 15, 18, 20, 22, 25, 28, 29, 30)
 BATCH_TOKENS, CHUNK = 1024, 16
 NORMS = {
     "none": Metric("none"),
-    "unit": Metric("unit"),
+    "unit": Metric("unit", 0.5),
     "unit, w = 0.05": Metric("unit", 0.05),
-    "zscore": Metric("zscore"),
+    "zscore": Metric("zscore", 0.5),
+    "zscore, w = 0.1": Metric("zscore", 0.1),
     "hidden state alone": Metric("unit", 0.0),
     "gradient alone": Metric("unit", 1.0),
 }
@@ -207,14 +208,16 @@ def tables(seeds: Sequence[int]) -> None:
     write_csv(RESULTS / "rept_smollm2.csv", rows)
     names = list(dict.fromkeys(row["set"] for row in rows))
 
-    def cells(layer: str, method: str, key: str = "AUPRC") -> dict[str, str]:
-        line = {}
+    def cells(layer: str, method: str) -> dict[str, str]:
+        """AUPRC by set, and the mean if all are there."""
+        line, means = {}, []
         for name in names:
-            found = [
-                r[key] for r in rows if (r["set"], r["layer"], r["method"]) == (name, layer, method)
-            ]
-            line[name] = f"{sum(found) / len(found):.2f}"
-        line["mean"] = f"{sum(float(v) for v in line.values()) / len(line):.2f}"
+            key = (name, layer, method)
+            found = [r["AUPRC"] for r in rows if (r["set"], r["layer"], r["method"]) == key]
+            if found:
+                means.append(sum(found) / len(found))
+            line[name] = f"{means[-1]:.2f}" if found else "-"
+        line["mean"] = f"{sum(means) / len(means):.2f}" if len(means) == len(names) else "-"
         return line
 
     by_method = [{"method": f"{norm}, last layer", **cells("30", norm)} for norm in NORMS] + [
@@ -223,7 +226,7 @@ def tables(seeds: Sequence[int]) -> None:
     ]
     by_layer = [
         {"part norm": norm, "layer": layer, **cells(str(layer), norm)}
-        for norm in ("none", "unit", "zscore")
+        for norm in ("none", "unit, w = 0.05", "zscore")
         for layer in LAYERS
     ]
     facts = environment()

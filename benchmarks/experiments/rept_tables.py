@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.document import DOCS, measured_note, replace_block
-from benchmarks.experiments.rept_baselines import DEFAULT, RAW
+from benchmarks.experiments.rept_baselines import DEFAULT, RAW, ZSCORED
 from benchmarks.table import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = DOCS / "tracing.md"
-PART_NORMS = {"none": RAW, "unit": "unit parts", "zscore (default)": DEFAULT}
+PART_NORMS = {
+    "none": RAW,
+    "unit": "unit parts",
+    "unit, w = 0.05 (default)": DEFAULT,
+    "zscore": ZSCORED,
+}
 RULES = {"last": "last (default)", "auto": "phase transition", "middle": "middle"}
 Rows = list[dict[str, str]]
 

@@ -25,7 +25,7 @@ class TraceConfig:
         layer: Layer whose hidden states are compared: "last", an index into `hidden_states`, or a
             rule that chooses one: "auto" (the phase transition), "auto-lower" or "auto-single".
         part_norm: How queries compare signatures by default: "none", "unit" or "zscore". None for
-            that of the existing index, and "zscore" for a new one.
+            that of the existing index, and "unit" for a new one.
         shard_samples: Samples per file, and per turn of a process where several share the build.
             None for that of the existing index, and 1024 for a new one.
         template: Prompt template: a Jinja chat template, or a text with {prompt} and optionally
@@ -73,7 +73,7 @@ class QueryConfig:
             norm) or "zscore" (each feature standardised over the index). None for the default of
             the index.
         gradient_weight: Weight of the gradient part, from 0 to 1, for "unit" and "zscore". None for
-            equal weights.
+            0.05 with "unit" and 0.5 with "zscore".
         approximate: Search with FAISS (extra "faiss"): a similar sample may be missed, the scores
             of those found are exact.
 

@@ -222,7 +222,7 @@ class TraceIndex:
                 file.
             k: Samples per query, at most 1024.
             part_norm: None for the default of the index, see `Metric`.
-            gradient_weight: Weight of the gradient part, see `Metric`; None for equal parts.
+            gradient_weight: Weight of the gradient part, see `Metric`.
             approximate: Compare with candidates of FAISS only (extra `faiss`): a similar sample may
                 be missed, scores are exact. The first such query reads all samples and saves an
                 index of FAISS beside them, one byte per value; later ones, in other processes too,

@@ -14,7 +14,8 @@ from gradsafe._checks import check_fields
 from gradsafe.ops.cosine_topk import MAX_K, TopK, cosine_topk, merge_topk
 from gradsafe.tracing.config import PartNorm, check_weighing
 
-EQUAL = 0.5
+# Of the gradient part, if none is given; docs/tracing.md has the measurements.
+WEIGHTS = {"unit": 0.05, "zscore": 0.5}
 BLOCK = 256  # rows prepared at once: limits the size of their float64 copy
 
 
@@ -27,14 +28,15 @@ class Metric:
             where |h| is hundreds of times |g|. "unit": each part divided by its norm. "zscore":
             each feature minus its mean over the index, divided by its standard deviation.
         gradient_weight: w in [0, 1] for "unit" and "zscore": h is scaled by sqrt(1 - w), g by
-            sqrt(w), so that "unit" gives (1 - w) cos_h + w cos_g. None for 0.5.
+            sqrt(w), so that "unit" gives (1 - w) cos_h + w cos_g. None for 0.05 with "unit" and
+            0.5 with "zscore".
 
     Raises:
         TypeError: The weight is not a number.
         ValueError: An unknown `part_norm`, or a weight that is out of range or does not apply.
     """
 
-    part_norm: PartNorm = "zscore"
+    part_norm: PartNorm = "unit"
     gradient_weight: float | None = None
 
     def __post_init__(self) -> None:
@@ -49,7 +51,8 @@ class Metric:
         """
         if self.part_norm == "none":
             return rows
-        weight = EQUAL if self.gradient_weight is None else self.gradient_weight
+        weight = self.gradient_weight
+        weight = WEIGHTS[self.part_norm] if weight is None else weight
         factors = (math.sqrt(1 - weight), math.sqrt(weight))
         prepared = torch.empty(rows.shape, dtype=torch.float32)
         for part, target in zip(rows.split(BLOCK), prepared.split(BLOCK), strict=True):

@@ -111,13 +111,16 @@ def tracing() -> Iterator[tuple[str, Tensor]]:
             index = TraceIndex.build(
                 model, tokenizer, rows, shard_samples=4, batch_tokens=100, progress=False, **options
             )
-            hits = index.query(queries, k=5)
+            equal = None if norm == "none" else 0.5  # both parts
+            hits = index.query(queries, k=5, gradient_weight=equal)
             key = f"tracing/{layer}/{norm}"
             yield f"{key}/scores", hits.scores
             yield f"{key}/positions", hits.positions
             yield f"{key}/tokens", torch.tensor([value for _, value in hits.tokens(0, 1)])
     long = {"prompt": "w " * 60, "response": "end"}
-    index = TraceIndex.build(model, tokenizer, [*rows, long], progress=False, overflow="window")
+    index = TraceIndex.build(
+        model, tokenizer, [*rows, long], part_norm="zscore", progress=False, overflow="window"
+    )
     yield "tracing/windows", index.query({"prompt": "w " * 20, "response": "end"}, k=4).scores
 
 

@@ -45,6 +45,8 @@ def brute_force(train, test, part_norm, weight=None):
             torch.cat([functional.normalize(r[:, :half]), functional.normalize(r[:, half:])], 1)
             for r in (train, test)
         )
+    if weight is None:
+        weight = {"none": None, "unit": 0.05, "zscore": 0.5}[part_norm]
     if weight is not None:
         factors = torch.tensor([(1 - weight) ** 0.5] * half + [weight**0.5] * half).double()
         train, test = train * factors, test * factors
@@ -80,9 +82,11 @@ def test_a_sample_finds_itself_first(built):
     assert built.query(EXAMPLES[4], k=1).ids == [["s4"]]
 
 
-def test_the_default_weighs_both_parts_over_the_corpus(built):
-    assert built.part_norm == "zscore"
-    assert built.query(QUERIES, 3).ids == built.query(QUERIES, 3, part_norm="zscore").ids
+def test_the_default_gives_the_gradient_a_twentieth(built):
+    assert built.part_norm == "unit"
+    scores = built.query(QUERIES, 3).scores
+    again = built.query(QUERIES, 3, part_norm="unit", gradient_weight=0.05)
+    assert torch.equal(scores, again.scores)
 
 
 def test_the_layer_is_the_one_asked_for(model, tokenizer, tmp_path):
@@ -353,9 +357,8 @@ def test_a_damaged_shard_is_named_and_the_rest_stays_usable(model, tokenizer, bu
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_scores_that_are_all_zero_come_with_a_warning(model, tokenizer, tmp_path, count):
-    index = build(
-        model, tokenizer, tmp_path / "x", [{**EXAMPLES[3], "id": i} for i in range(count)]
-    )
+    rows = [{**EXAMPLES[3], "id": i} for i in range(count)]
+    index = build(model, tokenizer, tmp_path / "x", rows, part_norm="zscore")
     with pytest.warns(UserWarning, match='all scores are 0: .*; pass part_norm="unit"'):
         assert not index.query(QUERIES, 1).scores.any()
     with warnings.catch_warnings():
