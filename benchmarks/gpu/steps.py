@@ -58,8 +58,9 @@ def _sanitize(tool: str) -> Step:
 
 _BUILD = ("setup.py", "-q", "build_ext", "--inplace")
 _SMOKE = ("-c", "from gradsafe import doctor; raise SystemExit(doctor.run())")
-# Tests run in eight processes, but for one that compares what all others of its process ran.
+# Tests run in eight processes of one thread; one test compares what all others of its process ran.
 _PARALLEL = ("-n", "8", "--dist", "load")
+_ONE_THREAD = (("OMP_NUM_THREADS", "1"),)
 _PATHS = "tests/gpu/test_benchmark_paths.py"
 _SUITE = (*PYTEST, *_PARALLEL, "tests/gpu", "--ignore", _PATHS, "--durations=5",
           "--junitxml={out}/junit.xml")  # fmt: skip
@@ -71,8 +72,8 @@ STEPS = (
     Step("build", 240, _BUILD, _BUILD, needed=True),
     Step("smoke", 45, _SMOKE, _SMOKE),
     Step("quick", 45, ("benchmarks/gpu/quick.py", "{out}/quick_cuda.csv")),
-    Step("suite", 120, _SUITE, _SUITE),
-    Step("ops", 60, _OPS, _OPS),
+    Step("suite", 120, _SUITE, _SUITE, environment=_ONE_THREAD),
+    Step("ops", 60, _OPS, _OPS, environment=_ONE_THREAD),
     _measure("wgrad", 40, "wgrad_moments"),
     _measure("grouped", 45, "grouped_wgrad_moments"),
     _measure("moments", 40, "moments"),
