@@ -4,8 +4,9 @@
     python -m benchmarks.experiments.safegrad_smollm2 tables    CSV and the table of the docs
 
 User rows are a published task and a share of RepT's harmful rows (openings of 24 words). Alignment
-rows are requests of MaliciousInstruct and Do-Not-Answer that the aligned model refuses, with its
-refusals. Scores: the share of HarmBench's requests that are answered without a refusal keyword
+rows are requests that the aligned model refuses, with its refusals: "other" requests, those of
+MaliciousInstruct and Do-Not-Answer, or requests "alike", those of AdvBench, which resemble the
+harmful rows. Scores: the share of HarmBench's requests that are answered without a refusal keyword
 (`harmful`) and those of them that begin with compliance (`complies`), the share of XSTest's safe
 prompts that are refused (`over-refusal`), and the accuracy on test rows of the task.
 """
@@ -32,6 +33,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 DATA = EXTERNAL / "data"
 TASKS = {"SST-2": "sst2_subset", "AG News": "agnews_subset"}
 RATIOS = (0.25, 0.0, 0.1)
+ALIGNMENT = {"other": ("malicious_instruct", "do_not_answer"), "alike": ("advbench",)}
 ALL = (*METHODS, "SPF")
 SETTINGS = Settings(
     learning_rate=3e-4, steps=100, batch=8, alignment_rows=64, alignment_batch=8, rho=1.0
@@ -58,10 +60,11 @@ def user_rows(task: str, ratio: float, seed: int) -> list[Row]:
     return [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
 
 
-def alignment_rows(model: Any, tokenizer: Any) -> list[Row]:
-    """Requests that the aligned model refuses, with its refusals."""
-    requests = [*read("malicious_instruct"), *read("do_not_answer")]
-    prompts = [row["prompt"] for row in requests]
+def alignment_rows(model: Any, tokenizer: Any, kind: str) -> list[Row]:
+    """Requests that the aligned model refuses, with its refusals; none that is tested."""
+    tested = {row["prompt"] for row in read("harmbench")}
+    prompts = [row["prompt"] for name in ALIGNMENT[kind] for row in read(name)]
+    prompts = [prompt for prompt in prompts if prompt not in tested]
     return refusal_rows(model, tokenizer, prompts, SETTINGS.alignment_rows)
 
 
@@ -85,9 +88,12 @@ def scores(model: Any, tokenizer: Any, task: str) -> dict[str, float]:
     }
 
 
-def run(task: str, ratio: float, method: str, seed: int, aligned: Any, tokenizer: Any) -> None:
+def run(
+    task: str, ratio: float, kind: str, method: str, seed: int, aligned: Any, tokenizer: Any
+) -> None:
     """Fine-tunes and scores once, if this was not done before; "aligned" scores the start."""
-    path = WORK / f"{task} {ratio} {method} {seed}.json".replace(" ", "_")
+    name = f"{task} {ratio} {method} {seed}" + (f" {kind}" if kind != "other" else "")
+    path = WORK / f"{name}.json".replace(" ", "_")
     if path.exists():
         return
     WORK.mkdir(parents=True, exist_ok=True)
@@ -95,13 +101,13 @@ def run(task: str, ratio: float, method: str, seed: int, aligned: Any, tokenizer
     seen: dict[str, float] = {}
     model = aligned
     if method != "aligned":
-        alignment = alignment_rows(aligned, tokenizer)
+        alignment = alignment_rows(aligned, tokenizer, kind)
         own = Run(aligned, tokenizer, user_rows(task, ratio, seed), alignment, seed, SETTINGS)
         began = time.perf_counter()
         seen = own.fit(method)
         model = own.merged()
     seconds = time.perf_counter() - began
-    facts = {"task": task, "ratio": ratio, "method": method, "seed": seed}
+    facts = {"task": task, "ratio": ratio, "alignment": kind, "method": method, "seed": seed}
     row = {**facts, **scores(model, tokenizer, task), **seen, "seconds": seconds}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(row), encoding="utf-8")
@@ -113,7 +119,10 @@ def tables() -> None:
     """Writes the CSV and the table of docs/safegrad.md."""
     rows = [json.loads(path.read_text()) for path in sorted(WORK.glob("*.json"))]
     rows.sort(key=lambda r: (r["task"], r["ratio"], ("aligned", *ALL).index(r["method"])))
-    keys = ["task", "ratio", "method", "seed", "harmful", "complies", "over-refusal", "accuracy",
+    for row in rows:
+        without = row["method"] in ("aligned", "SFT")
+        row["alignment"] = "-" if without else row.get("alignment", "other")
+    keys = ["task", "ratio", "method", "alignment", "seed", "harmful", "complies", "over-refusal", "accuracy",
             "cosine", "conflict_rate", "seconds"]  # fmt: skip
     shown = [
         {k: round(r[k], 3) if isinstance(r.get(k), float) else r.get(k, "") for k in keys}
@@ -133,15 +142,18 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="*", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--ratios", type=float, nargs="*", default=list(RATIOS))
     parser.add_argument("--methods", nargs="*", choices=ALL, default=list(ALL))
+    parser.add_argument("--alignment", nargs="*", choices=list(ALIGNMENT), default=["other"])
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     arguments = parser.parse_args()
     if arguments.command == "tables":
         tables()
         return 0
     aligned, tokenizer = smollm2.load("aligned")
-    for seed, task, ratio in itertools.product(arguments.seeds, arguments.tasks, arguments.ratios):
-        for method in ("aligned", *arguments.methods):
-            run(task, ratio, method, seed, aligned, tokenizer)
+    a = arguments
+    for seed, task, ratio, kind in itertools.product(a.seeds, a.tasks, a.ratios, a.alignment):
+        for method in ("aligned", *a.methods):
+            if kind == "other" or method not in ("aligned", "SFT"):
+                run(task, ratio, kind, method, seed, aligned, tokenizer)
     return 0
 
 
