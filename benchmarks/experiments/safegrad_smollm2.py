@@ -123,7 +123,7 @@ def tables() -> None:
         without = row["method"] in ("aligned", "SFT")
         row["alignment"] = "-" if without else row.get("alignment", "other")
     keys = ["task", "ratio", "method", "alignment", "seed", "harmful", "complies", "over-refusal",
-            "accuracy", "cosine", "conflict_rate", "seconds"]  # fmt: skip
+            "accuracy", "cosine", "conflict_rate"]  # fmt: skip
     shown = [
         {k: round(r[k], 3) if isinstance(r.get(k), float) else r.get(k, "") for k in keys}
         for r in rows
