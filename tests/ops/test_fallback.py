@@ -88,7 +88,7 @@ def test_doctor_shows_it() -> None:
     assert done.stderr == ""
     assert re.search(r"operators +plain PyTorch definitions \(slow\): the compiled", done.stdout)
     assert "undefined symbol" in done.stdout
-    assert "10 of 10 checks passed" in done.stdout
+    assert "11 of 11 checks passed" in done.stdout
     done = run("-m", "gradsafe", "doctor", "--json", GRADSAFE_BACKEND="default")
     assert json.loads(done.stdout)["fallback"] == "GRADSAFE_BACKEND=default is set"
 
@@ -97,7 +97,7 @@ def test_doctor_shows_it() -> None:
 def test_checks_fake_kernels_and_autograd_stay() -> None:
     """The tests of the operators themselves, on the plain definitions."""
     chosen = "opcheck or compiles or bad_arguments or differentiable or gradient or empty or share"
-    native_only = "memory or no_buffer or checks_again or vector or threads or 1e+25"
+    native_only = "memory or no_buffer or checks_again or vector or threads or 1e+25 or 1e+30"
     done = run(
         *("-m", "pytest", "-q", "-x", str(HERE), "-k", f"({chosen}) and not ({native_only})"),
         *("--deselect", str(HERE / "test_fallback.py")),
