@@ -27,7 +27,15 @@ GRADSAFE_HOST_DEVICE inline double surgery_coefficient(const double* sums, doubl
   return coefficient <= kLargest && coefficient >= -kLargest ? coefficient : kNan;
 }
 
-// <u, a> from the sums (subspace_surgery.h). NaN says "leave everything as it is", as above.
+// Coefficient of vector j, given the conflict (subspace_surgery.h).
+GRADSAFE_HOST_DEVICE inline double subspace_coefficient(const double* sums,
+                                                        const double* direction, int j, double rho,
+                                                        double conflict) {
+  if (conflict != conflict) return conflict;
+  return rho * direction[j] - (conflict < 0 ? sums[j] : 0);
+}
+
+// <u, a> from the sums. NaN says "leave everything as it is", as above.
 GRADSAFE_HOST_DEVICE inline double subspace_conflict(const double* sums, const double* direction,
                                                      int rank, double rho) {
   constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
@@ -36,20 +44,12 @@ GRADSAFE_HOST_DEVICE inline double subspace_conflict(const double* sums, const d
   for (int j = 0; j < rank; ++j) conflict += direction[j] * sums[j];
   if (!(conflict - conflict == 0 && sums[rank] - sums[rank] == 0)) return kNan;
   for (int j = 0; j < rank; ++j) {
-    const double coefficient = rho * direction[j] - (conflict < 0 ? sums[j] : 0);
+    const double coefficient = subspace_coefficient(sums, direction, j, rho, conflict);
     if (!(coefficient <= kLargest && coefficient >= -kLargest && sums[j] - sums[j] == 0)) {
       return kNan;
     }
   }
   return conflict;
-}
-
-// Coefficient of vector j, given the conflict.
-GRADSAFE_HOST_DEVICE inline double subspace_coefficient(const double* sums,
-                                                        const double* direction, int j, double rho,
-                                                        double conflict) {
-  if (conflict != conflict) return conflict;
-  return rho * direction[j] - (conflict < 0 ? sums[j] : 0);
 }
 
 // base^exponent by squaring: the library's pow differs between host and device.

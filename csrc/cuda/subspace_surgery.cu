@@ -242,14 +242,8 @@ Status for_each_batch(const SubspaceCudaCall& call, Batch batch, const LaunchBat
   batch.first_launch = true;
   int64_t next = 0;
   do {
-    batch.count = 0;
-    batch.tiles = 0;
-    for (; next < call.num_tasks && batch.count < kMaxEntries; ++next) {
-      const SubspaceTask& task = call.tasks[next];
-      if (task.count == 0) continue;
-      batch.entries[batch.count++] = {task, batch.tiles};
-      batch.tiles += surgery_tiles(task.count);
-    }
+    fill_entries(batch, call.num_tasks, next,
+                 [&](int64_t i) -> const SubspaceTask& { return call.tasks[i]; });
     const Status status = launch_batch(batch);
     if (!status.ok()) return status;
     batch.first_tile += batch.tiles;
@@ -283,7 +277,6 @@ Status subspace_cuda(const SubspaceCudaCall& call, void* workspace, double* out)
   all.partials = static_cast<double*>(workspace);
   double* const sums = all.partials + tiles * width;
   Status status = for_each_batch(call, all, [&](const Batch& batch) {
-    if (batch.tiles == 0) return Status{};
     const dim3 grid(static_cast<unsigned>(batch.tiles));
     return launch(sums_kernel(call.rank), grid, dim3(kThreads), 0, call.stream, batch);
   });

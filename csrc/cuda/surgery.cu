@@ -215,21 +215,16 @@ Status for_each_batch(const SurgeryCudaCall& call, Batch batch, const LaunchBatc
   const std::vector<int64_t> order = order_of(call);
   batch.groups = call.num_groups;
   batch.first_launch = true;
-  size_t next = 0;
+  int64_t next = 0;
   do {
-    batch.count = 0;
-    batch.tiles = 0;
-    for (; next < order.size() && batch.count < kMaxEntries; ++next) {
-      const SurgeryTask& task = call.tasks[order[next]];
-      if (task.count == 0) continue;
-      batch.entries[batch.count++] = {task, batch.tiles};
-      batch.tiles += surgery_tiles(task.count);
-    }
+    fill_entries(batch, call.num_tasks, next, [&](int64_t i) -> const SurgeryTask& {
+      return call.tasks[order[static_cast<size_t>(i)]];
+    });
     const Status status = launch_batch(batch);
     if (!status.ok()) return status;
     batch.first_tile += batch.tiles;
     batch.first_launch = false;
-  } while (next < order.size());
+  } while (next < call.num_tasks);
   return {};
 }
 

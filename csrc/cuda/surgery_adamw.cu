@@ -186,11 +186,8 @@ Status surgery_adamw_cuda(const SurgeryAdamwCudaCall& call) {
     Batch batch{};
     batch.results = call.out;
     batch.options = call.options;
-    for (; next < call.num_tasks && batch.count < kMaxEntries; ++next) {
-      if (call.tasks[next].pair.count == 0) continue;
-      batch.entries[batch.count++] = {call.tasks[next], batch.tiles};
-      batch.tiles += surgery_tiles(call.tasks[next].pair.count);
-    }
+    fill_entries(batch, call.num_tasks, next,
+                 [&](int64_t i) -> const SurgeryAdamwTask& { return call.tasks[i]; });
     const dim3 grid(static_cast<unsigned>(batch.tiles));
     status = launch(&surgery_adamw, grid, dim3(kThreads), 0, call.stream, batch);
     if (!status.ok()) return status;

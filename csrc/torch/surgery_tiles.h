@@ -4,16 +4,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "gradsafe/surgery_adamw.h"
+#include "gradsafe/surgery.h"
 #include "parallel.h"
 
 namespace gradsafe {
-
-inline int64_t elements_of(const SurgeryAdamwTask& task) { return task.pair.count; }
-template <class Task>
-int64_t elements_of(const Task& task) {
-  return task.count;
-}
 
 // Calls body(task index, tile within the task, tile within the call). A thread takes its share from
 // the end: what it read last in the first pass is still in its cache for the second.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradsafe._checks import refuse
 from gradsafe.ops import subspace_surgery_
-from gradsafe.ops.subspace_surgery import MAX_RANK, check_orthonormal
+from gradsafe.ops.subspace_surgery import MAX_RANK
 
 WHO = "AlignmentSubspace"
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -35,9 +35,15 @@ class AlignmentSubspace:
     energy: Tensor
 
     def __post_init__(self) -> None:
-        if self.basis:
-            tolerance = TOLERANCE[self.basis[0].dtype]
-            check_orthonormal(WHO, "basis", self.basis, tolerance)
+        if not self.basis:
+            return
+        tolerance, gram = TOLERANCE[self.basis[0].dtype], _gram(self.basis)
+        error = (gram - torch.eye(len(gram), dtype=gram.dtype)).abs()
+        if not error.max() <= tolerance:
+            at = [int(i) for i in divmod(int(error.nan_to_num(torch.inf).argmax()), len(gram))]
+            expected = f"basis to be orthonormal within {tolerance:g}"
+            got = f"an inner product of {float(gram[at[0], at[1]]):.6g} between vectors {at}"
+            refuse(WHO, expected, got, "take the singular vectors of the alignment gradients")
 
     @classmethod
     def from_gradients(
@@ -73,8 +79,7 @@ class AlignmentSubspace:
         parts = [
             torch.stack([own[i].detach() for own in gradients]) for i in range(len(shapes))
         ]  # [m, *shape]
-        rows = [part.reshape(len(part), part[0].numel()) for part in parts]
-        gram = torch.stack([(r.double() @ r.double().T).cpu() for r in rows]).sum(0)
+        gram = _gram(parts)
         if not gram.isfinite().all():
             refuse(WHO, "finite gradients", "NaN or Inf")
         values, vectors = torch.linalg.eigh(gram)
@@ -103,3 +108,9 @@ class AlignmentSubspace:
             TypeError, ValueError, RuntimeError: As `subspace_surgery_`.
         """
         return subspace_surgery_(user, self.basis, self.direction, rho)
+
+
+def _gram(parts: Sequence[Tensor]) -> Tensor:
+    """Inner products `[n, n]` of n vectors over all tensors `[n, ...]`, float64 on the CPU."""
+    rows = [part.reshape(len(part), part[0].numel()).double() for part in parts]
+    return torch.stack([(r @ r.T).cpu() for r in rows]).sum(0)

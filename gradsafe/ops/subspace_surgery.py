@@ -80,27 +80,6 @@ def subspace_surgery_(
     return out
 
 
-def check_orthonormal(op: str, name: str, basis: Sequence[Tensor], tolerance: float) -> None:
-    """Raises ValueError if vectors are not orthonormal over all tensors, in float64.
-
-    Args:
-        op: Whose argument it is.
-        name: Name of the argument.
-        basis: As in `subspace_surgery_`.
-        tolerance: Largest difference of an inner product from that of orthonormal vectors.
-    """
-    rows = [part.reshape(len(part), part[0].numel()).double() for part in basis]
-    if not rows:
-        return
-    gram = torch.stack([(r @ r.T).cpu() for r in rows]).sum(0)
-    error = (gram - torch.eye(len(gram), dtype=gram.dtype)).abs()
-    if not error.max() <= tolerance:
-        at = [int(i) for i in divmod(int(error.nan_to_num(torch.inf).argmax()), len(gram))]
-        expected = f"{name} to be orthonormal within {tolerance:g}"
-        got = f"an inner product of {float(gram[at[0], at[1]]):.6g} between vectors {at}"
-        refuse(op, expected, got, "take the singular vectors of the alignment gradients")
-
-
 def _check(user: Sequence[Tensor], basis: Sequence[Tensor], direction: Tensor) -> int:
     """Raises where an argument does not fit; returns k."""
     check_tensor(OP, "direction", direction)

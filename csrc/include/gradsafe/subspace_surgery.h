@@ -23,6 +23,8 @@ struct SubspaceTask {
   DType dtype;  // of both
 };
 
+inline int64_t elements_of(const SubspaceTask& task) { return task.count; }
+
 // Sums: the dots, then the sum of squares of u. Results: conflict, sum of squares, the dots, the
 // coefficients.
 constexpr int subspace_width(int rank) { return rank + 1; }

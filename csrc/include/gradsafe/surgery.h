@@ -24,6 +24,8 @@ struct SurgeryTask {
   int32_t group;
 };
 
+inline int64_t elements_of(const SurgeryTask& task) { return task.count; }
+
 // Elements per tile. Every tile has its own partial sums, so the cut decides the rounding: it
 // depends on the tensor alone.
 constexpr int64_t kSurgeryTile = 32768;

@@ -18,6 +18,8 @@ struct SurgeryAdamwTask {
   float* step;  // t, one element
 };
 
+inline int64_t elements_of(const SurgeryAdamwTask& task) { return task.pair.count; }
+
 struct AdamwOptions {
   double lr, beta1, beta2, eps, weight_decay;
 };
