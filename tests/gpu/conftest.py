@@ -1,4 +1,4 @@
-"""The GPU suite needs pytest and torch only, so that it runs on a bare machine."""
+"""Tests of operators need pytest and torch only, those of methods all that the package needs."""
 
 from __future__ import annotations
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from gradsafe.ops import _default as reference
-from gradsafe.ops import surgery_, surgery_adamw_, surgery_merge_, surgery_sums
+from gradsafe.ops import (
+    subspace_surgery_,
+    surgery_,
+    surgery_adamw_,
+    surgery_merge_,
+    surgery_sums,
+)
 
 pytestmark = pytest.mark.gpu
 SHAPES = [(513, 2049), (64, 128), (7, 5), (1, 70_000), (0, 3), ()]
@@ -149,3 +155,28 @@ def test_more_than_2_to_the_31_elements():
 def test_a_wrong_device_is_named():
     with pytest.raises(ValueError, match=r"align\[0\] on cuda:0"):
         surgery_([torch.ones(3, device="cuda")], [torch.ones(3)])
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("rank", [1, 8, 10])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subspace_equals_the_oracle_and_the_cpu(dtype, rank, aligned, paths):
+    shapes = [(512, 128), (513, 2049), (7, 5), ()]
+    user = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    scale = sum(u.numel() for u in user) ** -0.5  # as of orthonormal vectors
+    basis = [(scale * torch.randn(rank, *u.shape, device="cuda")).to(dtype) for u in user]
+    if not aligned:
+        user, basis = ([moved(t) for t in tensors] for tensors in (user, basis))
+    zero = torch.zeros(rank, dtype=torch.float64, device="cuda")
+    direction = -reference.subspace_surgery_(copies(user), basis, zero)[2 : 2 + rank]
+    on_cpu, oracle = [u.cpu() for u in user], copies(user)
+    want = reference.subspace_surgery_(oracle, basis, direction, 0.5)
+    cpu = subspace_surgery_(on_cpu, [b.cpu() for b in basis], direction.cpu(), 0.5)
+    with paths:
+        got = subspace_surgery_(user, basis, direction, 0.5)
+    assert got[0] < 0
+    near = {"rtol": 1e-5, "atol": 1e-5 * float(want[1]) ** 0.5}
+    assert torch.allclose(got, want, **near)
+    assert torch.allclose(got.cpu(), cpu, **near)
+    assert_near(user, oracle, dtype)
+    assert_near(user, on_cpu, dtype)
