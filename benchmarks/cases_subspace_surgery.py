@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks import oracle
-from benchmarks.cases_surgery import copy_roof
+from benchmarks import cases_surgery, oracle
+from benchmarks.cases_surgery import BF16, F32, copy_roof
 from benchmarks.plan import Alternatives, Plan
 from gradsafe.ops import _default as reference
 from gradsafe.ops import subspace_surgery_, surgery_
@@ -18,18 +18,10 @@ RHO = 0.5
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(cases_surgery.Case):
     """A list of equal tensors and `rank` vectors over it."""
 
-    name: str
-    shape: tuple[int, int]
-    tensors: int
     rank: int
-    dtype: torch.dtype
-
-    @property
-    def bytes_of_list(self) -> int:
-        return self.tensors * self.shape[0] * self.shape[1] * self.dtype.itemsize
 
     @property
     def bytes_moved(self) -> int:
@@ -37,16 +29,15 @@ class Case:
         return (2 * self.rank + 3) * self.bytes_of_list
 
 
-F32, BF16 = torch.float32, torch.bfloat16
 CPU_CASES = [
-    Case("40 tensors, 17 M, k 1, fp32", (512, 830), 40, 1, F32),
-    Case("40 tensors, 17 M, k 8, fp32", (512, 830), 40, 8, F32),
-    Case("40 tensors, 17 M, k 8, bf16", (512, 830), 40, 8, BF16),
-    Case("64 LoRA, 1 M, k 10, fp32", (8, 2048), 64, 10, F32),
+    Case("40 tensors, 17 M, k 1, fp32", (512, 830), 40, F32, 1),
+    Case("40 tensors, 17 M, k 8, fp32", (512, 830), 40, F32, 8),
+    Case("40 tensors, 17 M, k 8, bf16", (512, 830), 40, BF16, 8),
+    Case("64 LoRA, 1 M, k 10, fp32", (8, 2048), 64, F32, 10),
 ]
 GPU_CASES = [
-    Case("32 x [4096, 4096], k 8, bf16", (4096, 4096), 32, 8, BF16),
-    Case("448 LoRA, 15 M, k 10, bf16", (8, 4096), 448, 10, BF16),
+    Case("32 x [4096, 4096], k 8, bf16", (4096, 4096), 32, BF16, 8),
+    Case("448 LoRA, 15 M, k 10, bf16", (8, 4096), 448, BF16, 10),
 ]
 Inputs = tuple[list[Tensor], list[Tensor], Tensor]
 

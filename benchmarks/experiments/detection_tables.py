@@ -217,13 +217,12 @@ def sizes() -> list[dict[str, Any]]:
                     kind = key.split(",")[0].removesuffix(": tensor")
                     found.setdefault(kind, []).append(rates)
         for count, rates in found.items():
-            mean, spread = np.mean(rates, axis=0), np.std(rates, axis=0)
-            rows.append({
-                "model": variant, "set": name, "references of each class": count,
-                "draws": len(rates),
-                "AUPRC": f"{mean[0]:.3f} +- {spread[0]:.3f}",
-                "AUROC": f"{mean[1]:.3f} +- {spread[1]:.3f}",
-            })  # fmt: skip
+            facts = {"model": variant, "set": name, "references of each class": count}
+            facts["draws"] = "chosen" if what == "choice" else len(rates)
+            for key, values in zip(("AUPRC", "AUROC"), zip(*rates, strict=True), strict=True):
+                spread = f" +- {np.std(values):.3f}" if len(values) > 1 else ""
+                facts[key] = f"{np.mean(values):.3f}{spread}"
+            rows.append(facts)
     return rows
 
 

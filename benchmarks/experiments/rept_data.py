@@ -142,7 +142,7 @@ def _published(
     kind: str, counts: tuple[int, int], rng: random.Random
 ) -> tuple[list[Row], list[str], Callable[[str], bool], int]:
     folder = EXTERNAL / "data" / FOLDERS[kind]
-    source = _read(folder / "train.jsonl")
+    source = read_rows(folder / "train.jsonl")
     short = [row for row in source if len(row["prompt"]) <= PROMPT_CHARACTERS]
     groups = [[row for row in short if (row["label"] != "clean") is bad] for bad in (True, False)]
     rows = [
@@ -152,7 +152,7 @@ def _published(
     ]
     unseen = [
         row["prompt"]
-        for row in _read(folder / "test.jsonl")
+        for row in read_rows(folder / "test.jsonl")
         if len(row["prompt"]) <= PROMPT_CHARACTERS
     ]
     if kind == "harmful":
@@ -168,7 +168,7 @@ def _published(
 
 def _refusals(poisoned: set[str]) -> list[Row]:
     """Refusals of prompts that are in no poisoned row."""
-    rows = _read(EXTERNAL / "data" / "safety_refusals" / "train.jsonl")
+    rows = read_rows(EXTERNAL / "data" / "safety_refusals" / "train.jsonl")
     return [
         {
             "prompt": row["prompt"],
@@ -199,5 +199,6 @@ def _cut(text: str, words: int) -> str:
     return " ".join(text.split()[:words])
 
 
-def _read(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a JSON Lines file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

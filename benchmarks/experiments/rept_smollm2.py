@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
@@ -35,14 +35,16 @@ from benchmarks.experiments.rept_baselines import (
     tfidf_scores,
 )
 from benchmarks.experiments.rept_data import PlantedSet, planted_set
+from benchmarks.experiments.rept_tables import RESULTS
 from benchmarks.experiments.rept_tuning import Tuned, behaviour, start, tune
 from benchmarks.table import markdown, write_csv
+from gradsafe._io.artifacts import write_tensors, write_text
 from gradsafe.models import Encoded, pad_token_id
 from gradsafe.tracing import Metric, signatures
-from gradsafe.tracing.layer_choice import _prompt_states
+from gradsafe.tracing.config import LayerRule
+from gradsafe.tracing.layer_choice import _prompt_states, layer_of
 
 WORK = ROOT / "build" / "rept"
-RESULTS = ROOT / "benchmarks" / "results"
 SETS = ("backdoor", "factual_ag", "factual_canada", "harmful", "backdoor + decoys")
 COUNTS, PROBES, QUERIES = (60, 540), 60, 20
 STEPS = 150  # two passes over the rows
@@ -111,7 +113,7 @@ def run(name: str, seed: int) -> None:
         for layer, table in signatures(tuned.model, own, LAYERS, pad, BATCH_TOKENS).items()
     }
     tensors["states"] = _prompt_states(tuned.model, items[::20], pad)
-    save(path, tensors)
+    write_tensors(path, tensors)
     print(f"{name}, seed {seed}: done, {time.monotonic() - began:.0f} s", flush=True)
 
 
@@ -124,7 +126,7 @@ def gradients(name: str, seed: int) -> None:
     tuned = tuned_model(data, seed, folder)
     asked = json.loads((folder / "answers.json").read_text())["asked"][:QUERIES]
     items, queries = encoded(tuned, data, asked)
-    save(path, {"cosine": gradient_cosines(tuned, queries, items)})
+    write_tensors(path, {"cosine": gradient_cosines(tuned, queries, items)})
 
 
 def encoded(tuned: Tuned, data: PlantedSet, asked: Sequence[Any]) -> tuple[list[Encoded], ...]:
@@ -146,30 +148,17 @@ def gradient_cosines(tuned: Tuned, asked: Sequence[Encoded], rows: Sequence[Enco
     return torch.cat(parts, 1)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file at once."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
-def save(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Replaces a file at once."""
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    partial.replace(path)
-
-
 def rules(states: Tensor) -> dict[str, int]:
-    """Layers by the phase transition of states `[L + 1, n, d]`: as they are, and centred.
+    """Layers by the phase transition of states `[L + 1, n, d]`, with and without the first quarter.
 
     Centred: without the mean over the probes, which a few huge features dominate.
     """
-    found = {}
-    for rule, own in (("auto", states), ("auto, centred", states - states.mean(1, keepdim=True))):
-        curve = cosine_similarity(own[1:-1], own[2:], dim=-1).mean(1)[:-1]
-        found[rule] = int(curve.argmin()) + 2
-    return found
+    curves = {
+        kind: cosine_similarity(own[1:-1], own[2:], dim=-1).mean(1)
+        for kind, own in (("", states), (", centred", states - states.mean(1, keepdim=True)))
+    }
+    named: dict[str, LayerRule] = {"all pairs": "auto-single", "auto": "auto"}
+    return {f"{n}{k}": layer_of(curve, r) for k, curve in curves.items() for n, r in named.items()}
 
 
 def rank(name: str, seed: int) -> list[dict[str, Any]]:

@@ -17,20 +17,20 @@ import argparse
 import itertools
 import json
 import random
-import time
 from typing import Any
 
 from benchmarks import smollm2
 from benchmarks.document import DOCS, measured_note, replace_block
 from benchmarks.environment import environment
 from benchmarks.experiments import EXTERNAL, ROOT
+from benchmarks.experiments.rept_data import read_rows
 from benchmarks.experiments.safegrad_data import Row, complies, generate, refusal_rows, refuses
 from benchmarks.experiments.safegrad_methods import METHODS, Run, Settings
+from benchmarks.experiments.safegrad_tables import RESULTS
 from benchmarks.table import markdown, write_csv
+from gradsafe._io.artifacts import write_text
 
 WORK = ROOT / "build" / "safegrad"
-RESULTS = ROOT / "benchmarks" / "results"
-DATA = EXTERNAL / "data"
 TASKS = {"SST-2": "sst2_subset", "AG News": "agnews_subset"}
 RATIOS = (0.25, 0.0, 0.1)
 ALIGNMENT = {"other": ("malicious_instruct", "do_not_answer"), "alike": ("advbench",)}
@@ -45,8 +45,8 @@ ANSWER_TOKENS, TASK_TOKENS = 16, 4
 
 def read(name: str, file: str = "prompts") -> list[Row]:
     """Rows with short prompts, in the order of the file."""
-    lines = (DATA / name / f"{file}.jsonl").read_text(encoding="utf-8").splitlines()
-    return [row for line in lines if len((row := json.loads(line))["prompt"]) <= LONGEST]
+    rows = read_rows(EXTERNAL / "data" / name / f"{file}.jsonl")
+    return [row for row in rows if len(row["prompt"]) <= LONGEST]
 
 
 def user_rows(task: str, ratio: float, seed: int) -> list[Row]:
@@ -97,21 +97,16 @@ def run(
     if path.exists():
         return
     WORK.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     seen: dict[str, float] = {}
     model = aligned
     if method != "aligned":
         alignment = alignment_rows(aligned, tokenizer, kind)
         own = Run(aligned, tokenizer, user_rows(task, ratio, seed), alignment, seed, SETTINGS)
-        began = time.perf_counter()
         seen = own.fit(method)
         model = own.merged()
-    seconds = time.perf_counter() - began
     facts = {"task": task, "ratio": ratio, "alignment": kind, "method": method, "seed": seed}
-    row = {**facts, **scores(model, tokenizer, task), **seen, "seconds": seconds}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(row), encoding="utf-8")
-    partial.replace(path)
+    row = {**facts, **scores(model, tokenizer, task), **seen}
+    write_text(path, json.dumps(row))
     print({k: round(v, 1) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 

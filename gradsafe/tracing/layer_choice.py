@@ -72,15 +72,20 @@ def choose_layer(
     if rule == "auto-single":
         probes = probes[:1]
     curve = similarity_curve(model, probes, pad_id, batch_tokens)
+    return LayerChoice(layer_of(curve, rule), curve.tolist())
+
+
+def layer_of(curve: Tensor, rule: LayerRule) -> int:
+    """The layer that a rule takes from a curve, see `LayerChoice` and `choose_layer`."""
     depth = len(curve) + 1
     first = 1 if rule == "auto-single" else max(1, depth // LEFT_OUT)
     candidates = curve[first - 1 : -1].tolist()
     lowest = min(candidates, default=0.0)
     minima = [index for index, value in enumerate(candidates) if value <= lowest + TIE]
     if len(minima) != 1:
-        return LayerChoice(depth, curve.tolist())
+        return depth
     lower = minima[0] + first
-    return LayerChoice(lower if rule == "auto-lower" else lower + 1, curve.tolist())
+    return lower if rule == "auto-lower" else lower + 1
 
 
 def similarity_curve(
