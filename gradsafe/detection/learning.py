@@ -58,7 +58,7 @@ class Learning:
         )
 
 
-def check_labels(labels: Any, prompts: int) -> Array:
+def check_labels(labels: Any, prompts: int, where: str = "Detector.learn") -> Array:
     """The labels as `[n]` int64, 1 for unsafe.
 
     Raises:
@@ -66,7 +66,6 @@ def check_labels(labels: Any, prompts: int) -> Array:
         ValueError: Not one label per prompt, a label that is not 0, 1, False or True, or fewer than
             two labels of a class.
     """
-    where = "Detector.learn"
     listed = labels.tolist() if hasattr(labels, "tolist") else labels
     if isinstance(listed, (str, bytes)) or not isinstance(listed, Sequence):
         refuse(where, "labels to be a list", type(labels).__name__, kind=TypeError)
