@@ -97,7 +97,7 @@ class Experiment:
         seed: int,
         settings: Settings,
         start_from: Any = None,
-    ) -> tuple[Any, dict[str, float]]:
+    ) -> tuple[Any, dict[str, Any]]:
         """The fine-tuned model, and the statistics of the surgery."""
         start = self.aligned if start_from is None else start_from
         run = Run(start, self.tokenizer, user, alignment, seed, settings)
@@ -122,6 +122,7 @@ class Experiment:
         model, seen = self.finetuned(method, user, alignment, seed, settings)
         seconds = time.perf_counter() - start
         row = {"method": method, "ratio": ratio, "alignment_rows": len(alignment), "seed": seed}
+        seen.pop("cosines", None)  # of every step: no column
         return rounded({**row, **self.scores(model, seed), **seen, "seconds": seconds})
 
 

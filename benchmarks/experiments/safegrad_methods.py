@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +20,20 @@ from benchmarks.experiments.safegrad_data import Row
 from benchmarks.testbed.training import isolated
 from gradsafe import GradientSurgery
 from gradsafe.finetuning import AlignmentSubspace, KLAlignment, SFTAlignment
-from gradsafe.finetuning.rows import AlignmentOrder, RowCollator, encode_rows
+from gradsafe.finetuning.rows import IGNORED, AlignmentOrder, RowCollator, encode_rows
+
+Batch = dict[str, Tensor]
+Loss = Callable[[Batch], Tensor]
 
 METHODS = ("SFT", "SFT + KL", "Lisa", "SafeGrad (SFT)", "SafeGrad (KL)")
+OTHERS = ("Interleaving", "SBR", "SPF")
 # Lisa-style: 2 steps on the alignment rows after every 8 user steps, with a proximal term towards
 # the weights at the start of each phase. The alignment steps are additional, so that all methods
 # see the same user rows.
 LISA_USER_STEPS = 8
 LISA_ALIGNMENT_STEPS = 2
+# SBR-style: the squared distance of the hidden states to those of the aligned model, relative to
+# their norm, with weight 1.
 SUBSPACE_STEPS, SUBSPACE_BATCHES, SUBSPACE_RANK = 20, 8, 4
 
 
@@ -89,16 +95,19 @@ class Run:
         self.collate = RowCollator(int(tokenizer.pad_token_id))
         self.cross_entropy = SFTAlignment(self.model)  # on the response tokens of any rows
 
-    def fit(self, method: str) -> dict[str, float]:
-        """Fine-tunes with one of `METHODS` or "SPF"; returns the statistics of the surgery."""
+    def fit(self, method: str) -> dict[str, Any]:
+        """Fine-tunes with one of `METHODS` or `OTHERS`; returns the statistics of the surgery."""
         if method == "SFT":
             return self._sft()
         if method == "Lisa":
             return self._lisa()
         if method == "SPF":
             return self._subspace()
-        loss = self.cross_entropy if method == "SafeGrad (SFT)" else self._cached_kl()
-        return self._surgery(loss, projection=method != "SFT + KL")
+        if method == "SBR":
+            return self._surgery(self._distance(), projection=False)
+        refusals = method in ("SafeGrad (SFT)", "Interleaving")
+        loss = self.cross_entropy if refusals else self._cached_kl()
+        return self._surgery(loss, projection=method.startswith("SafeGrad"))
 
     def merged(self) -> Any:
         """The fine-tuned model without adapter layers."""
@@ -127,7 +136,7 @@ class Run:
             anchor = self._weights()
         return {}
 
-    def _surgery(self, loss: KLAlignment, projection: bool) -> dict[str, float]:
+    def _surgery(self, loss: Loss, projection: bool) -> dict[str, Any]:
         """SafeGrad, or the sum of both gradients without projection."""
         surgery = GradientSurgery(self.trained, self.settings.rho, projection=projection)
         cosines: list[float] = []
@@ -144,6 +153,7 @@ class Run:
             "conflict_rate": 100 * seen.conflict_rate,
             # The part of the user gradient's norm that a projection removes.
             "in_conflict": 100 * statistics.fmean(max(0.0, -cosine) for cosine in cosines),
+            "cosines": cosines,
         }
 
     def _subspace(self) -> dict[str, float]:
@@ -178,7 +188,25 @@ class Run:
         rows = self.user[index * size : (index + 1) * size]
         self.cross_entropy(self.collate(rows)).backward()
 
-    def _alignment_backward(self, loss: KLAlignment) -> None:
+    def _distance(self) -> Loss:
+        """Distance of the last hidden states of alignment prompts to the aligned model's (SBR)."""
+
+        def last(batch: Batch) -> Tensor:
+            # The state before the first token of the response, after the final norm.
+            columns = batch["labels"].ne(IGNORED).int().argmax(1) - 1
+            inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+            output = self.model(**inputs, output_hidden_states=True, logits_to_keep=1)
+            return output.hidden_states[-1][range(len(columns)), columns]
+
+        def loss(batch: Batch) -> Tensor:
+            with torch.no_grad(), self.model.disable_adapter():
+                start = last(batch)
+            distances = (last(batch) - start).square().sum(1) / start.square().sum(1)
+            return distances.mean()
+
+        return loss
+
+    def _alignment_backward(self, loss: Loss) -> None:
         numbers = self.order.draw(self.settings.alignment_batch)
         loss(self.collate([self.alignment[number] for number in numbers])).backward()
 

@@ -25,7 +25,7 @@ from benchmarks.environment import environment
 from benchmarks.experiments import EXTERNAL, ROOT
 from benchmarks.experiments.rept_data import read_rows
 from benchmarks.experiments.safegrad_data import Row, complies, generate, refusal_rows, refuses
-from benchmarks.experiments.safegrad_methods import METHODS, Run, Settings
+from benchmarks.experiments.safegrad_methods import METHODS, OTHERS, Run, Settings
 from benchmarks.experiments.safegrad_tables import RESULTS
 from benchmarks.table import markdown, write_csv
 from gradsafe._io.artifacts import write_text
@@ -34,7 +34,7 @@ WORK = ROOT / "build" / "safegrad"
 TASKS = {"SST-2": "sst2_subset", "AG News": "agnews_subset"}
 RATIOS = (0.25, 0.0, 0.1)
 ALIGNMENT = {"other": ("malicious_instruct", "do_not_answer"), "alike": ("advbench",)}
-ALL = (*METHODS, "SPF")
+ALL = (*METHODS, *OTHERS)
 SETTINGS = Settings(
     learning_rate=3e-4, steps=100, batch=8, alignment_rows=64, alignment_batch=8, rho=1.0
 )
