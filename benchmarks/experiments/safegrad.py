@@ -122,13 +122,16 @@ class Experiment:
         model, seen = self.finetuned(method, user, alignment, seed, settings)
         seconds = time.perf_counter() - start
         row = {"method": method, "ratio": ratio, "alignment_rows": len(alignment), "seed": seed}
-        seen.pop("cosines", None)  # of every step: no column
         return rounded({**row, **self.scores(model, seed), **seen, "seconds": seconds})
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    """Rounds to four decimals."""
-    return {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+    """Rounds to four decimals, without what is no number or name."""
+    return {
+        k: round(v, 4) if isinstance(v, float) else v
+        for k, v in row.items()
+        if not isinstance(v, list)
+    }
 
 
 @cache
