@@ -2,6 +2,7 @@
 
     python -m benchmarks.experiments.rept_smollm2 run       resumable; 20 minutes for a set
     python -m benchmarks.experiments.rept_smollm2 gradients the baseline of LoRA gradients
+    python -m benchmarks.experiments.rept_smollm2 retrain   without the traced rows, or random ones
     python -m benchmarks.experiments.rept_smollm2 tables    CSV and the tables of the docs
 
 For each set and seed: fine-tune with LoRA on 60 rows that plant the behaviour and 540 clean ones,
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,13 +35,14 @@ from benchmarks.experiments.rept_baselines import (
     measures,
     signature_scores,
     tfidf_scores,
+    traced,
 )
 from benchmarks.experiments.rept_data import PlantedSet, planted_set
 from benchmarks.experiments.rept_tables import RESULTS
 from benchmarks.experiments.rept_tuning import Tuned, behaviour, start, tune
 from benchmarks.table import markdown, write_csv
 from gradsafe._io.artifacts import write_tensors, write_text
-from gradsafe.models import Encoded, pad_token_id
+from gradsafe.models import Encoded, collate, pad_token_id, response_nll
 from gradsafe.tracing import Metric, signatures
 from gradsafe.tracing.config import LayerRule
 from gradsafe.tracing.layer_choice import _prompt_states, layer_of
@@ -59,6 +62,7 @@ NORMS = {
     "hidden state alone": Metric("unit", 0.0),
     "gradient alone": Metric("unit", 1.0),
 }
+DEFAULT = NORMS["unit, w = 0.05"]
 
 
 def folder_of(name: str, seed: int) -> Path:
@@ -127,6 +131,43 @@ def gradients(name: str, seed: int) -> None:
     asked = json.loads((folder / "answers.json").read_text())["asked"][:QUERIES]
     items, queries = encoded(tuned, data, asked)
     write_tensors(path, {"cosine": gradient_cosines(tuned, queries, items)})
+
+
+def retrain(name: str, seed: int) -> None:
+    """Fine-tunes again without the 60 traced rows, or without 60 random ones, and asks again."""
+    folder, data = folder_of(name, seed), data_of(name, seed)
+    if not (folder / "signatures.safetensors").exists():
+        return
+    asked = json.loads((folder / "answers.json").read_text())["asked"][:QUERIES]
+    stored = load_file(folder / "signatures.safetensors")
+    last = max(LAYERS)
+    best = signature_scores(stored[f"queries.{last}"], stored[f"rows.{last}"], DEFAULT)
+    count = sum(row["poisoned"] for row in data.rows)
+    dropped = {
+        "none": [],
+        "traced": traced(best, count),
+        "random": random.Random(seed).sample(range(len(data.rows)), count),
+    }
+    for kind, places in dropped.items():
+        path = folder / f"retrained_{kind}.json"
+        if path.exists():
+            continue
+        rows = [row for place, row in enumerate(data.rows) if place not in set(places)]
+        if kind == "none":
+            tuned = tuned_model(data, seed, folder)
+        else:
+            tuned = tune("smollm2", rows, STEPS, seed)
+        queries = [tuned.encode(row["prompt"], row["response"]) for row in asked]
+        with torch.no_grad():
+            loss = response_nll(tuned.model, collate(queries, pad_token_id(tuned.tokenizer)))
+        found = {
+            "set": name, "seed": seed, "left out": kind, "rows": len(places),
+            "of them planted": sum(data.rows[place]["poisoned"] for place in places),
+            "behaviour": behaviour(tuned, data, data.probes)[1],
+            "query loss": float(loss.mean()),
+        }  # fmt: skip
+        write_text(path, json.dumps(found))
+        print(found, flush=True)
 
 
 def encoded(tuned: Tuned, data: PlantedSet, asked: Sequence[Any]) -> tuple[list[Encoded], ...]:
@@ -218,8 +259,19 @@ def tables(seeds: Sequence[int]) -> None:
         for norm in ("none", "unit, w = 0.05", "zscore")
         for layer in LAYERS
     ]
+    again = [
+        json.loads(path.read_text())
+        for name in SETS
+        for seed in seeds
+        for path in sorted(folder_of(name, seed).glob("retrained_*.json"))
+    ]
+    if again:
+        write_csv(RESULTS / "rept_retrained.csv", again)
     facts = environment()
-    for name, table in (("methods", by_method), ("layers", by_layer)):
+    shown = {"methods": by_method, "layers": by_layer, "retrained": again}
+    for name, table in shown.items():
+        if not table:
+            continue
         text = markdown(table, [(key, key) for key in table[0]])
         print(text)
         replace_block(DOCS / "tracing.md", f"smollm2 {name}", f"{text}\n{measured_note(facts)}\n")
@@ -228,7 +280,7 @@ def tables(seeds: Sequence[int]) -> None:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("command", choices=["run", "gradients", "tables"])
+    parser.add_argument("command", choices=["run", "gradients", "retrain", "tables"])
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
     arguments = parser.parse_args()
@@ -237,7 +289,7 @@ def main() -> int:
         return 0
     for seed in arguments.seeds:
         for name in arguments.sets:
-            (run if arguments.command == "run" else gradients)(name, seed)
+            {"run": run, "gradients": gradients, "retrain": retrain}[arguments.command](name, seed)
     return 0
 
 
