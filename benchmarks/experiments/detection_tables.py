@@ -6,7 +6,6 @@ AUROC over XSTest and ToxicChat of the base model. Test rows are read with these
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -201,31 +200,6 @@ def _learned(
     return result
 
 
-def sizes() -> list[dict[str, Any]]:
-    """AUPRC / AUROC by the number of own references, mean and standard deviation of the draws."""
-    rows = []
-    for variant, name, what in itertools.product(MODELS, CHOICE, ("sizes", "choice")):
-        path = stored(variant, name, "test", what)
-        if not path.exists():
-            continue
-        found: dict[str, list[tuple[float, float]]] = {}
-        with np.load(path) as file:
-            for key in file.files:
-                if key != "labels":
-                    pair = file["labels"], file[key]
-                    rates = average_precision_score(*pair), roc_auc_score(*pair)
-                    kind = key.split(",")[0].removesuffix(": tensor")
-                    found.setdefault(kind, []).append(rates)
-        for count, rates in found.items():
-            facts = {"model": variant, "set": name, "references of each class": count}
-            facts["draws"] = "chosen" if what == "choice" else len(rates)
-            for key, values in zip(("AUPRC", "AUROC"), zip(*rates, strict=True), strict=True):
-                spread = f" +- {np.std(values):.3f}" if len(values) > 1 else ""
-                facts[key] = f"{np.mean(values):.3f}{spread}"
-            rows.append(facts)
-    return rows
-
-
 SHOWN = (
     "nll", "NLL Sure - NLL Sorry", "gradnorm", "generic: GradSafe", "own: GradSafe",
     "generic: mean difference", "own: mean difference", "refusal direction: mean difference",
@@ -269,9 +243,12 @@ def write() -> None:
         ),
         "smollm2 labels": markdown(labelled, [(k, k) for k in labelled[0]]),
     }
-    if sized := sizes():
-        write_csv(RESULTS / "detection_sizes.csv", sized)
-        blocks["smollm2 sizes"] = markdown(sized, [(key, key) for key in sized[0]])
+    from benchmarks.experiments.detection_references import cascades, checks, sizes
+
+    for kind, table in (("sizes", sizes()), ("cascade", cascades()), ("checks", checks())):
+        if table:
+            write_csv(RESULTS / f"detection_{kind}.csv", table)
+            blocks[f"smollm2 {kind}"] = markdown(table, [(key, key) for key in table[0]])
     facts = environment()
     for name, table in blocks.items():
         print(f"{name}\n\n{table}")
