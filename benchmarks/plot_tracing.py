@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
+from typing import Any
 
 from matplotlib import pyplot as plt
 
@@ -29,6 +31,31 @@ def bars(rows: Rows, group: str, column: str, label: str, title: str, path: Path
     axes.set_title(f"{title}: {rows[0]['date']}, {rows[0]['commit']}", fontsize=9)
     axes.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def layers_chart(rows: list[dict[str, Any]], path: Path) -> None:
+    """AUPRC over the layer of the signatures: one panel per part norm, one curve per set."""
+    norms = {"none": "as published", "unit, w = 0.05": "default", "zscore": "z-scored parts"}
+    figure, panels = plt.subplots(1, len(norms), figsize=(12, 3.8), sharey=True)
+    for axes, (norm, title) in zip(panels, norms.items(), strict=True):
+        own = [row for row in rows if row["method"] == norm]
+        for index, name in enumerate(dict.fromkeys(row["set"] for row in own)):
+            found = [row for row in own if row["set"] == name]
+            layers = sorted({int(row["layer"]) for row in found})
+            means = [
+                statistics.fmean(r["AUPRC"] for r in found if int(r["layer"]) == layer)
+                for layer in layers
+            ]
+            axes.plot(layers, means, color=f"C{index}", marker="o", markersize=3, label=name)
+        axes.set_title(f"{title} (part norm {norm})", fontsize=9)
+        axes.set_xlabel("layer of the signature")
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("AUPRC of the planted rows")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="lower center", ncols=len(labels), frameon=False)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -40,6 +40,7 @@ from benchmarks.experiments.rept_baselines import (
 from benchmarks.experiments.rept_data import PlantedSet, planted_set
 from benchmarks.experiments.rept_tables import RESULTS
 from benchmarks.experiments.rept_tuning import Tuned, behaviour, start, tune
+from benchmarks.plot_tracing import layers_chart
 from benchmarks.table import markdown, write_csv
 from gradsafe._io.artifacts import write_tensors, write_text
 from gradsafe.models import Encoded, collate, pad_token_id, response_nll
@@ -259,6 +260,7 @@ def tables(seeds: Sequence[int]) -> None:
         for norm in ("none", "unit, w = 0.05", "zscore")
         for layer in LAYERS
     ]
+    layers_chart([row for row in rows if row["layer"]], DOCS / "tracing_layers.png")
     again = [
         json.loads(path.read_text())
         for name in SETS

@@ -27,6 +27,7 @@ from benchmarks.experiments.rept_data import read_rows
 from benchmarks.experiments.safegrad_data import Row, complies, generate, refusal_rows, refuses
 from benchmarks.experiments.safegrad_methods import METHODS, OTHERS, Run, Settings
 from benchmarks.experiments.safegrad_tables import RESULTS
+from benchmarks.plot_finetuning import tradeoff_chart
 from benchmarks.table import markdown, write_csv
 from gradsafe._io.artifacts import write_text
 
@@ -124,6 +125,8 @@ def tables() -> None:
         for r in rows
     ]
     write_csv(RESULTS / "safegrad_smollm2.csv", shown)
+    drawn = [r for r in shown if (r["task"], r["ratio"], r["seed"]) == ("SST-2", RATIOS[0], 0)]
+    tradeoff_chart(drawn, DOCS / "safegrad_tradeoff.png")
     text = markdown(shown, [(key, key) for key in keys])
     print(text)
     note = measured_note(environment())
