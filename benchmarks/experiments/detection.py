@@ -12,10 +12,8 @@ rows of the set that is tested; they are left out of its development figures).
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +23,18 @@ from sklearn.cluster import KMeans
 
 from benchmarks import smollm2, testbed
 from benchmarks.experiments import ROOT
+from benchmarks.experiments.detection_draws import (
+    PAIRS,
+    checks_pass,
+    poisoned_pass,
+    sizes_pass,
+)
 from benchmarks.experiments.detection_features import Arrays, Together, variants
 from benchmarks.experiments.detection_sets import SETS, contrast, load, own_references
 from gradsafe import Detector
-from gradsafe.detection import check_references
 
 WORK = ROOT / "build" / "detection"
 MODELS = ("base", "aligned")
-PAIRS = 4
-SIZES, DRAWS = (1, 2, 4, 8, 16), 4  # of references of each class
-CHECKED = (4, 8)  # of these numbers `check_references` is tried
-POISONED = 8  # references of each class, some with the wrong label
 CHOSEN = 8  # references of each class that a strategy picks
 
 # Read from one pass with the same stored references.
@@ -125,54 +124,6 @@ def eos_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Array
     """GradCoo with a response that ends with the EOS token, as GradSafe has it."""
     forms = {"tensor": {}, "row": {"granularity": "row"}}
     detectors = variants(model, tokenizer, "own, EOS", own(name), forms, append_eos=True)
-    arrays = Together(detectors)(prompts)
-    return {key: arrays[key] for key in detectors}
-
-
-def drawn_references(name: str) -> Iterator[tuple[str, tuple[list[str], list[str]]]]:
-    """`DRAWS` random draws of each number of own references, with their names."""
-    texts, labels = load(name, "dev")
-    unsafe, safe = (
-        [t for t, found in zip(texts, labels, strict=True) if found == label] for label in (1, 0)
-    )
-    for count, draw in itertools.product(SIZES, range(DRAWS)):
-        if count <= min(len(unsafe), len(safe)):
-            rng = random.Random(f"{name} {count} {draw}")
-            yield f"{count}, draw {draw}", (rng.sample(unsafe, count), rng.sample(safe, count))
-
-
-def sizes_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arrays:
-    """GradCoo with each number of own references; the paper's Fig. 3."""
-    found: Arrays = {}
-    for _, draws in itertools.groupby(drawn_references(name), key=lambda d: d[0].split(",")[0]):
-        detectors: dict[str, Detector] = {}
-        for style, references in draws:
-            detectors |= variants(model, tokenizer, style, references, {"tensor": {}})
-        arrays = Together(detectors)(prompts)
-        found |= {key: arrays[key] for key in detectors}
-    return found
-
-
-def checks_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arrays:
-    """What `check_references` says of the references of `sizes_pass` and of the generic ones."""
-    cases = [("generic", testbed.references(PAIRS)), *drawn_references(name)]
-    return {
-        style: np.array(check_references(model, tokenizer, *pair, progress=False).auroc)
-        for style, pair in cases
-        if len(pair[0]) in CHECKED
-    }
-
-
-def poisoned_pass(model: Any, tokenizer: Any, name: str, prompts: list[str]) -> Arrays:
-    """GradCoo with eight own references of each class, of which some have the wrong label."""
-    detectors: dict[str, Detector] = {}
-    for style, (unsafe, safe) in drawn_references(name):
-        if len(unsafe) != POISONED or "draw 0" not in style:
-            continue
-        for wrong in (1, 2, 3):
-            pair = safe[:wrong] + unsafe[wrong:], unsafe[:wrong] + safe[wrong:]
-            name_of = f"{POISONED}, {wrong} exchanged"
-            detectors |= variants(model, tokenizer, name_of, pair, {"tensor": {}})
     arrays = Together(detectors)(prompts)
     return {key: arrays[key] for key in detectors}
 

@@ -31,7 +31,8 @@ def sizes() -> list[dict[str, Any]]:
                 if key != "labels":
                     pair = file["labels"], file[key]
                     rates = average_precision_score(*pair), roc_auc_score(*pair)
-                    kind = key.split(",")[0].removesuffix(": tensor")
+                    kind = key.removesuffix(": tensor")
+                    kind = kind if what == "poisoned" else kind.split(",")[0]
                     found.setdefault(kind, []).append(rates)
         for count, rates in found.items():
             facts = {"model": variant, "set": name, "references of each class": count}
@@ -74,7 +75,7 @@ def cascades() -> list[dict[str, Any]]:
 
 
 def checks() -> list[dict[str, Any]]:
-    """Per draw of references: what `check_references` says, and the AUROC on the test rows."""
+    """Per draw of references: how well they separate each other, and the AUROC on the test rows."""
     rows = []
     for variant, name in itertools.product(MODELS, CHOICE):
         paths = [stored(variant, name, "test", what) for what in ("checks", "sizes")]

@@ -29,8 +29,6 @@ class FitOptions:
         calibrate_unsafe: Unsafe prompts; with calibrate they set which prompts the method "cascade"
             decides without gradients.
         max_fpr: False-positive rate to calibrate for.
-        check_references: Test the references on each other before they are used, which takes about
-            four times as long as fitting, and print the result.
         learn: Prompts with "label" (safe or unsafe), at least two of each, to learn the score from;
             method "gradcoo" only.
         learn_features: What is learned from: components, the hidden state of a block, or both.
@@ -43,7 +41,6 @@ class FitOptions:
     calibrate: str | None = None
     calibrate_unsafe: str | None = None
     max_fpr: float = 0.01
-    check_references: bool = False
     learn: str | None = None
     learn_features: Features = "both"
     learn_layer: int | None = None
@@ -55,8 +52,6 @@ class FitOptions:
             raise ValueError(f"--max_fpr must be between 0 and 1, got {self.max_fpr}")
         if not self.learn and (self.learn_features, self.learn_layer) != ("both", None):
             raise ValueError("--learn_features and --learn_layer need --learn FILE")
-        if self.check_references and (self.detector or not config.uses_references):
-            raise ValueError("--check_references needs --unsafe FILE and --safe FILE")
         if self.detector:
             fitted = [*changed(config), *(n for n in ("unsafe", "safe") if getattr(self, n))]
             if fitted:
@@ -139,24 +134,18 @@ def prepare(
         tokenizer: Its tokenizer.
         batch_tokens: Padded tokens per batch.
         progress: Show a progress bar while calibrating.
-        say: Takes notes for the user: references, coverage, learning and calibration.
+        say: Takes notes for the user: coverage, learning and calibration.
     """
     if options.detector:
         detector = detection.Detector.load(options.detector, model, tokenizer)
     else:
         chosen = as_options(config)
         _check_encoding([*(prompts.unsafe or ()), *(prompts.safe or ())], chosen, model, tokenizer)
-        references = prompts_of(prompts.unsafe), prompts_of(prompts.safe)
-        if options.check_references:
-            found = detection.check_references(
-                *(model, tokenizer, *references),
-                batch_tokens=batch_tokens, progress=progress, **chosen,
-            )  # fmt: skip
-            say(f"references: {found}")
         detector = detection.Detector.fit(
             model,
             tokenizer,
-            *references,
+            unsafe=prompts_of(prompts.unsafe),
+            safe=prompts_of(prompts.safe),
             batch_tokens=batch_tokens,
             progress=False,
             **chosen,

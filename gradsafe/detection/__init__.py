@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from gradsafe.detection.learning import Learning
     from gradsafe.detection.methods import CoverageWarning, ReferenceGapWarning
     from gradsafe.detection.scoring import Scores
-    from gradsafe.detection.selection import ReferenceCheck, check_references, choose_references
+    from gradsafe.detection.selection import choose_references
 
 __all__ = [
     "Calibration",
@@ -25,11 +25,9 @@ __all__ = [
     "Explanation",
     "Learning",
     "NonFiniteGradientError",
-    "ReferenceCheck",
     "ReferenceGapWarning",
     "Scores",
     "UncalibratedWarning",
-    "check_references",
     "choose_references",
 ]
 
@@ -43,11 +41,9 @@ __getattr__, __dir__ = lazy_names(
         "Explanation": "explanation",
         "Learning": "learning",
         "NonFiniteGradientError": "gradients",
-        "ReferenceCheck": "selection",
         "ReferenceGapWarning": "methods",
         "Scores": "scoring",
         "UncalibratedWarning": "detector",
-        "check_references": "selection",
         "choose_references": "selection",
     },
 )

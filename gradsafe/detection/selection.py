@@ -1,42 +1,18 @@
-"""Choosing reference prompts from labelled ones, and testing references before they are used."""
+"""Choosing reference prompts from labelled ones."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from gradsafe._checks import check_value, refuse
 from gradsafe.detection.config import DetectorConfig
-from gradsafe.detection.detector import Detector
 from gradsafe.detection.gradients import GradientPass
 from gradsafe.detection.learning import check_labels
 from gradsafe.models import Prompt, find_layers
-
-FOLDS = 4
-
-
-@dataclass(frozen=True)
-class ReferenceCheck:
-    """What `check_references` found.
-
-    Attributes:
-        auroc: Share of pairs in which the held-out unsafe reference scores above the safe one.
-        pairs: Number of pairs.
-    """
-
-    auroc: float
-    pairs: int
-
-    def __str__(self) -> str:
-        return (
-            f"a held-out unsafe reference scores above a safe one in {self.auroc:.0%} of "
-            f"{self.pairs} pairs"
-        )
 
 
 def choose_references(
@@ -108,62 +84,3 @@ def choose_references(
         distances = np.linalg.norm(own - own.mean(0), axis=1)
         chosen.append(rows[np.argsort(distances, kind="stable")[:count]].tolist())
     return chosen[0], chosen[1]
-
-
-def check_references(
-    model: nn.Module,
-    tokenizer: Any,
-    unsafe: Sequence[Prompt],
-    safe: Sequence[Prompt],
-    *,
-    batch_tokens: int = 4096,
-    progress: bool = True,
-    **options: Any,
-) -> ReferenceCheck:
-    """Test references on each other: how well do some of them separate the others?
-
-    Up to four times, a detector is fitted without some references of each class and scores those.
-    A result near 0.5 or below means that the references share too little, for example a style that
-    has nothing to do with safety; they will hardly separate other prompts. With few references it
-    is a rough figure. It takes about four times as long as `Detector.fit` with the same references.
-
-    Args:
-        model: A causal language model of `transformers`.
-        tokenizer: Its tokenizer.
-        unsafe: Unsafe references, at least two.
-        safe: Safe references, at least two.
-        batch_tokens: Tokens per batch, padding included.
-        progress: Show progress bars.
-        **options: As in `Detector.fit`; a method with references.
-
-    Raises:
-        ValueError: Fewer than two references of a class, a method without references, or as in
-            `Detector.fit`.
-        TypeError: As in `Detector.fit`.
-    """
-    where = "check_references"
-    config = DetectorConfig(**options)
-    if not config.uses_references:
-        refuse(where, "a method with references", repr(config.method))
-    groups = {"unsafe": unsafe, "safe": safe}
-    for name, prompts in groups.items():
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence) or len(prompts) < 2:
-            refuse(where, f"{name} to be a list of at least 2 references", f"{prompts!r:.40}")
-    folds = min(FOLDS, len(unsafe), len(safe))
-    above = []
-    for fold in range(folds):
-        used = {
-            name: [p for place, p in enumerate(prompts) if place % folds != fold]
-            for name, prompts in groups.items()
-        }
-        detector = Detector.fit(
-            *(model, tokenizer, used["unsafe"], used["safe"]),
-            batch_tokens=batch_tokens, progress=progress, **options,
-        )  # fmt: skip
-        held_out = [*unsafe[fold::folds], *safe[fold::folds]]
-        values = detector.score(held_out, batch_tokens, progress, components=False).values
-        high, low = values.split([len(unsafe[fold::folds]), len(safe[fold::folds])])
-        difference = high[:, None] - low
-        above.append(((difference > 0).double() + (difference == 0).double() / 2).flatten())
-    pairs = torch.cat(above)
-    return ReferenceCheck(float(pairs.mean()), len(pairs))

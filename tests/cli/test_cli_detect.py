@@ -57,12 +57,6 @@ class TestDetect:
         assert row[titles.index("flagged")] == str(sum(flags))
         assert "calibrated: threshold" in err
 
-    def test_references_are_checked_on_request(self, detect: Run) -> None:
-        assert "references:" not in detect()[2]
-        status, _, err = detect("--check-references")
-        assert status == 0
-        assert "references: a held-out unsafe reference scores above a safe one in" in err
-
     def test_typed_control_tokens_are_recorded_and_noted(self, detect: Run) -> None:
         rows = [{"prompt": text} for text in ("hi", "a</s><pad>b", "</s>")]
         Path("typed.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

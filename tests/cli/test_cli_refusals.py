@@ -88,7 +88,6 @@ class TestRefusedAtOnce:
             (("--limit", "0"), "--limit must be at least 1, got 0"),
             (("--limit", "x"), "limit must be a whole number or None, got x"),
             (("--max-fpr", "1"), "--max_fpr must be between 0 and 1, got 1"),
-            (("--method", "nll", "--check-references"), "--check_references needs --unsafe FILE"),
             (("--method", "magic"), "method must be one of gradcoo, gradsafe, cascade, nll, grad"),
             (("--methods", "nll"), "unknown option --methods, did you mean --method?"),
             (("--meth", "nll"), "unknown option --meth, did you mean --method?"),

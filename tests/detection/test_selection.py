@@ -5,9 +5,7 @@ import pytest
 import torch
 from builders import make_model, make_tokenizer
 
-from benchmarks import testbed
-from gradsafe import Detector
-from gradsafe.detection import check_references, choose_references
+from gradsafe.detection import choose_references
 from gradsafe.models import collate, encode, find_layers
 from gradsafe.models.hidden import hidden_states
 
@@ -79,48 +77,3 @@ def test_refusals_of_choosing(model, arguments, message):
     with pytest.raises(ValueError, match="choose_references") as error:
         choose_references(*model, PROMPTS, progress=False, **given)
     assert error.match(message)
-
-
-def test_a_check_is_the_score_of_detectors_without_the_held_out_references():
-    """Pairs are compared with detectors that did not see them."""
-    network, tokenizer = testbed.load(progress=False)
-    unsafe, safe = testbed.references(4)
-    found = check_references(network, tokenizer, unsafe, safe, progress=False)
-    above = 0.0
-    for place in range(4):
-        used = [[p for i, p in enumerate(group) if i != place] for group in (unsafe, safe)]
-        detector = Detector.fit(network, tokenizer, *used, progress=False)
-        high, low = detector.score([unsafe[place], safe[place]], progress=False).values
-        above += float(high > low)
-    assert found.pairs == 4
-    assert found.auroc == above / 4
-    assert found.auroc >= 0.75  # the testbed refuses the unsafe ones
-
-
-def test_the_classes_may_be_exchanged():
-    """A score is the share of the unsafe reference, so that exchanged references give 1 - score."""
-    network, tokenizer = testbed.load(progress=False)
-    unsafe, safe = testbed.references(5)
-    found = check_references(network, tokenizer, unsafe, safe, progress=False)
-    assert found == check_references(network, tokenizer, safe, unsafe, progress=False)
-    assert "of 7 pairs" in str(found)  # folds of 2, 1, 1 and 1 of each class
-
-
-def test_equal_scores_count_half(model):
-    same = ["bake a cake"] * 3
-    assert check_references(*model, same, same, progress=False).auroc == 0.5
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"method": "nll"}, "a method with references"),
-        ({"unsafe": ["one"]}, "unsafe to be a list of at least 2"),
-        ({"safe": "one text"}, "safe to be a list of at least 2"),
-        ({"safe": None}, "safe to be a list of at least 2"),
-    ],
-)
-def test_refusals_of_the_check(model, arguments, message):
-    given = {"unsafe": PROMPTS[:2], "safe": PROMPTS[2:4], **arguments}
-    with pytest.raises(ValueError, match=message):
-        check_references(*model, progress=False, **given)
