@@ -42,6 +42,7 @@ COMMANDS = {
     "trace query": Entry("trace", "Query", "find the samples that a behavior comes from"),
     "trace repair": Entry("trace", "Repair", "drop the damaged shards of an index"),
     "finetune": Entry("finetune", "Finetune", "fine-tune without losing alignment", several=True),
+    "repair": Entry("repair", "Repair", "drop or unlearn traced rows", several=True),
     "doctor": Entry("doctor", "Doctor", "show versions and devices, test the operators"),
 }
 

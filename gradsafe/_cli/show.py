@@ -13,7 +13,9 @@ from gradsafe._jobs.detect import Detect, DetectResult
 from gradsafe._jobs.doctor import Doctor
 from gradsafe._jobs.explain import Explain, ExplainResult
 from gradsafe._jobs.finetune import Finetune, FinetuneResult
-from gradsafe._jobs.trace import Build, Query, QueryResult, Repair
+from gradsafe._jobs.repair import Repair, RepairResult
+from gradsafe._jobs.trace import Build, Query, QueryResult
+from gradsafe._jobs.trace import Repair as RepairIndex
 
 COMPONENTS = 8  # of an explanation on the terminal
 
@@ -74,13 +76,31 @@ def _(config: Query, result: QueryResult) -> int:
 
 
 @show.register
-def _(config: Repair, result: list) -> int:  # type: ignore[type-arg]
+def _(config: RepairIndex, result: list) -> int:  # type: ignore[type-arg]
     print("\n".join(f"dropped {name}" for name in result) or "nothing to drop")
     return 0
 
 
 @show.register
 def _(config: Finetune, result: FinetuneResult) -> int:
+    print(_training(result))
+    return 0 if result.trained else 1
+
+
+@show.register
+def _(config: Repair, result: RepairResult) -> int:
+    print(f"{config.how}: {len(result.dropped)} of {result.rows} rows")
+    print(tables.repair(result))
+    print(_training(result.training))
+    return 0 if result.training.trained else 1
+
+
+@show.register
+def _(config: Doctor, result: int) -> int:
+    return result
+
+
+def _training(result: FinetuneResult) -> str:
     parts = [f"{result.steps} steps"]
     if cosines := result.cosines:
         parts.append(f"mean logged cosine {sum(cosines) / len(cosines):+.3f}")
@@ -88,10 +108,4 @@ def _(config: Finetune, result: FinetuneResult) -> int:
         if result.last_loss is not None:
             parts.append(f"{result.loss} {result.last_loss:.4f}")
     parts.append(f"{result.skipped} skipped")
-    print(f"{', '.join(parts)}; written to {result.output}")
-    return 0 if result.trained else 1
-
-
-@show.register
-def _(config: Doctor, result: int) -> int:
-    return result
+    return f"{', '.join(parts)}; written to {result.output}"

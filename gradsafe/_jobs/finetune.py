@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,26 +14,8 @@ from gradsafe._io.records import Row
 from gradsafe._jobs.data import read_pairs
 from gradsafe._jobs.detector import check_agreement
 from gradsafe._jobs.options import FLAT, ModelOptions, plain, save_config, transient, with_line_ends
+from gradsafe._jobs.training import SET_ELSEWHERE, TRAINING, checked_training
 from gradsafe.finetuning.config import SafeGradConfig
-
-TRAINING = {
-    "per_device_train_batch_size": 10,
-    "learning_rate": 1e-5,
-    "num_train_epochs": 10.0,
-    "optim": "adamw_torch",
-    "lr_scheduler_type": "constant",
-    "weight_decay": 0.0,
-    "logging_steps": 10,
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-}
-SET_ELSEWHERE = {
-    "output_dir": "--output",
-    "resume_from_checkpoint": "--resume",
-    "disable_tqdm": "--progress false",
-    "use_cpu": "--device",
-}
 
 
 @dataclass(frozen=True)
@@ -122,22 +105,38 @@ class Finetune:
             ValueError, OSError: Inputs or options do not fit; the message says what to do.
             KeyboardInterrupt: Interrupted; the last checkpoint can be resumed.
         """
-        processes = processes or Processes()
-        self._check()
+        self.check()
         rows = {name: read_pairs(getattr(self, name)) for name in ("train", "alignment")}
+        return self.fit(rows, processes or Processes())
+
+    def fit(
+        self,
+        rows: dict[str, list[Row]],
+        processes: Processes,
+        job: Any = None,
+        trainer_of: Callable[..., Any] | None = None,
+    ) -> FinetuneResult | None:
+        """Trains on rows that were read, and saves; for jobs that fine-tune in their course.
+
+        Args:
+            rows: "train" and "alignment".
+            processes: The processes.
+            job: The configuration to write beside the output, if not this one.
+            trainer_of: Makes the trainer; None for `SafeGradTrainer`.
+        """
         if processes.first:
-            self._check_output(Path(self.output))
+            self.check_output(Path(self.output))
         processes.wait("the output is checked")  # before any process writes
 
         # Everything below needs torch and transformers, which take seconds to import.
         from gradsafe.finetuning.checkpoint import last
 
-        trainer = self._trainer(rows, processes)
+        trainer = self._trainer(rows, processes, plain(job or self), trainer_of)
         start = last(self.output) if self.resume else None
         if start:
             trainer.resume_point(start)  # before the configuration of that run is replaced
         if processes.first:
-            save_config(self, self.output)
+            save_config(job or self, self.output)
         try:
             trainer.train(resume_from_checkpoint=start or self.resume or None)
         except KeyboardInterrupt:
@@ -156,7 +155,8 @@ class Finetune:
         accelerator.end_training()  # destroys the process group
         return result
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for options that are missing or exclude each other."""
         for name in ("train", "alignment", "output"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing")
@@ -171,7 +171,8 @@ class Finetune:
                 "safegrad.loss: sft"
             )
 
-    def _check_output(self, output: Path) -> None:
+    def check_output(self, output: Path) -> None:
+        """Raises ValueError or OSError if the output cannot be written or resumed."""
         if output.exists() and not output.is_dir():
             raise FileExistsError(f"{output} exists and is not a folder: choose another output")
         if not self.resume and output.exists() and any(output.iterdir()):
@@ -184,14 +185,20 @@ class Finetune:
             if last(output) is None:
                 raise ValueError(f"--resume: no checkpoint in {output}")
 
-    def _trainer(self, rows: dict[str, list[Row]], processes: Processes) -> Any:
+    def _trainer(
+        self,
+        rows: dict[str, list[Row]],
+        processes: Processes,
+        facts: dict[str, Any],
+        trainer_of: Callable[..., Any] | None,
+    ) -> Any:
         from transformers import set_seed
 
         from gradsafe._jobs.model import load_model
         from gradsafe.finetuning.trainer import SafeGradTrainer
 
         training = self._training_arguments(processes)
-        check_agreement(processes, [plain(self), rows], training.device)
+        check_agreement(processes, [facts, rows], training.device)
         model, tokenizer = load_model(self.model, processes, trainable=True)
         safegrad = SafeGradConfig(**with_line_ends(vars(self.safegrad)))
         if isinstance(safegrad.reference, str) and safegrad.reference not in (
@@ -203,7 +210,7 @@ class Finetune:
         set_seed(training.seed)  # new adapters are random, and the same in all processes
         if not (self.full or self.model.adapter):
             model = self._with_lora(model)
-        return SafeGradTrainer(
+        return (trainer_of or SafeGradTrainer)(
             model=model,
             args=training,
             train_dataset=rows["train"],
@@ -218,7 +225,7 @@ class Finetune:
         from gradsafe._jobs.model import choose_device
         from gradsafe.finetuning.support import check_arguments
 
-        given = _checked_training(self.training)
+        given = checked_training(self.training)
         if given.get("fsdp") and processes.count == 1:
             raise ValueError("training.fsdp: fsdp needs several processes; start with torchrun")
         try:
@@ -260,37 +267,6 @@ class Finetune:
                 return get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"lora.targets: {' '.join(str(error).split())}") from error
-
-
-def _checked_training(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields of TrainingArguments under their present names, with checked types."""
-    import difflib
-
-    from jsonargparse import ArgumentParser
-    from transformers import TrainingArguments
-
-    from gradsafe.models.compat import training_option
-
-    known = {item.name for item in fields(TrainingArguments) if item.init}
-    types = ArgumentParser(exit_on_error=False)
-    # The annotation of fsdp does not name everything that it accepts.
-    types.add_class_arguments(TrainingArguments, fail_untyped=False, skip={"output_dir", "fsdp"})
-    given: dict[str, Any] = {}
-    for key, value in values.items():
-        name = training_option(key, known)
-        if name not in known:
-            near = difflib.get_close_matches(key, known - set(SET_ELSEWHERE), n=1, cutoff=0.0)
-            raise ValueError(f"training.{key}: unknown key, did you mean {near[0]}?")
-        if name in given:
-            raise ValueError(f"training.{key} is the same as {name}: leave one of them out")
-        if name != "fsdp":
-            try:
-                value = types.parse_object({name: value})[name]
-            except Exception as error:  # of several kinds, by the version of jsonargparse
-                reason = " ".join(str(error).split()).partition(": ")[2]
-                raise ValueError(f"training.{key}: {reason or error}") from error
-        given[name] = value
-    return given
 
 
 def _result(trainer: Any, output: str) -> FinetuneResult:

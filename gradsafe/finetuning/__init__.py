@@ -8,11 +8,12 @@ from gradsafe._lazy import lazy_names
 
 if TYPE_CHECKING:
     from gradsafe.finetuning.alignment import KLAlignment, SFTAlignment
-    from gradsafe.finetuning.config import SafeGradConfig
+    from gradsafe.finetuning.config import SafeGradConfig, UnlearningConfig
     from gradsafe.finetuning.statistics import SurgeryStatistics
     from gradsafe.finetuning.subspace import AlignmentSubspace
     from gradsafe.finetuning.surgery import GradientSurgery
     from gradsafe.finetuning.trainer import SafeGradTrainer
+    from gradsafe.finetuning.unlearning import UnlearningTrainer
 
 __all__ = [
     "AlignmentSubspace",
@@ -22,6 +23,8 @@ __all__ = [
     "SafeGradConfig",
     "SafeGradTrainer",
     "SurgeryStatistics",
+    "UnlearningConfig",
+    "UnlearningTrainer",
 ]
 
 __getattr__, __dir__ = lazy_names(
@@ -34,5 +37,7 @@ __getattr__, __dir__ = lazy_names(
         "SafeGradConfig": "config",
         "SafeGradTrainer": "trainer",
         "SurgeryStatistics": "statistics",
+        "UnlearningConfig": "config",
+        "UnlearningTrainer": "unlearning",
     },
 )

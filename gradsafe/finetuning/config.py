@@ -1,15 +1,16 @@
-"""The options of SafeGrad. Importing this module does not import torch."""
+"""The options of SafeGrad and of unlearning. Importing this module does not import torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from gradsafe._checks import check_fields
+from gradsafe._checks import check_fields, refuse
 
 Loss = Literal["kl", "sft"]
 KLTokens = Literal["response", "non_pad", "all"]
 Scope = Literal["global", "tensor", "layer"]
+Forgetting = Literal["npo", "graddiff"]
 
 _LEAST = {"rho": 0, "alignment_batch_size": 1, "max_length": 2, "warn_cosine": 0, "warn_steps": 1}
 
@@ -80,3 +81,22 @@ class SafeGradConfig:
         """Return plain JSON values; a reference that is a model becomes "model"."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**values, "reference": "model"} if self.has_model else values
+
+
+@dataclass(frozen=True)
+class UnlearningConfig:
+    """Options of `UnlearningTrainer`.
+
+    Attributes:
+        method: Loss of the rows to forget: "npo" (negative preference optimisation, arXiv
+            2404.05868) or "graddiff" (gradient ascent, as in gradient difference).
+        beta: Inverse temperature of NPO, above 0: the larger, the earlier it stops.
+    """
+
+    method: Forgetting = "npo"
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_fields("UnlearningConfig", self)
+        if self.beta <= 0:
+            refuse("UnlearningConfig", "beta above 0", self.beta)

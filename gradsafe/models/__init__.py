@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from gradsafe.models.capturing import capture
     from gradsafe.models.coverage import Skipped
     from gradsafe.models.experts import Routing
+    from gradsafe.models.generation import generate
     from gradsafe.models.inspection import context_length
     from gradsafe.models.layers import Layers, find_layers
-    from gradsafe.models.loss import response_nll
+    from gradsafe.models.loss import mean_nll, response_nll
     from gradsafe.models.pieces import probe_prompts, prompt_span, token_texts
     from gradsafe.models.windows import encode_prompts, encode_windows
 
@@ -38,6 +39,8 @@ __all__ = [
     "encode_prompts",
     "encode_windows",
     "find_layers",
+    "generate",
+    "mean_nll",
     "pad_token_id",
     "plan_batches",
     "probe_prompts",
@@ -55,7 +58,8 @@ __getattr__, __dir__ = lazy_names(
         "Routing": "experts",
         "context_length": "inspection",
         **dict.fromkeys(("Layers", "LinearLayer", "find_layers"), "layers"),
-        "response_nll": "loss",
+        "generate": "generation",
+        **dict.fromkeys(("mean_nll", "response_nll"), "loss"),
         **dict.fromkeys(("probe_prompts", "prompt_span", "token_texts"), "pieces"),
         **dict.fromkeys(("encode_prompts", "encode_windows"), "windows"),
     },

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gradsafe.models.batching import Batch
+from gradsafe.models.batching import Batch, collate, plan_batches
+from gradsafe.models.encode import Encoded
 from gradsafe.models.inspection import forward_parameters, input_device
+from gradsafe.models.modes import evaluating
 from gradsafe.models.opening import Opening
+from gradsafe.models.threads import alone
 
 
 def response_nll(model: nn.Module, batch: Batch, opening: Opening | None = None) -> Tensor:
@@ -75,6 +79,28 @@ def response_nll(model: nn.Module, batch: Batch, opening: Opening | None = None)
     nll = nll.view(positions.shape)
     real = torch.arange(positions.shape[1], device=nll.device)[None, :] < counts[:, None]
     return torch.where(real, nll, torch.zeros_like(nll)).sum(dim=1) / counts.to(nll.dtype)
+
+
+def mean_nll(
+    model: nn.Module, items: Sequence[Encoded], pad_id: int, batch_tokens: int = 4096
+) -> Tensor:
+    """Compute the mean response NLL of many rows, in eval mode and without gradients.
+
+    Args:
+        model: As in `response_nll`.
+        items: Encoded rows.
+        pad_id: Token id of the padding.
+        batch_tokens: Tokens per batch, padding included.
+
+    Returns:
+        `[n]` float32 on the CPU, in the order of the items.
+    """
+    found = torch.empty(len(items))
+    with alone(model), evaluating(model), torch.no_grad():
+        for indices in plan_batches([len(item) for item in items], batch_tokens):
+            batch = collate([items[i] for i in indices], pad_id, "left")
+            found[indices] = response_nll(model, batch).float().cpu()
+    return found
 
 
 def _predicting_positions(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradsafe._jobs.detect import DetectResult
+from gradsafe._jobs.repair import RepairResult
 from gradsafe.detection.metrics import judge, rank
 
 WIDE = 10_000  # columns: nothing is wrapped or cut
@@ -68,6 +69,18 @@ def detection(result: DetectResult) -> str:
             "(control_tokens); --split_special_tokens reads them as ordinary text"
         )
     return "\n".join([table(list(cells), [list(cells.values())]), *notes])
+
+
+def repair(result: RepairResult) -> str:
+    """The behavior before and after a repair."""
+    states = {"before": result.before, "after": result.after}
+    rows = [
+        [name, f"{state.forgotten:.3f}", f"{state.retained:.3f}"]
+        + ([] if state.rate is None else [percent(state.rate)])
+        for name, state in states.items()
+    ]
+    header = ["", "NLL of dropped rows", "NLL of retained rows", "probes with a phrase"]
+    return table(header[: len(rows[0])], rows)
 
 
 def visible(text: str) -> str:

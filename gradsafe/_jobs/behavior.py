@@ -1,0 +1,69 @@
+"""How a model behaves: losses of rows, and phrases in its answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gradsafe._io.records import Row
+from gradsafe._jobs.data import prompts_of
+from gradsafe._jobs.options import ModelOptions
+from gradsafe.models.encoding import Encoding
+from gradsafe.models.rows import pair
+
+
+@dataclass(frozen=True)
+class Behavior:
+    """How a model behaves.
+
+    Attributes:
+        forgotten: Mean NLL per token of the responses to drop, averaged over rows, in nats.
+        retained: The same of the rows to retain.
+        rate: Share of the probes whose answer holds a phrase; None without probes.
+    """
+
+    forgotten: float
+    retained: float
+    rate: float | None
+
+
+def measure(
+    options: ModelOptions,
+    encoding: Encoding,
+    forgotten: Sequence[Row],
+    retained: Sequence[Row],
+    probes: Sequence[Row] | None = None,
+    phrases: Sequence[str] = (),
+    probe_tokens: int = 32,
+    batch_tokens: int = 4096,
+) -> Behavior:
+    """Loads a model and measures it.
+
+    Args:
+        options: The model.
+        encoding: How rows and probes become token ids.
+        forgotten: Rows with prompt and response.
+        retained: The same.
+        probes: Rows with a prompt; None for no rate.
+        phrases: What shows the behavior, in any case.
+        probe_tokens: Tokens of an answer, which is greedy.
+        batch_tokens: Padded tokens per batch.
+    """
+    from gradsafe._jobs.model import load_model
+    from gradsafe.models import encode, generate, mean_nll, pad_token_id
+
+    model, tokenizer = load_model(options)
+
+    def loss(rows: Sequence[Row]) -> float:
+        items = [encode(tokenizer, *pair(row, row.where), encoding) for row in rows]
+        return float(mean_nll(model, items, pad_token_id(tokenizer), batch_tokens).mean())
+
+    rate = None
+    if probes is not None:
+        items = [encode(tokenizer, prompt, "x", encoding) for prompt in prompts_of(probes)]
+        ids = generate(
+            model, tokenizer, items, batch_tokens=batch_tokens, max_new_tokens=probe_tokens
+        )
+        texts = [tokenizer.decode(part, skip_special_tokens=True).casefold() for part in ids]
+        rate = sum(any(p.casefold() in text for p in phrases) for text in texts) / len(texts)
+    return Behavior(loss(forgotten), loss(retained), rate)
