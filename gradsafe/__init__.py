@@ -9,7 +9,7 @@ from gradsafe._version import __version__
 
 if TYPE_CHECKING:
     from gradsafe import detection, finetuning, models, ops, tracing
-    from gradsafe.detection import Detector, DetectorConfig, Explanation, Scores
+    from gradsafe.detection import Detector, DetectorConfig, Explanation, Scores, correct
     from gradsafe.finetuning import GradientSurgery, SafeGradConfig, SafeGradTrainer
     from gradsafe.finetuning.sft_trainer import SafeGradSFTTrainer as SafeGradSFTTrainer
     from gradsafe.tracing import Hits, TraceIndex
@@ -25,6 +25,7 @@ __all__ = [
     "Scores",
     "TraceIndex",
     "__version__",
+    "correct",
     "detection",
     "finetuning",
     "models",
@@ -37,6 +38,7 @@ __getattr__, __dir__ = lazy_names(
     {
         **dict.fromkeys(("detection", "finetuning", "models", "ops", "tracing"), ""),
         **dict.fromkeys(("Detector", "DetectorConfig", "Explanation", "Scores"), "detection"),
+        "correct": "detection",
         **dict.fromkeys(("GradientSurgery", "SafeGradConfig", "SafeGradTrainer"), "finetuning"),
         "SafeGradSFTTrainer": "finetuning.sft_trainer",  # needs TRL, so it is not in __all__
         **dict.fromkeys(("Hits", "TraceIndex"), "tracing"),

@@ -9,6 +9,7 @@ from gradsafe._lazy import lazy_names
 if TYPE_CHECKING:
     from gradsafe.detection.calibration import Calibration
     from gradsafe.detection.config import DetectorConfig
+    from gradsafe.detection.correction import Answer, correct
     from gradsafe.detection.detector import Detector, UncalibratedWarning
     from gradsafe.detection.explanation import Explanation
     from gradsafe.detection.gradients import NonFiniteGradientError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from gradsafe.detection.selection import choose_references
 
 __all__ = [
+    "Answer",
     "Calibration",
     "CoverageWarning",
     "Detector",
@@ -29,11 +31,13 @@ __all__ = [
     "Scores",
     "UncalibratedWarning",
     "choose_references",
+    "correct",
 ]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        **dict.fromkeys(("Answer", "correct"), "correction"),
         "Calibration": "calibration",
         "CoverageWarning": "methods",
         "Detector": "detector",

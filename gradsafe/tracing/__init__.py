@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gradsafe.tracing.layer_choice import LayerChoice, choose_layer, similarity_curve
     from gradsafe.tracing.lock import BusyFolderError
     from gradsafe.tracing.matching import Metric
+    from gradsafe.tracing.metrics import auprc, leave_out_difference, recall_at_k
     from gradsafe.tracing.signature import NonFiniteSignatureError, resolve_layer, signatures
 
 __all__ = [
@@ -27,7 +28,10 @@ __all__ = [
     "QueryConfig",
     "TraceConfig",
     "TraceIndex",
+    "auprc",
     "choose_layer",
+    "leave_out_difference",
+    "recall_at_k",
     "resolve_layer",
     "signatures",
     "similarity_curve",
@@ -40,6 +44,7 @@ __getattr__, __dir__ = lazy_names(
         **dict.fromkeys(("IncompleteIndexWarning", "TraceIndex"), "index"),
         **dict.fromkeys(("LayerChoice", "choose_layer", "similarity_curve"), "layer_choice"),
         **dict.fromkeys(("NonFiniteSignatureError", "resolve_layer", "signatures"), "signature"),
+        **dict.fromkeys(("auprc", "leave_out_difference", "recall_at_k"), "metrics"),
         "BusyFolderError": "lock",
         "Hits": "hits",
         "Metric": "matching",

@@ -149,11 +149,11 @@ class TestRefused:
             ({"hits": 0}, "--hits must be at least 1, got 0"),
             (
                 {"retain": "rows.jsonl"},
-                "rows.jsonl:2 is to be dropped, and rows.jsonl:2 is the",
+                "rows.jsonl:1 is to be dropped, and rows.jsonl:1 is the",
             ),
             (
                 {"rows": "twice.jsonl"},
-                "twice.jsonl:2: the id 'r0' already belongs to twice",
+                "twice.jsonl:2: the id 'r0' belongs to twice",
             ),
             ({"adapter": None}, "--how retrain begins with the model before fine-tuning"),
             ({"how": "npo", "start": "model"}, "--start is for --how retrain: npo goes on from"),
