@@ -5,14 +5,15 @@
     python -m benchmarks.experiments.correction tables    CSV and the table of docs/repair.md
 
 Where a detector flags a prompt, `prefix` begins the answer with a refusal, `hidden` moves the
-hidden state of a decoder block so that the NLL of "Sure" rises, and `direction` adds the mean
-difference of the states of refused and harmless requests at the same place and of the same relative
-length, as steering does. Every correction is measured on all prompts ("forced") and where the
-detector flags ("system"). Harmful prompts are those of HarmBench and JailbreakBench, safe ones
-those of XSTest; both are divided as in `detection_sets`. `answered` is the share of harmful prompts
-that are answered without a refusal keyword, `complies` that of answers that begin with compliance,
-`refused` the share of safe prompts that are refused, and `perplexity` that of the first 30 words of
-Dolly's answers. References, labels and the calibration are development rows.
+hidden state of a decoder block so that the NLL of "Sure" rises, `toward` so that the NLL of a
+refusal falls, and `direction` adds the mean difference of the states of refused and harmless
+requests at the same place and of the same relative length, as steering does. Every correction is
+measured on all prompts ("forced") and where the detector flags ("system"). Harmful prompts are
+those of HarmBench and JailbreakBench, safe ones those of XSTest; both are divided as in
+`detection_sets`. `answered` is the share of harmful prompts that are answered without a refusal
+keyword, `complies` that of answers that begin with compliance, `refused` the share of safe prompts
+that are refused, and `perplexity` that of the first 30 words of Dolly's answers. References, labels
+and the calibration are development rows.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ from gradsafe.models.hidden import hidden_states
 WORK = ROOT / "build" / "correction"
 TEST, DEV, TOKENS, WORDS, LONGEST = 60, 16, 16, 30, 400
 REFERENCES, LABELS, CALIBRATION = 8, 24, 48  # of each class
-BLOCKS, ETAS = (8, 12, 16, 20), (0.1, 0.3, 1.0)
-BLOCK = {"hidden": 16, "direction": 16}  # by `develop`
-STEPS = {"hidden": (0.1, 0.3, 1.0), "direction": (0.3,)}
+BLOCKS, ETAS = (10, 20), (0.1, 0.3, 1.0)
+KINDS = ("hidden", "toward", "direction")
+BLOCK = {"hidden": 16, "toward": 16, "direction": 16}  # by `develop`
+STEPS = {"hidden": (0.1, 0.3, 1.0), "toward": (0.3,), "direction": (0.3,)}
 BATCH_TOKENS = 2048
 
 
@@ -95,9 +97,13 @@ class Corrected:
     def steps(self, kind: str, items: list[Encoded], block: int, eta: float) -> Tensor:
         """The step of each prompt."""
         module = chosen_block(self.model, block)
+        if kind == "toward":  # the refusal becomes more likely: against the gradient of its NLL
+            begin = self.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"]
+            heads = [item.input_ids[: item.prompt_length] for item in items]
+            items = [Encoded(ids + begin, len(ids)) for ids in heads]
         steps = refusal_steps(self.model, module, items, self.pad, BATCH_TOKENS, eta)
-        if kind == "hidden":
-            return steps
+        if kind != "direction":
+            return steps if kind == "hidden" else -steps
         if block not in self._directions:
             unsafe, safe = (self._states(block, prompts).mean(0) for prompts in contrast(64))
             self._directions[block] = torch.nn.functional.normalize(unsafe - safe, dim=0)
@@ -163,15 +169,16 @@ def develop(variant: str) -> None:
     """Prints rates on development rows: which block, which step."""
     own = Corrected(variant)
     bad, good = harmful(0, DEV), prompts_of("xstest", 0, "safe")[:DEV]
-    rows = answers(TEST + DEV)[TEST:]
+    rows = answers(TEST + DEV // 2)[TEST:]
     for kind, block, eta in [
         ("nothing", 0, 0.0),
-        *((k, b, e) for k in ("hidden", "direction") for b in BLOCKS for e in ETAS),
+        *((k, b, e) for k in KINDS for b in BLOCKS for e in ETAS),
     ]:
         texts = own.write(kind, [*bad, *good], block, eta)
         rates = [sum(map(refuses, part)) / DEV for part in (texts[:DEV], texts[DEV:])]
         loss = own.losses(kind, rows, block, eta).mean()
         shown = f"refused {rates[0]:.2f} harmful, {rates[1]:.2f} safe"
+        shown += f", complied {sum(map(complies, texts[:DEV])) / DEV:.2f}"
         print(f"{variant} {kind} block {block} eta {eta}: {shown}, NLL {loss:.2f}", flush=True)
 
 
@@ -228,7 +235,7 @@ def measured(variant: str) -> list[dict[str, Any]]:
         for path in sorted(WORK.glob(f"{variant}_*_*.json"))
         if not path.name.endswith("flags.json")
     ]
-    order = ("nothing", "prefix", "hidden", "direction")
+    order = ("nothing", "prefix", *KINDS)
     found.sort(key=lambda f: (order.index(f["kind"]), f["eta"]))
     plain = next(f for f in found if f["kind"] == "nothing")
     lines = []
