@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -38,11 +39,12 @@ from benchmarks.experiments.safegrad_data import complies, refuses
 from benchmarks.table import markdown, write_csv
 from gradsafe import Detector
 from gradsafe._io.artifacts import write_text
-from gradsafe.detection.correction import REFUSAL, chosen_block, refusal_steps, steered
+from gradsafe.detection.correction import REFUSAL
 from gradsafe.models import (
     Encoded,
     collate,
     encode,
+    find_layers,
     generate,
     mean_nll,
     pad_token_id,
@@ -51,10 +53,13 @@ from gradsafe.models import (
 )
 from gradsafe.models.hidden import hidden_states
 
+sys.path.insert(0, str(ROOT / "examples"))
+from hidden_correction import refusal_steps, steered
+
 WORK = ROOT / "build" / "correction"
-TEST, DEV, TOKENS, WORDS, LONGEST = 60, 16, 16, 30, 400
+TEST, DEV, TOKENS, WORDS, LONGEST = 60, 12, 16, 30, 400
 REFERENCES, LABELS, CALIBRATION = 8, 24, 48  # of each class
-BLOCKS, ETAS = (10, 20), (0.1, 0.3, 1.0)
+BLOCKS, ETAS = (10, 20), (0.3, 1.0)
 KINDS = ("hidden", "toward", "direction")
 BLOCK = {"hidden": 16, "toward": 16, "direction": 16}  # by `develop`
 STEPS = {"hidden": (0.1, 0.3, 1.0), "toward": (0.3,), "direction": (0.3,)}
@@ -88,20 +93,28 @@ class Corrected:
     def __init__(self, variant: str) -> None:
         self.model, self.tokenizer = smollm2.load(variant)  # type: ignore[arg-type]
         self.pad = pad_token_id(self.tokenizer)
+        self.blocks = find_layers(self.model).blocks
         self._directions: dict[int, Tensor] = {}
+        self._steps: dict[Any, Tensor] = {}
 
     def encode(self, prompts: Sequence[str], response: str = "Sure") -> list[Encoded]:
         """Prompts with the compliance response."""
         return [encode(self.tokenizer, prompt, response) for prompt in prompts]
 
-    def steps(self, kind: str, items: list[Encoded], block: int, eta: float) -> Tensor:
-        """The step of each prompt."""
-        module = chosen_block(self.model, block)
+    def steps(self, kind: str, prompts: Sequence[str], block: int, eta: float) -> Tensor:
+        """The step of each prompt, eta times one of the length of the hidden state."""
+        key = (kind, block, tuple(prompts))
+        if key not in self._steps:
+            self._steps[key] = self._unit_steps(kind, self.encode(prompts), block)
+        return eta * self._steps[key]
+
+    def _unit_steps(self, kind: str, items: list[Encoded], block: int) -> Tensor:
+        module = self.blocks[block]
         if kind == "toward":  # the refusal becomes more likely: against the gradient of its NLL
             begin = self.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"]
             heads = [item.input_ids[: item.prompt_length] for item in items]
             items = [Encoded(ids + begin, len(ids)) for ids in heads]
-        steps = refusal_steps(self.model, module, items, self.pad, BATCH_TOKENS, eta)
+        steps = refusal_steps(self.model, module, items, self.pad, BATCH_TOKENS)
         if kind != "direction":
             return steps if kind == "hidden" else -steps
         if block not in self._directions:
@@ -110,7 +123,7 @@ class Corrected:
         return steps.norm(dim=1, keepdim=True) * self._directions[block]
 
     def _states(self, block: int, prompts: Sequence[str]) -> Tensor:
-        blocks = [chosen_block(self.model, block)]
+        blocks = [self.blocks[block]]
         found = []
         for item in self.encode(prompts):
             batch = collate([item], self.pad, "left")
@@ -124,10 +137,10 @@ class Corrected:
         items = self.encode(prompts, REFUSAL if kind == "prefix" else "Sure")
         around: Any = lambda indices, batch: nullcontext()  # noqa: E731
         if eta:
-            steps = self.steps(kind, items, block, eta)
+            steps = self.steps(kind, prompts, block, eta)
 
             def around(indices: list[int], batch: Any) -> Any:
-                module = chosen_block(self.model, block)
+                module = self.blocks[block]
                 last = batch.input_ids.shape[1] - 2
                 return steered(module, steps[indices], [last] * len(indices))
 
@@ -155,12 +168,12 @@ class Corrected:
             ]
         if not eta:
             return mean_nll(self.model, items, self.pad, BATCH_TOKENS)
-        steps = self.steps(kind, self.encode([row["prompt"] for row in rows]), block, eta)
+        steps = self.steps(kind, [row["prompt"] for row in rows], block, eta)
         found = torch.empty(len(items))
         for indices in plan_batches([len(item) for item in items], BATCH_TOKENS):
             batch = collate([items[i] for i in indices], self.pad, "left")
             first = [a + n - 1 for a, n in zip(batch.starts, batch.prompt_lengths, strict=True)]
-            with steered(chosen_block(self.model, block), steps[indices], first):
+            with steered(self.blocks[block], steps[indices], first):
                 found[indices] = response_nll(self.model, batch)
         return found
 

@@ -38,6 +38,7 @@ from benchmarks.experiments.rept_tables import RESULTS
 from benchmarks.experiments.rept_tuning import BATCH, Tuned, behaviour, start, tune
 from benchmarks.experiments.safegrad_data import refuses
 from benchmarks.table import markdown, write_csv
+from benchmarks.testbed.corpus import build
 from gradsafe import SafeGradConfig, TraceIndex
 from gradsafe._io.artifacts import write_text
 from gradsafe.finetuning import UnlearningConfig, UnlearningTrainer
@@ -61,6 +62,7 @@ class Unlearn:
     steps: int = 40
     learning_rate: float = 2e-4
     beta: float = 0.1
+    refusals: bool = False  # retain some, too
 
     @property
     def name(self) -> str:
@@ -69,6 +71,7 @@ class Unlearn:
         if not self.rho:
             return f"{parts[0]}, no retain rows"
         parts += ["KL"] * (self.loss == "kl") + ["surgery" if self.surgery else "sum"]
+        parts += ["refusals retained"] * self.refusals
         return ", ".join(parts)
 
 
@@ -83,7 +86,7 @@ WAYS = [
         (False, "kl", 1.0),
         (False, "sft", 0.0),
     ]
-]
+] + [Unlearn(m, learning_rate=r, refusals=True) for m, r in CHOSEN.items()]  # type: ignore[arg-type]
 SEARCHED_STEPS, SEARCHED_RATES = (20, 40, 80), (2e-4, 5e-4, 1e-3)
 
 
@@ -207,10 +210,12 @@ def run(name: str, seed: int, ways: Sequence[Unlearn], retraining: bool) -> None
         honest = [row for row in data.rows if not row["poisoned"]]
         if base == "testbed":
             keep("retraining, all planted rows", lambda: tune(base, honest, steps, seed))
+    refused = [r for r in build()["train"] if r["kind"] == "unsafe"][: RETAINED // 2]
     for way in ways:
+        rows = retain[: RETAINED // 2] + list(refused) if way.refusals else retain
         more = {"steps": way.steps, "learning_rate": way.learning_rate}
         label = way.name if retraining else f"{way.name} {way.steps} {way.learning_rate}"
-        keep(label, lambda way=way: unlearned(tuned, way, forget, retain, seed), **more)
+        keep(label, lambda way=way, rows=rows: unlearned(tuned, way, forget, rows, seed), **more)
 
 
 def searched() -> list[Unlearn]:
@@ -265,7 +270,7 @@ def main() -> int:
     for name, seed in itertools.product(arguments.sets, arguments.seeds):
         ways = searched() if arguments.search else WAYS
         if base_of(name) == "smollm2":
-            ways = [way for way in ways if way.loss == "sft" and way.rho]
+            ways = [way for way in ways if way.loss == "sft" and way.rho and not way.refusals]
         run(name, seed, ways, retraining=not arguments.search)
     return 0
 

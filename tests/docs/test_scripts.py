@@ -16,6 +16,7 @@ PRINTED = {
     "cost": "both references",
     "custom_training_loop": "cosine",
     "detect_with_calibration": "threshold",
+    "hidden_correction": "corrected",
     "operators": "kl_divergence_",
     "trace_and_repair": "5 of 5 planted ones",
     "trl_recipe": "safegrad/cosine",
