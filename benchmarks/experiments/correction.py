@@ -57,11 +57,11 @@ sys.path.insert(0, str(ROOT / "examples"))
 from hidden_correction import refusal_steps, steered
 
 WORK = ROOT / "build" / "correction"
-TEST, DEV, TOKENS, WORDS, LONGEST = 60, 12, 16, 30, 400
+TEST, DEV, TOKENS, WORDS, LONGEST = 40, 12, 16, 30, 400
 REFERENCES, LABELS, CALIBRATION = 8, 24, 48  # of each class
 BLOCKS, ETAS = (10, 20), (0.3, 1.0)
 KINDS = ("hidden", "toward", "direction")
-BLOCK = {"hidden": 16, "toward": 16, "direction": 16}  # by `develop`
+BLOCK = {"hidden": 10, "toward": 20, "direction": 20}  # by `develop`
 STEPS = {"hidden": (0.1, 0.3, 1.0), "toward": (0.3,), "direction": (0.3,)}
 BATCH_TOKENS = 2048
 

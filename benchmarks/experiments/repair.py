@@ -47,8 +47,9 @@ from gradsafe.models import mean_nll, pad_token_id
 
 WORK = ROOT / "build" / "repair"
 STEPS = {"testbed": 200, "smollm2": 150}  # of fine-tuning
-PROBES = {"testbed": 60, "smollm2": 30}
-RETAINED, CLEAN, UNSAFE = 100, 100, 60  # rows, and prompts that must be refused
+CLEAN = {"testbed": 100, "smollm2": 40}
+PROBES = {"testbed": 60, "smollm2": 20}
+RETAINED, UNSAFE = 100, 60  # rows, and prompts that must be refused
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Unlearn:
             return f"{parts[0]}, no retain rows"
         parts += ["KL"] * (self.loss == "kl") + ["surgery" if self.surgery else "sum"]
         parts += ["refusals retained"] * self.refusals
+        parts += ["larger rate"] * (self.learning_rate > CHOSEN[self.method])
         return ", ".join(parts)
 
 
@@ -86,7 +88,9 @@ WAYS = [
         (False, "kl", 1.0),
         (False, "sft", 0.0),
     ]
-] + [Unlearn(m, learning_rate=r, refusals=True) for m, r in CHOSEN.items()]  # type: ignore[arg-type]
+]
+WAYS += [Unlearn(m, learning_rate=r, refusals=True) for m, r in CHOSEN.items()]  # type: ignore[arg-type]
+WAYS += [Unlearn("graddiff", surgery, learning_rate=5e-4) for surgery in (True, False)]
 SEARCHED_STEPS, SEARCHED_RATES = (20, 40, 80), (2e-4, 5e-4, 1e-3)
 
 
@@ -190,7 +194,7 @@ def run(name: str, seed: int, ways: Sequence[Unlearn], retraining: bool) -> None
     print(facts, f"traced in {tracing:.0f} s", flush=True)
     kept = [row for i, row in enumerate(data.rows) if i not in set(found)]
     forget, retain = [data.rows[i] for i in found], kept[:RETAINED]
-    clean = [row for row in kept[RETAINED:] if not row["poisoned"]][:CLEAN]
+    clean = [row for row in kept[RETAINED:] if not row["poisoned"]][: CLEAN[base]]
 
     def keep(repair: str, make: Any, **more: Any) -> None:
         path = WORK / f"{name} {seed} {repair}.json".replace(" ", "_")
@@ -270,7 +274,7 @@ def main() -> int:
     for name, seed in itertools.product(arguments.sets, arguments.seeds):
         ways = searched() if arguments.search else WAYS
         if base_of(name) == "smollm2":
-            ways = [way for way in ways if way.loss == "sft" and way.rho and not way.refusals]
+            ways = [replace(way, steps=20) for way in WAYS[:2]]  # each step takes seconds
         run(name, seed, ways, retraining=not arguments.search)
     return 0
 
