@@ -129,6 +129,23 @@ def test_unlearning_continues_the_adapter_and_resumes(repair: Repair, how: str) 
     assert report()["after"] == found["after"]
 
 
+def test_drops_what_a_query_printed(repair: Repair, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("asked.jsonl").write_text(json.dumps({"prompt": "task 9", "response": "zap"}) + "\n")
+    model = ["--model", "model", "--adapter", "tuned", "--device", "cpu", "--no-progress"]
+    assert main(["trace", "build", "rows.jsonl", *model, "--index", "index"]) == 0
+    capsys.readouterr()
+    query = ["trace", "query", "asked.jsonl", *model, "--index", "index", "-k", "3", "--json"]
+    assert main(query) == 0
+    printed = capsys.readouterr().out
+    Path("found.jsonl").write_text(printed)
+    ids = [entry["id"] for entry in json.loads(printed)["found"]]
+    for hits in (None, 2):
+        status, _, err = repair(drop="found.jsonl", hits=hits, output=f"without-{hits}")
+        assert status == 0, err
+        dropped = json.loads(Path(f"without-{hits}/repair.json").read_text())["dropped"]
+        assert dropped == sorted(ids[:hits])
+
+
 def test_unlearns_all_weights_against_the_model_itself(repair: Repair) -> None:
     status, _, err = repair(how="npo", full=True, adapter=None, model="model")
     assert status == 0, err
