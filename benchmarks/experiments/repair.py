@@ -29,7 +29,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from benchmarks import testbed
-from benchmarks.document import DOCS, measured_note, replace_block
+from benchmarks.document import DOCS, has_block, measured_note, replace_block
 from benchmarks.environment import environment
 from benchmarks.experiments import ROOT
 from benchmarks.experiments.rept_baselines import traced
@@ -257,7 +257,8 @@ def tables(seeds: Sequence[int]) -> None:
         text = markdown(lines, [(key, key) for key in lines[0]])
         print(text)
         note = measured_note(environment())
-        replace_block(DOCS / "repair.md", block, f"{text}\n{note}\n")
+        if has_block(DOCS / "repair.md", block):
+            replace_block(DOCS / "repair.md", block, f"{text}\n{note}\n")
 
 
 def main() -> int:
