@@ -103,7 +103,8 @@ def test_no_cycles() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["detection.config", "tracing.config", "finetuning.config", "_jobs.detect"]
+    "module",
+    ["detection.config", "tracing.config", "finetuning.config", "_jobs.detect", "_jobs.repair"],
 )
 def test_configurations_need_no_torch(module: str) -> None:
     code = f"import sys, gradsafe.{module}; sys.exit('torch' in sys.modules)"
