@@ -50,8 +50,9 @@ def refusal_steps(
 
         handle = block.register_forward_hook(cut)
         try:
-            loss = response_nll(model, batch).sum()
-            (gradient,) = torch.autograd.grad(loss, leaves[-1])  # of the states alone
+            with torch.enable_grad():
+                loss = response_nll(model, batch).sum()
+                (gradient,) = torch.autograd.grad(loss, leaves[-1])  # of the states alone
         finally:
             handle.remove()
         ends = [a + n - 1 for a, n in zip(batch.starts, batch.prompt_lengths, strict=True)]

@@ -57,12 +57,13 @@ sys.path.insert(0, str(ROOT / "examples"))
 from hidden_correction import refusal_steps, steered
 
 WORK = ROOT / "build" / "correction"
-TEST, DEV, TOKENS, WORDS, LONGEST = 40, 12, 16, 30, 400
+TEST, DEV, TOKENS, WORDS, LONGEST = 30, 12, 16, 30, 400
 REFERENCES, LABELS, CALIBRATION = 8, 24, 48  # of each class
+CONTRAST = 32  # prompts of each class for the direction
 BLOCKS, ETAS = (10, 20), (0.3, 1.0)
 KINDS = ("hidden", "toward", "direction")
 BLOCK = {"hidden": 10, "toward": 20, "direction": 20}  # by `develop`
-STEPS = {"hidden": (0.1, 0.3, 1.0), "toward": (0.3,), "direction": (0.3,)}
+STEPS = {"toward": (0.3,), "direction": (0.3,), "hidden": (0.3, 0.1, 1.0)}
 BATCH_TOKENS = 2048
 
 
@@ -105,31 +106,33 @@ class Corrected:
         """The step of each prompt, eta times one of the length of the hidden state."""
         key = (kind, block, tuple(prompts))
         if key not in self._steps:
-            self._steps[key] = self._unit_steps(kind, self.encode(prompts), block)
+            self._steps[key] = self._unit_steps(kind, prompts, block)
         return eta * self._steps[key]
 
-    def _unit_steps(self, kind: str, items: list[Encoded], block: int) -> Tensor:
-        module = self.blocks[block]
-        if kind == "toward":  # the refusal becomes more likely: against the gradient of its NLL
-            begin = self.tokenizer(REFUSAL, add_special_tokens=False)["input_ids"]
-            heads = [item.input_ids[: item.prompt_length] for item in items]
-            items = [Encoded(ids + begin, len(ids)) for ids in heads]
-        steps = refusal_steps(self.model, module, items, self.pad, BATCH_TOKENS)
-        if kind != "direction":
-            return steps if kind == "hidden" else -steps
-        if block not in self._directions:
-            unsafe, safe = (self._states(block, prompts).mean(0) for prompts in contrast(64))
-            self._directions[block] = torch.nn.functional.normalize(unsafe - safe, dim=0)
-        return steps.norm(dim=1, keepdim=True) * self._directions[block]
+    def _unit_steps(self, kind: str, prompts: Sequence[str], block: int) -> Tensor:
+        if kind == "direction":  # of the length of the states, as the others
+            lengths = self.steps("toward", prompts, block, 1.0).norm(dim=1, keepdim=True)
+            return lengths * self._direction(block)
+        refusal = kind == "toward"
+        items = self.encode(prompts, REFUSAL if refusal else "Sure")
+        steps = refusal_steps(self.model, self.blocks[block], items, self.pad, BATCH_TOKENS)
+        return -steps if refusal else steps  # a refusal is to become more likely
 
+    def _direction(self, block: int) -> Tensor:
+        if block not in self._directions:
+            unsafe, safe = (self._states(block, part).mean(0) for part in contrast(CONTRAST))
+            self._directions[block] = torch.nn.functional.normalize(unsafe - safe, dim=0)
+        return self._directions[block]
+
+    @torch.no_grad()
     def _states(self, block: int, prompts: Sequence[str]) -> Tensor:
-        blocks = [self.blocks[block]]
+        items = self.encode(prompts)
         found = []
-        for item in self.encode(prompts):
-            batch = collate([item], self.pad, "left")
-            with torch.no_grad(), hidden_states(blocks, [0], batch) as states:  # type: ignore[arg-type]
+        for indices in plan_batches([len(item) for item in items], BATCH_TOKENS):
+            batch = collate([items[i] for i in indices], self.pad, "left")
+            with hidden_states(self.blocks, [block], batch) as states:
                 response_nll(self.model, batch)
-            found.append(states[0])
+            found.append(states[block])
         return torch.cat(found)
 
     def write(self, kind: str, prompts: Sequence[str], block: int = 0, eta: float = 0) -> list[str]:
