@@ -239,6 +239,8 @@ def run(variant: str) -> None:
         judged = [[refuses(text), complies(text)] for text in texts]
         losses = own.losses(kind, rows, block, eta).tolist()
         found = {"kind": kind, "block": block, "eta": eta, "judged": judged, "losses": losses}
+        if kind == "prefix":  # does the model write more than the refusal?
+            found["longer"] = [text.strip() != REFUSAL for text in texts]
         write_text(path, json.dumps(found))
         print(variant, kind, block, eta, flush=True)
 
@@ -276,6 +278,8 @@ def measured(variant: str) -> list[dict[str, Any]]:
                 f"{scope} refused": round(100 * sum(r for r, _ in good) / len(good)),
                 f"{scope} perplexity": round(math.exp(sum(losses) / len(losses)), 1),
             }
+        longer = one.get("longer", [])[: len(flags[0])]
+        line["goes on"] = round(100 * sum(longer) / len(longer)) if longer else ""
         line["flagged"] = " / ".join(f"{100 * sum(f) / len(f):.0f}" for f in flags)
         lines.append(line)
     return lines
