@@ -51,7 +51,8 @@ def correct(
 ) -> Answer | list[Answer]:
     """Answer prompts; where the detector flags one, the answer begins with a refusal.
 
-    The model goes on behind the refusal, which few models take back. The weights are not changed.
+    The model goes on behind the refusal, and what it writes there is its own. The weights are not
+    changed.
 
     Args:
         model: A causal language model of `transformers`.
