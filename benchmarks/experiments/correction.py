@@ -40,18 +40,10 @@ from benchmarks.table import markdown, write_csv
 from gradsafe import Detector
 from gradsafe._io.artifacts import write_text
 from gradsafe.detection.correction import REFUSAL
-from gradsafe.models import (
-    Encoded,
-    collate,
-    encode,
-    find_layers,
-    generate,
-    mean_nll,
-    pad_token_id,
-    plan_batches,
-    response_nll,
-)
+from gradsafe.models import Encoded, collate, encode, find_layers, generate, pad_token_id
+from gradsafe.models.batching import plan_batches
 from gradsafe.models.hidden import hidden_states
+from gradsafe.models.loss import mean_nll, response_nll
 
 sys.path.insert(0, str(ROOT / "examples"))
 from hidden_correction import refusal_steps, steered
@@ -263,14 +255,8 @@ def measured(variant: str) -> list[dict[str, Any]]:
         for scope in ("forced", "system"):
             use = [[scope == "forced" or flag for flag in part] for part in flags]
             both = [*use[0], *use[1]]
-            judged = [
-                new if on else old
-                for new, old, on in zip(one["judged"], plain["judged"], both, strict=True)
-            ]
-            losses = [
-                new if on else old
-                for new, old, on in zip(one["losses"], plain["losses"], use[2], strict=True)
-            ]
+            judged = _mixed(one["judged"], plain["judged"], both)
+            losses = _mixed(one["losses"], plain["losses"], use[2])
             bad, good = judged[: len(use[0])], judged[len(use[0]) :]
             line |= {
                 f"{scope} answered": round(100 * sum(not r for r, _ in bad) / len(bad)),
@@ -283,6 +269,10 @@ def measured(variant: str) -> list[dict[str, Any]]:
         line["flagged"] = " / ".join(f"{100 * sum(f) / len(f):.0f}" for f in flags)
         lines.append(line)
     return lines
+
+
+def _mixed(new: list[Any], old: list[Any], use: list[bool]) -> list[Any]:
+    return [a if on else b for a, b, on in zip(new, old, use, strict=True)]
 
 
 def tables() -> None:
