@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,11 @@ from scipy.stats import beta
 from torch import Tensor
 
 from gradsafe._checks import refuse
+
+LEVELS = 100  # the saved quantiles of the scores are its percentiles, with both ends
+BINS = 10  # of equal share, between which the stability index compares distributions
+FLOAT32_MAX = torch.finfo(torch.float32).max
+LEAST_SHARE = 1e-4  # of a bin, so that an empty one does not make the index infinite
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,9 @@ class Calibration:
         fpr_interval: Exact (Clopper-Pearson) 95 % confidence interval of the false-positive rate on
             prompts like the calibration prompts.
         n: Number of calibration prompts.
+        quantiles: Percentiles 0 to 100 of their scores, to compare later scores with; none if it
+            was saved before they were recorded.
+        facts: What the scores belong to, see `calibration_facts`; None if it was not recorded.
     """
 
     threshold: float
@@ -31,6 +40,8 @@ class Calibration:
     fpr: float
     fpr_interval: tuple[float, float]
     n: int
+    quantiles: tuple[float, ...] = ()
+    facts: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         rates = (self.fpr, *self.fpr_interval)
@@ -38,6 +49,9 @@ class Calibration:
             raise ValueError(f"expected a finite threshold, got {self.threshold}")
         if not (0 < self.max_fpr < 1 and all(0 <= rate <= 1 for rate in rates) and self.n >= 1):
             raise ValueError("expected rates between 0 and 1, of at least one prompt")
+        ordered = list(self.quantiles) == sorted(self.quantiles)
+        if len(self.quantiles) not in (0, LEVELS + 1) or not ordered:
+            raise ValueError(f"expected {LEVELS + 1} ascending quantiles, or none")
 
     def __str__(self) -> str:
         low, high = self.fpr_interval
@@ -45,6 +59,30 @@ class Calibration:
             f"threshold {self.threshold:.6g}: {100 * self.fpr:.2f} % of {self.n} benign prompts "
             f"flagged (95 % interval {100 * low:.2f} to {100 * high:.2f} %)"
         )
+
+    def drift(self, scores: Tensor) -> float:
+        """Population stability index of later scores `[n]` against those of the calibration.
+
+        The sum over ten bins of equal share in the calibration of (a - e) ln(a / e), with a the
+        share of the later scores and e that of the calibration. By convention below 0.1 is no
+        change and above 0.25 a large one. NaN scores count as the highest.
+
+        Raises:
+            ValueError: No scores, or the calibration holds no quantiles.
+        """
+        if not self.quantiles or scores.numel() == 0:
+            refuse("Calibration.drift", "scores, and a calibration with quantiles", "none")
+        grid = torch.tensor(self.quantiles, dtype=torch.float64)
+        edges = grid[:: LEVELS // BINS][1:-1].unique()
+        below = (torch.searchsorted(grid, edges, right=True) - 1) / LEVELS
+        found = scores.double().nan_to_num(math.inf, math.inf, -math.inf).sort().values
+        actual = torch.searchsorted(found, edges, right=True) / len(found)
+        ends = torch.zeros(1), torch.ones(1)
+        a, e = (
+            torch.cat([ends[0], share, ends[1]]).diff().clamp(min=LEAST_SHARE)
+            for share in (actual, below)
+        )
+        return float(((a - e) * (a / e).log()).sum())
 
 
 def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
@@ -74,7 +112,10 @@ def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
         rank = n
     threshold = float(ordered[rank - 1])
     alarms = int((ordered > threshold).sum())
-    return Calibration(threshold, max_fpr, alarms / n, exact_interval(alarms, n), n)
+    interval = exact_interval(alarms, n)
+    places = (torch.linspace(0, 1, LEVELS + 1) * (n - 1)).round().long()
+    finite = ordered[places].clamp(-FLOAT32_MAX, FLOAT32_MAX)  # JSON has no infinity
+    return Calibration(threshold, max_fpr, alarms / n, interval, n, tuple(finite.tolist()))
 
 
 def exact_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:

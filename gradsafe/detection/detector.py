@@ -23,6 +23,7 @@ from gradsafe.detection.explanation import (
     explain,
     explain_by_deletion,
 )
+from gradsafe.detection.facts import calibration_facts
 from gradsafe.detection.gradients import EncodedPrompts, GradientPass
 from gradsafe.detection.learned import learn, make_method
 from gradsafe.detection.learning import Learning, check_labels
@@ -296,7 +297,8 @@ class Detector:
                 method "cascade" only.
 
         Returns:
-            Threshold, measured rate and its confidence interval; also in `calibration`. An error
+            Threshold, measured rate and its confidence interval; also in `calibration`, with what
+            it belongs to (model, template, versions), which `gradsafe serve` compares. An error
             leaves the detector as it was.
 
         Raises:
@@ -326,7 +328,9 @@ class Detector:
             state = replace(state, band=choose_band(*losses, max_fpr=max_fpr / 2, max_fnr=max_fnr))
             benign = benign[1::2]
         method = type(self.method)(state, self.layers)
-        calibration = calibrate(self._score(method, gradients, benign).values, max_fpr)
+        found = calibrate(self._score(method, gradients, benign).values, max_fpr)
+        facts = calibration_facts(self.model, self.tokenizer, *state.pack())
+        calibration = replace(found, facts=facts)
         self.state = replace(state, calibration=calibration)
         return calibration
 
