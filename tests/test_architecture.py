@@ -21,6 +21,7 @@ LAYERS = [
     {"ops"},
     {"models"},
     {"detection", "tracing", "finetuning"},
+    {"serving"},
     {"doctor_cases"},
     {"doctor"},
     {"_jobs"},
@@ -104,7 +105,10 @@ def test_no_cycles() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["detection.config", "tracing.config", "finetuning.config", "_jobs.detect", "_jobs.repair"],
+    [
+        *("detection.config", "tracing.config", "finetuning.config", "serving.config"),
+        *("_jobs.detect", "_jobs.repair", "_jobs.serve", "_jobs.calibrate"),
+    ],
 )
 def test_configurations_need_no_torch(module: str) -> None:
     code = f"import sys, gradsafe.{module}; sys.exit('torch' in sys.modules)"

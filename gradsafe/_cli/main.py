@@ -38,6 +38,8 @@ class Entry(NamedTuple):
 COMMANDS = {
     "detect": Entry("detect", "Detect", "score prompts: how unsafe is each?", several=True),
     "explain": Entry("explain", "Explain", "show which tokens a score comes from"),
+    "calibrate": Entry("calibrate", "Calibrate", "set the threshold of a saved detector"),
+    "serve": Entry("serve", "Serve", "serve a calibrated detector over HTTP"),
     "trace build": Entry("trace", "Build", "compute the signatures of training samples", True),
     "trace query": Entry("trace", "Query", "find the samples that a behavior comes from"),
     "trace repair": Entry("trace", "Repair", "drop the damaged shards of an index"),

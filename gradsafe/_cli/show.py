@@ -9,11 +9,13 @@ from typing import Any
 
 from gradsafe._cli.render import tables
 from gradsafe._io.artifacts import write_text
+from gradsafe._jobs.calibrate import Calibrate
 from gradsafe._jobs.detect import Detect, DetectResult
 from gradsafe._jobs.doctor import Doctor
 from gradsafe._jobs.explain import Explain, ExplainResult
 from gradsafe._jobs.finetune import Finetune, FinetuneResult
 from gradsafe._jobs.repair import Repair, RepairResult
+from gradsafe._jobs.serve import Serve
 from gradsafe._jobs.trace import Build, Query, QueryResult
 from gradsafe._jobs.trace import Repair as RepairIndex
 
@@ -50,6 +52,17 @@ def _(config: Explain, result: ExplainResult) -> int:
         print(json.dumps(result.explanation.to_json(), allow_nan=False))
     else:
         explain.write(result, COMPONENTS)
+    return 0
+
+
+@show.register
+def _(config: Calibrate, result: Any) -> int:
+    print(f"{result}; saved in {config.detector}")
+    return 0
+
+
+@show.register
+def _(config: Serve, result: None) -> int:
     return 0
 
 
