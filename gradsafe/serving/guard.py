@@ -126,7 +126,7 @@ def _advice(differing: list[str], folder: str | Path, model: str) -> str:
     if not fitted:
         return f"renew the calibration: {renewal(folder, model)}"
     return (
-        f"its references were made with that {' and '.join(fitted)} too: load the model as it "
+        f"its references belong to the former {' and '.join(fitted)} too: load the model as it "
         f"was, or fit and calibrate the detector again: gradsafe detect prompts.jsonl --model "
         f"{model} --unsafe unsafe.jsonl --safe safe.jsonl --calibrate benign.jsonl "
         f"--save_detector {folder}"

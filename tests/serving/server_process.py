@@ -14,7 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
+import pytest
+
+httpx = pytest.importorskip("httpx", reason="the client of these tests")
+for package in ("fastapi", "uvicorn", "prometheus_client"):
+    pytest.importorskip(package, reason="part of the extra `serve`")
 
 START_SECONDS = 120
 STOP_SECONDS = 120

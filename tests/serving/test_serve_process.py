@@ -11,13 +11,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from server_process import Server, serving
+from server_process import Server, httpx, serving
 
 from gradsafe import Detector
-
-httpx = pytest.importorskip("httpx", reason="a client of HTTP")
-for package in ("fastapi", "uvicorn", "prometheus_client"):
-    pytest.importorskip(package, reason="part of the extra `serve`")
 
 KEY = {"authorization": "Bearer right-key"}
 
