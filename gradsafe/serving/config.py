@@ -38,7 +38,7 @@ class ServeConfig:
     max_body: int = 1 << 20
     max_prompts: int = 64
     max_chars: int = 50_000
-    max_connections: int = 1000
+    max_connections: int = 512
     timeout: float = 10.0
     rate: float | None = None
     burst: int | None = None

@@ -15,6 +15,8 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BACKLOG = 2048  # connections that the system holds until the server takes them
+# Seconds in which requests that were on their way when the server was told to stop still count.
+GRACE = 0.5
 
 
 def bind(host: str, port: int, *, public: bool) -> socket.socket:
@@ -80,6 +82,7 @@ def run(app: Any, listening: socket.socket, *, timeout: float, max_connections: 
         lifespan="on",
         log_config=None,  # the job's own logging
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         limit_concurrency=max_connections,
         backlog=BACKLOG,
@@ -87,7 +90,7 @@ def run(app: Any, listening: socket.socket, *, timeout: float, max_connections: 
     # uvicorn raises the signal again when it is done: SIGTERM is the usual end, not a failure.
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        uvicorn.Server(config).run(sockets=[listening])
+        _Server(config).run(sockets=[listening])
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -105,15 +108,47 @@ def _explained(where: str) -> Iterator[None]:
         raise ValueError(f"{where}: {reason}") from error
 
 
+class _Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # The loop takes all connections that the system holds: closing the socket resets them.
+        await asyncio.sleep(GRACE)
+        await super().shutdown(sockets)
+
+
 def _protocol(timeout: float) -> type[H11Protocol]:
     class TimedHeaders(H11Protocol):
-        """Closes connections that do not send the headers of a request in time."""
+        """Closes connections that do not send the headers of a request in time.
+
+        When the server stops, a connection without a request may still send one: closing at once
+        would reset requests that are on their way.
+        """
 
         _expiry: asyncio.TimerHandle | None = None
+        _stopping = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self._expect_headers()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._stopping:
+                self._make_last()
+
+        def shutdown(self) -> None:
+            self._stopping = True
+            self._make_last()
+            self.loop.call_later(GRACE, self._end)
+
+        def _make_last(self) -> None:
+            """The answer tells the client that the connection ends with it."""
+            if self.cycle is not None and self.cycle.keep_alive:
+                self.cycle.keep_alive = False
+                self.headers.append((b"connection", b"close"))  # of the request: uvicorn copies it
+
+        def _end(self) -> None:
+            if not self.transport.is_closing():
+                super().shutdown()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()

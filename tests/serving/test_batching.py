@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import testbed
 from gradsafe import Detector
 from gradsafe.detection import NonFiniteGradientError
 from gradsafe.serving.batching import Batcher, QueueFullError, UnscorableError
@@ -186,3 +187,23 @@ def test_close_answers_what_is_waiting(watched: Watched, prompts: list[str]) -> 
     with batching(watched, max_wait=60.0) as batcher:
         found = asyncio.run(ask_and_close(batcher, prompts[:5]))
     assert [type(item) for (item,) in found] == [float] * 5
+
+
+def test_other_methods_are_served_as_they_are(detector: Detector, prompts: list[str]) -> None:
+    model, tokenizer = detector.model, detector.tokenizer
+    references = testbed.references(2)
+    for options in ({"method": "cascade"}, {"method": "nll"}, {"overflow": "window"}):
+        uses = options.get("method") != "nll"
+        found = Detector.fit(
+            model, tokenizer, *(references if uses else ()), progress=False, **options
+        )
+        if options.get("method") == "cascade":
+            benign, unsafe = testbed.calibration_prompts(), testbed.calibration_prompts("unsafe")
+            found.calibrate(
+                benign[:60], 0.1, progress=False, unsafe_prompts=unsafe[:20], max_fnr=0.1
+            )
+        asked = [*prompts[:12], "a long prompt " * 100] if "overflow" in options else prompts[:12]
+        with batching(Watched(found), max_wait=1.0) as batcher:
+            served = asyncio.run(ask(batcher, asked))
+        expected = found.score(asked, progress=False).values.tolist()
+        assert served == pytest.approx(expected, abs=1e-6)

@@ -6,6 +6,7 @@ import json
 import socket
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -272,3 +273,37 @@ def test_sigterm_under_load_loses_no_accepted_request(
         scores = [a.json()["results"][0]["category_scores"]["unsafe"] for a in answers]
         assert scores == pytest.approx(expected, abs=1e-6)
         assert "every accepted request is answered" in server.lines[-1]
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["kept connections", "new connections"])
+def test_no_client_sees_a_broken_answer_when_the_server_stops(
+    model_folder: Path, detector_folder: Path, keep: bool
+) -> None:
+    outcomes: Counter[str] = Counter()
+
+    def hammer(server: Server, end: float) -> None:
+        with httpx.Client(timeout=60) as client:
+            while time.monotonic() < end:
+                headers = {} if keep else {"connection": "close"}
+                try:
+                    answer = client.post(
+                        f"{server.url}/v1/moderations", json={"input": "hello"}, headers=headers
+                    )
+                    outcomes[str(answer.status_code)] += 1
+                except httpx.ConnectError:
+                    outcomes["refused"] += 1
+                    return
+                except httpx.HTTPError as error:
+                    outcomes[repr(error)] += 1
+
+    with serving(model_folder, detector_folder) as server:
+        end = time.monotonic() + 60
+        threads = [threading.Thread(target=hammer, args=(server, end)) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: outcomes["200"] > 24)
+        assert server.stop() == 0
+        for thread in threads:
+            thread.join()
+    assert set(outcomes) == {"200", "refused"}
+    assert outcomes["refused"] == 12
