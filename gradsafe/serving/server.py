@@ -15,8 +15,9 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BACKLOG = 2048  # connections that the system holds until the server takes them
-# Seconds in which requests that were on their way when the server was told to stop still count.
-GRACE = 0.5
+# Requests that are on their way when the server is told to stop are answered: it takes connections
+# for some time, and waits some time for requests over those that it has (seconds).
+LAST_CONNECTIONS, LAST_REQUESTS = 0.2, 1.0
 
 
 def bind(host: str, port: int, *, public: bool) -> socket.socket:
@@ -111,7 +112,7 @@ def _explained(where: str) -> Iterator[None]:
 class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # The loop takes all connections that the system holds: closing the socket resets them.
-        await asyncio.sleep(GRACE)
+        await asyncio.sleep(LAST_CONNECTIONS)
         await super().shutdown(sockets)
 
 
@@ -138,7 +139,7 @@ def _protocol(timeout: float) -> type[H11Protocol]:
         def shutdown(self) -> None:
             self._stopping = True
             self._make_last()
-            self.loop.call_later(GRACE, self._end)
+            self.loop.call_later(LAST_REQUESTS, self._end)
 
         def _make_last(self) -> None:
             """The answer tells the client that the connection ends with it."""

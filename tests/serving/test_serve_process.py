@@ -184,6 +184,15 @@ def wait_for(condition: object, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+def refuses(server: Server) -> bool:
+    """Whether it takes no new connection."""
+    try:
+        connect(server).close()
+    except ConnectionRefusedError:
+        return True
+    return False
+
+
 def test_slow_clients_are_cut_off_and_do_not_hold_up_others(
     model_folder: Path, detector_folder: Path
 ) -> None:
@@ -250,26 +259,24 @@ def test_prompts_are_logged_only_if_asked(model_folder: Path, detector_folder: P
 def test_sigterm_under_load_loses_no_accepted_request(
     model_folder: Path, detector_folder: Path, detector: Detector, prompts: list[str]
 ) -> None:
-    with serving(model_folder, detector_folder, "--max-wait-ms", "2000") as server:
-        with ThreadPoolExecutor(64) as pool:
-            futures = [pool.submit(server.moderate, prompt) for prompt in prompts[:64]]
-            wait_for(lambda: server.metric("gradsafe_accepted_prompts") == 64)
+    with serving(model_folder, detector_folder, "--max-wait-ms", "10000") as server:
+        with ThreadPoolExecutor(16) as pool:
+            futures = [pool.submit(server.moderate, prompt) for prompt in prompts[:16]]
+            wait_for(lambda: server.metric("gradsafe_accepted_prompts") == 16)
             partial = connect(server)  # its body arrives after the signal
             body = json.dumps({"input": "hello"}).encode()
             partial.sendall(head(length=len(body)) + body[:5])
             time.sleep(0.2)
             stopping = threading.Thread(target=server.stop)
             stopping.start()
-            time.sleep(0.3)
-            with pytest.raises(OSError, match="refused"):
-                connect(server)
+            wait_for(lambda: refuses(server))
             partial.sendall(body[5:])
             assert status_of(read_all(partial)) == 200
             answers = [future.result() for future in futures]
             stopping.join()
         assert server.process.returncode == 0
-        assert [answer.status_code for answer in answers] == [200] * 64
-        expected = detector.score(prompts[:64], progress=False).values.tolist()
+        assert [answer.status_code for answer in answers] == [200] * 16
+        expected = detector.score(prompts[:16], progress=False).values.tolist()
         scores = [a.json()["results"][0]["category_scores"]["unsafe"] for a in answers]
         assert scores == pytest.approx(expected, abs=1e-6)
         assert "every accepted request is answered" in server.lines[-1]
@@ -298,7 +305,7 @@ def test_no_client_sees_a_broken_answer_when_the_server_stops(
 
     with serving(model_folder, detector_folder) as server:
         end = time.monotonic() + 60
-        threads = [threading.Thread(target=hammer, args=(server, end)) for _ in range(12)]
+        threads = [threading.Thread(target=hammer, args=(server, end)) for _ in range(6)]
         for thread in threads:
             thread.start()
         wait_for(lambda: outcomes["200"] > 24)
@@ -306,4 +313,4 @@ def test_no_client_sees_a_broken_answer_when_the_server_stops(
         for thread in threads:
             thread.join()
     assert set(outcomes) == {"200", "refused"}
-    assert outcomes["refused"] == 12
+    assert outcomes["refused"] == 6
