@@ -18,6 +18,7 @@ SLOW = (
     *("emulated/test_", "zoo/", "testbed/", "processes", "docs/test_scripts", "docs/test_examples"),
     *("finetuning/test_trainer_", "finetuning/test_cli_finetune", "tracing/test_build_"),
     *("ops/test_fallback", "test_gpu_run", "test_benchmark_oracle", "test_recorded", "test_cost"),
+    *("serving/test_serve_process", "serving/test_cli_serve", "serving/test_clients"),
 )
 
 

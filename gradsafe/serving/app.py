@@ -7,19 +7,19 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from gradsafe.detection.detector import Detector
 from gradsafe.models.encode import ContextOverflowError
 from gradsafe.serving.access import CALLER, ApiError, Gate, Keys, TokenBucket
 from gradsafe.serving.batching import Batcher, Outcome, QueueFullError, UnscorableError
-from gradsafe.serving.config import ServeConfig
+from gradsafe.serving.config import MOST, ServeConfig
 from gradsafe.serving.guard import DriftMonitor
 from gradsafe.serving.metrics import Measured, Metrics
 
@@ -27,6 +27,9 @@ CATEGORY = "unsafe"
 BLOCKED_REASON = "The request was flagged as unsafe."  # without the score: attackers would climb it
 
 log = logging.getLogger("gradsafe.serve")
+
+
+Texts = Annotated[list[str], Field(max_length=MOST)]
 
 
 class Part(BaseModel):
@@ -39,7 +42,7 @@ class Part(BaseModel):
 class ModerationRequest(BaseModel):
     """The body of `POST /v1/moderations`: a text, several texts, or the parts of one input."""
 
-    input: str | list[str] | list[Part]
+    input: str | Texts | Annotated[list[Part], Field(max_length=MOST)]
     model: str | None = None
 
 
@@ -47,8 +50,8 @@ class GuardrailRequest(BaseModel):
     """What gradsafe reads of a request of LiteLLM's generic guardrail."""
 
     input_type: Literal["request", "response"]
-    texts: list[str] | None = None
-    images: list[str] | None = None
+    texts: Texts | None = None
+    images: Texts | None = None
 
 
 class Service:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gradsafe._checks import check_fields, refuse
 
 ROUTES = ("/v1/moderations", "/beta/litellm_basic_guardrail_api", "/health", "/metrics")
+MOST = 4096  # entries of a list in a request: longer ones are refused before they are checked
 OPEN_ROUTES = ("/health",)  # need no key
 
 
@@ -56,6 +57,8 @@ class ServeConfig:
                 refuse("serve", f"{field} > 0", value)
         if not 0 <= self.max_wait_ms <= 60_000:
             refuse("serve", "0 <= max_wait_ms <= 60000", self.max_wait_ms)
+        if self.max_prompts > MOST:
+            refuse("serve", f"max_prompts <= {MOST}", self.max_prompts)
         if self.max_prompts > self.max_queue:
             refuse("serve", "max_prompts <= max_queue", f"{self.max_prompts} > {self.max_queue}")
         if self.burst is not None and (self.rate is None or self.burst < self.max_prompts):

@@ -123,6 +123,7 @@ class TestRefusals:
             (b'{"input": [{"type": "image_url", "image_url": {"url": "x"}}]}', "unsupported_input"),
             (b'{"input": "%s"}' % (b"x" * 60_000), "string_above_max_length"),
             (json.dumps({"input": ["x"] * 65}).encode(), "invalid_input"),
+            (json.dumps({"input": [1] * 300_000}).encode(), "invalid_request"),
         ],
         ids=lambda value: repr(value)[:32],
     )
