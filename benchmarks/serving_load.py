@@ -34,8 +34,8 @@ from benchmarks.table import markdown, read_csv, write_csv
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 CONCURRENCY = (1, 8, 32)
-ROUNDS = 3
-REQUESTS = {"testbed": 128, "smollm2": 32}  # of one measurement, or twice the clients if more
+ROUNDS = {"testbed": 3, "smollm2": 2}
+REQUESTS = {"testbed": 128, "smollm2": 8}  # of one measurement, or one per client if more
 SERVERS: dict[str, tuple[str, ...]] = {
     "batches": (),
     "one by one": ("--batch-tokens", "1", "--max-wait-ms", "0"),
@@ -135,10 +135,10 @@ def throughput(name: str, model: str, folder: Path, prompts: list[str]) -> list[
         urls = {"batches": batches, "one by one": single}
         for url in urls.values():
             load(url, prompts, 4, 8)
-        for number in range(ROUNDS):
+        for number in range(ROUNDS[name]):
             for clients in CONCURRENCY:
                 for kind, url in urls.items():
-                    requests = max(REQUESTS[name], 2 * clients)
+                    requests = max(REQUESTS[name], clients)
                     rate, seconds = load(url, prompts, clients, requests)
                     rates.setdefault((clients, kind), []).append(rate)
                     times.setdefault((clients, kind), []).extend(seconds)
@@ -161,8 +161,8 @@ def throughput(name: str, model: str, folder: Path, prompts: list[str]) -> list[
                 "times one by one": f"{statistics.median(ratios):.2f}",
                 "p50 ms": f"{cuts[9] * 1e3:.0f}",
                 "p95 ms": f"{cuts[18] * 1e3:.0f}",
-                "rounds": ROUNDS,
-                "requests": max(REQUESTS[name], 2 * clients),
+                "rounds": ROUNDS[name],
+                "requests": max(REQUESTS[name], clients),
             }
         )
     return rows
