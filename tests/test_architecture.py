@@ -21,7 +21,7 @@ LAYERS = [
     {"ops"},
     {"models"},
     {"detection", "tracing", "finetuning"},
-    {"serving"},
+    {"screening", "serving"},
     {"doctor_cases"},
     {"doctor"},
     {"_jobs"},
@@ -107,6 +107,7 @@ def test_no_cycles() -> None:
     "module",
     [
         *("detection.config", "tracing.config", "finetuning.config", "serving.config"),
+        *("screening.config", "_jobs.screen"),
         *("_jobs.detect", "_jobs.repair", "_jobs.serve", "_jobs.calibrate"),
     ],
 )

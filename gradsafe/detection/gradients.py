@@ -82,6 +82,7 @@ class GradientPass:
     rows: Rows
     batch_tokens: int
     progress: bool
+    owner: str = "Detector"  # public name that error messages begin with
 
     def encode(
         self, prompts: Sequence[Prompt] | EncodedPrompts, names: str | Sequence[str]
@@ -152,7 +153,7 @@ class GradientPass:
             if not self.layers.padding:
                 reason = "computes something else for a prompt with padding after it"
             announce_fallback(
-                f"gradsafe.Detector: prompts run one at a time, since this model {reason}"
+                f"gradsafe.{self.owner}: prompts run one at a time, since this model {reason}"
             )
         hidden = not (self.progress and label)
         with tqdm(total=len(items), desc=label, disable=hidden, unit="prompt") as bar:
@@ -202,7 +203,7 @@ class GradientPass:
         if reason is None:
             return SHARED_FROM
         announce_fallback(
-            "gradsafe.Detector: what all prompts begin with runs once per prompt: the model's "
+            f"gradsafe.{self.owner}: what all prompts begin with runs once per prompt: the model's "
             f"class is {type(self.model).__name__}, and {reason}"
         )
         return math.inf
@@ -220,7 +221,7 @@ class GradientPass:
             if len(batch) > 1:
                 advice = f"lower batch_tokens, now {self.batch_tokens}"
             raise torch.OutOfMemoryError(
-                f"gradsafe.Detector: out of memory in a batch of {len(batch)} prompts of up to "
+                f"gradsafe.{self.owner}: out of memory in a batch of {len(batch)} prompts of up to "
                 f"{longest} tokens: {advice}"
             ) from error
 
@@ -254,7 +255,8 @@ class GradientPass:
         ) -> None:
             if dy.dtype == torch.float64:
                 raise TypeError(
-                    "gradsafe.Detector: float64 models are not supported; call model.float() first"
+                    f"gradsafe.{self.owner}: float64 models are not supported; call model.float() "
+                    "first"
                 )
             if self.rows:  # the other rows are never computed
                 dy = dy.index_select(-1, self.rows[layer.name].to(dy.device))

@@ -110,20 +110,20 @@ def build_reference(
         values = slice_values(moments(matrices, None, axis)).flatten(0, 1).cpu()
         if not torch.isfinite(values).all():
             raise NonFiniteGradientError(
-                f"gradsafe.Detector.fit: the reference gradient of {layer.name} holds NaN or Inf; "
-                "check the model's weights, or run it in bfloat16 or float32"
+                f"gradsafe.{gradients.owner}.fit: the reference gradient of {layer.name} holds "
+                "NaN or Inf; check the model's weights, or run it in bfloat16 or float32"
             )
         table.index_add_(0, index, values)
         if unsigned:
             total.abs_()
-        scales[layer.name] = _storage_scale(total, dtype)
+        scales[layer.name] = storage_scale(total, dtype)
         weights[layer.name] = (total / scales[layer.name]).to(dtype)
 
     nll = gradients.losses(items, visit, label)
     return Reference(weights, scales, table), nll
 
 
-def _storage_scale(grad: Tensor, dtype: torch.dtype) -> float:
+def storage_scale(grad: Tensor, dtype: torch.dtype) -> float:
     """What a reference is divided by before it is stored; 1 for a zero one.
 
     Types with a wide exponent hold any spread around a root mean square of one. e4m3 spans 2^-9 to

@@ -85,6 +85,11 @@ class Method:
         """K factors that undo the storage scale of the references."""
         return [r.scales[layer.name] for r in self.state.references.values()]
 
+    def moments(self, layer: LinearLayer, factors: Factors) -> Tensor:
+        """Sums `[B, slices, 3 + K]` over the slices of one layer's gradients, float64."""
+        axis, prepare = self.components[layer][0], prepare_function(self.config)
+        return factors.moments(self.references(layer), axis, self.unsigned, prepare)
+
     def __call__(self, table: Tensor, states: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """From sums `[B, C, 3 + K]` to scores `[B]` and component values `[B, C]`, all float64.
 
@@ -127,12 +132,10 @@ class Method:
     ) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
         """Per batch the indices of its windows, their NLL, sums `[B, C, 3 + K]` and states."""
         names = [prompts.names[owner] for owner in prompts.owners]
-        prepare = prepare_function(self.config)
         reached: list[tuple[LinearLayer, Tensor]] = []
 
         def visit(layer: LinearLayer, factors: Factors) -> None:
-            axis, refs = self.components[layer][0], self.references(layer)
-            reached.append((layer, factors.moments(refs, axis, self.unsigned, prepare)))
+            reached.append((layer, self.moments(layer, factors)))
 
         for indices, nll, states in gradients.run(prompts.items, visit, "score", self.blocks):
             columns = DOTS + len(self.state.references)
@@ -141,17 +144,17 @@ class Method:
                 values = device_values.cpu()  # waits for the device here, not in every layer
                 for k, scale in enumerate(self.scales(layer)):
                     values[..., DOTS + k] *= scale
-                _check_finite(layer, [names[i] for i in indices], values)
+                _check_finite(gradients.owner, layer, [names[i] for i in indices], values)
                 table.index_add_(1, self.components[layer][1], values)
             reached.clear()
             yield indices, nll, table, states
 
 
-def _check_finite(layer: LinearLayer, names: list[str], values: Tensor) -> None:
+def _check_finite(owner: str, layer: LinearLayer, names: list[str], values: Tensor) -> None:
     bad = (~torch.isfinite(values)).flatten(1).any(1)
     if bad.any():
         raise NonFiniteGradientError(
-            f"gradsafe.Detector: the gradient of {layer.name} holds NaN or Inf for "
+            f"gradsafe.{owner}: the gradient of {layer.name} holds NaN or Inf for "
             f"{names[int(bad.nonzero()[0])]}; check the model's weights, or run it in bfloat16 or "
             "float32 if it is in float16"
         )
