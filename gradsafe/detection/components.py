@@ -71,6 +71,10 @@ class ComponentMap:
     def __getitem__(self, layer: LinearLayer) -> Slices:
         return self._slices[layer.name]
 
+    def by_name(self, name: str) -> Slices:
+        """The `Slices` of the layer with this name."""
+        return self._slices[name]
+
     @property
     def names(self) -> list[str]:
         """Name of every component, in column order."""

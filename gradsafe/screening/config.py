@@ -10,6 +10,7 @@ from gradsafe.detection.config import DetectorConfig, Modules, ReferenceDtype
 from gradsafe.models.encode import Encoding
 
 ScoreName = Literal["alignment", "share"]
+Safety = Literal["margin", "refusals"]
 Measure = Literal["cosine", "dot"]
 Parameters = Literal["weights", "lora"]
 Scale = Literal["none", "adam"]
@@ -22,6 +23,8 @@ class ScreenConfig:
 
     Attributes:
         decide: The score whose threshold flags rows, where both exist.
+        safety: The safety loss of the score "alignment": the NLL of the "refusals", or, where
+            unsafe rows are given, a "margin", that NLL less the NLL of the harmful answers.
         measure: The alignment score: "cosine" of the row's gradient with the safety gradient, or
             their "dot" product, the first-order effect of one SGD step, which grows with the norm
             of the row's gradient.
@@ -48,6 +51,7 @@ class ScreenConfig:
     """
 
     decide: ScoreName = "alignment"
+    safety: Safety = "margin"
     measure: Measure = "cosine"
     parameters: Parameters = "weights"
     scale: Scale = "none"

@@ -62,9 +62,18 @@ class Both(Method):
         super().__init__(replace(state, references=references), layers)
 
     def moments(self, layer: LinearLayer, factors: Factors) -> Tensor:
-        """The sums of all parts: one set of counts and squares, then the dots of each part."""
-        first, *others = (part.moments(layer, factors) for part in self.parts.values())
-        return torch.cat([first, *(other[..., DOTS:] for other in others)], dim=-1)
+        """The sums of all parts: counts and squares, then the dots of each part in turn.
+
+        The gradient is made once for all unsigned and once for all signed references.
+        """
+        axis, dots = self.components[layer][0], dict[str, Tensor]()
+        for unsigned in (True, False):
+            own = {n: p.references(layer) for n, p in self.parts.items() if p.unsigned is unsigned}
+            if own:
+                sums = factors.moments([r for refs in own.values() for r in refs], axis, unsigned)
+                sizes = [len(refs) for refs in own.values()]
+                dots |= zip(own, sums[..., DOTS:].split(sizes, -1), strict=True)
+        return torch.cat([sums[..., :DOTS], *(dots[name] for name in self.parts)], dim=-1)
 
     def scores(self, table: Tensor) -> dict[ScoreName, Tensor]:
         """From sums `[B, C, 3 + K]` to scores `[B]` float64."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -19,11 +18,11 @@ from gradsafe.detection.references import build_reference
 from gradsafe.detection.state import DetectorState
 from gradsafe.models import Layers, find_layers, probe_prompts
 from gradsafe.models.rows import pair
-from gradsafe.screening.adam import adam_scaled
 from gradsafe.screening.adapters import AdapterPass, adapted
 from gradsafe.screening.config import ScoreName, ScreenConfig
 from gradsafe.screening.methods import Both, make_method
 from gradsafe.screening.rows import RowEncoder, Rows, TruncatedRow, place
+from gradsafe.screening.safety import safety_gradient
 from gradsafe.screening.scores import ScreenScores
 
 SLICE = 64  # rows that are encoded at a time
@@ -80,8 +79,8 @@ class Screener:
         """
         config, where = ScreenConfig(**options), "Screener.fit"
         if (unsafe is None) != (safe is None):
-            missing, given = ("safe", "unsafe") if safe is None else ("unsafe", "safe")
-            got, do = f"{given}= alone", f"give {missing}=[...] too, or leave out {given}="
+            missing, known = ("safe", "unsafe") if safe is None else ("unsafe", "safe")
+            got, do = f"{known}= alone", f"give {missing}=[...] too, or leave out {known}="
             refuse(where, "reference rows of both classes", got, do)
         if unsafe is None and alignment is None:
             refuse(
@@ -103,19 +102,18 @@ class Screener:
             model, tokenizer, config.detection, layers, weights, batch_tokens, progress, "Screener"
         )
         encode = RowEncoder(model, tokenizer, config)
-        groups = {"unsafe": unsafe, "safe": safe, "alignment": alignment, "sample": sample}
-        encoded = {k: encode(rows, k) for k, rows in groups.items() if rows is not None}
+        given = {"unsafe": unsafe, "safe": safe, "alignment": alignment, "sample": sample}
+        encoded = {k: encode(rows, k) for k, rows in given.items() if rows is not None}
         components = ComponentMap(scored, "tensor", (), weights)
         references = {
-            name: build_reference(run, group.items, components, name != "alignment", name)[0]
-            for name, group in encoded.items()
-            if name in ("unsafe", "safe") or (name == "alignment" and sample is None)
+            name: build_reference(run, encoded[name].items, components, True, name)[0]
+            for name in ("unsafe", "safe")
+            if name in encoded
         }
-        if sample is not None:
-            exact = replace(run, config=replace(run.config, reference_dtype="float32"))
-            items = encoded["alignment"].items
-            safety, _ = build_reference(exact, items, components, False, "alignment")
-            references["alignment"] = adam_scaled(safety, run, encoded["sample"].items, components)
+        if alignment is not None:
+            groups = ("alignment", "unsafe" if config.safety == "margin" else "", "sample")
+            items = (encoded[name].items if name in encoded else [] for name in groups)
+            references["alignment"] = safety_gradient(run, components, *items)
         state = DetectorState(config.detection, weights)
         return cls(
             model, tokenizer, config, layers, make_method(state, references, scored, config.measure)

@@ -64,6 +64,15 @@ class Oracle:
         found = [self.gradient(row)[0] for row in rows]
         return [torch.stack(parts).mean(0) for parts in zip(*found, strict=True)]
 
+    def margin(self):
+        """The gradient of the NLL of refusals less that of harmful answers, norms made equal."""
+        pairs = []
+        for rows in (ALIGNMENT, UNSAFE):
+            parts = self.mean(rows)
+            norm = torch.cat([part.flatten() for part in parts]).norm()
+            pairs.append([part / norm for part in parts])
+        return [a - u for a, u in zip(*pairs, strict=True)]
+
     def alignment(self, row, safety, measure="cosine"):
         own, _ = self.gradient(row)
         g, a = (torch.cat([w.flatten() for w in parts]) for parts in (own, safety))

@@ -17,11 +17,14 @@ def fit(model, tokenizer, **options):
     return Screener.fit(model, tokenizer, UNSAFE, SAFE, ALIGNMENT, **{**OPTIONS, **options})
 
 
+@pytest.mark.parametrize("safety", ["margin", "refusals"])
 @pytest.mark.parametrize("measure", ["cosine", "dot"])
-def test_scores_are_those_of_autograd(model, tokenizer, measure):
+def test_scores_are_those_of_autograd(model, tokenizer, measure, safety):
     oracle = Oracle(model, tokenizer)
-    safety, unsafe, safe = (oracle.mean(rows) for rows in (ALIGNMENT, UNSAFE, SAFE))
-    scores = fit(model, tokenizer, measure=measure).score(ROWS, progress=False)
+    refusals, unsafe, safe = (oracle.mean(rows) for rows in (ALIGNMENT, UNSAFE, SAFE))
+    options = {"measure": measure, "safety": safety}
+    scores = fit(model, tokenizer, **options).score(ROWS, progress=False)
+    safety = refusals if safety == "refusals" else oracle.margin()
     want = torch.tensor([oracle.alignment(row, safety, measure) for row in ROWS])
     assert torch.allclose(scores.alignment, want, rtol=1e-4, atol=1e-6)
     want = torch.tensor([oracle.share(row, unsafe, safe) for row in ROWS])
@@ -32,7 +35,7 @@ def test_scores_are_those_of_autograd(model, tokenizer, measure):
 
 def test_scores_of_lora_parameters_are_those_of_autograd(adapted, tokenizer):
     oracle = Oracle(adapted, tokenizer, "lora")
-    safety, unsafe, safe = (oracle.mean(rows) for rows in (ALIGNMENT, UNSAFE, SAFE))
+    safety, unsafe, safe = oracle.margin(), oracle.mean(UNSAFE), oracle.mean(SAFE)
     scores = fit(adapted, tokenizer, parameters="lora").score(ROWS, progress=False)
     want = torch.tensor([oracle.alignment(row, safety) for row in ROWS])
     assert torch.allclose(scores.alignment, want, rtol=1e-4, atol=1e-6)
@@ -47,7 +50,7 @@ def test_adam_divides_by_the_root_of_the_second_moments(model, tokenizer):
     sample = ROWS[:3]
     found = [oracle.gradient(row)[0] for row in sample]
     roots = [torch.stack(p).square().mean(0).sqrt() for p in zip(*found, strict=True)]
-    safety = [a / (r + 1e-8) for a, r in zip(oracle.mean(ALIGNMENT), roots, strict=True)]
+    safety = [a / (r + 1e-8) for a, r in zip(oracle.margin(), roots, strict=True)]
     screener = fit(model, tokenizer, scale="adam", sample=sample)
     got = screener.score(ROWS, progress=False).alignment
     want = torch.tensor([oracle.alignment(row, safety) for row in ROWS])
@@ -55,7 +58,7 @@ def test_adam_divides_by_the_root_of_the_second_moments(model, tokenizer):
 
 
 def test_a_step_on_a_row_with_a_higher_score_raises_the_safety_loss_more(model, tokenizer):
-    screener = fit(model, tokenizer, measure="dot")
+    screener = fit(model, tokenizer, measure="dot", safety="refusals")
     scores = screener.score(ROWS, progress=False).alignment
     oracle = Oracle(model, tokenizer)
     before = sum(oracle.gradient(row)[1] for row in ALIGNMENT) / len(ALIGNMENT)
@@ -87,7 +90,7 @@ def test_one_score_alone_is_that_of_both(model, tokenizer, groups):
     screener = Screener.fit(model, tokenizer, **groups, **OPTIONS)
     (name,) = screener.scores
     alone = screener.score(ROWS, progress=False)
-    both = fit(model, tokenizer).score(ROWS, progress=False)
+    both = fit(model, tokenizer, safety="refusals").score(ROWS, progress=False)
     assert torch.equal(getattr(alone, name), getattr(both, name))
     assert torch.equal(alone.values, getattr(alone, name))
     assert (alone.alignment is None) != (alone.share is None)
