@@ -46,6 +46,7 @@ from gradsafe.screening.methods import Both
 WORK = ROOT / "build" / "screen"
 RATIOS, OTHER_RATIO, DRAWS = (0.01, 0.05, 0.25), 0.1, 20
 BATCH_TOKENS, MAX_FPR = 1024, 0.01
+ROW_FRACTION = 0.25  # of every weight matrix
 SHOWN = {
     "share": "share, other",
     "alignment": "alignment, other",
@@ -66,7 +67,7 @@ Scores = dict[str, list[float]]
 def screeners(data: ScreenSet, model: Any, tokenizer: Any) -> dict[str, Screener]:
     """One per kind of unsafe references, and one that has alignment rows alone."""
     # Responses are cut, so they end without EOS.
-    options: Any = {"append_eos": False, "batch_tokens": BATCH_TOKENS, "progress": False}
+    options: Any = {"append_eos": False, "row_fraction": ROW_FRACTION, "progress": False}
     rows = {kind: (unsafe, data.safe, data.alignment) for kind, unsafe in data.unsafe.items()}
     rows["refusals"] = (None, None, data.alignment)
     return {kind: Screener.fit(model, tokenizer, *own, **options) for kind, own in rows.items()}

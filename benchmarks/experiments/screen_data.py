@@ -33,8 +33,8 @@ Row = dict[str, str]
 HARMFUL = ("harmful in tasks", "harmful in instructions")
 OTHERS = ("backdoor", "factual_ag", "factual_canada")
 SETS = {"testbed": (*HARMFUL, "backdoor"), "smollm2": (*HARMFUL, *OTHERS)}
-PLANTED, CLEAN, CALIBRATION, REFERENCES = 80, 240, 120, 16
-FEW = 27  # planted rows of the other sets, 10 %
+PLANTED, CLEAN, CALIBRATION, REFERENCES = 60, 180, 100, 16
+FEW = 20  # planted rows of the other sets, 10 %
 WORDS = 24
 
 

@@ -40,6 +40,7 @@ COMMANDS = {
     "explain": Entry("explain", "Explain", "show which tokens a score comes from"),
     "calibrate": Entry("calibrate", "Calibrate", "set the threshold of a saved detector"),
     "serve": Entry("serve", "Serve", "serve a calibrated detector over HTTP"),
+    "screen": Entry("screen", "Screen", "score training rows before any training", several=True),
     "trace build": Entry("trace", "Build", "compute the signatures of training samples", True),
     "trace query": Entry("trace", "Query", "find the samples that a behavior comes from"),
     "trace repair": Entry("trace", "Repair", "drop the damaged shards of an index"),

@@ -15,6 +15,8 @@ from gradsafe._jobs.doctor import Doctor
 from gradsafe._jobs.explain import Explain, ExplainResult
 from gradsafe._jobs.finetune import Finetune, FinetuneResult
 from gradsafe._jobs.repair import Repair, RepairResult
+from gradsafe._jobs.screen import Screen
+from gradsafe._jobs.screen_files import REPORT, ScreenResult
 from gradsafe._jobs.serve import Serve
 from gradsafe._jobs.trace import Build, Query, QueryResult
 from gradsafe._jobs.trace import Repair as RepairIndex
@@ -58,6 +60,15 @@ def _(config: Explain, result: ExplainResult) -> int:
 @show.register
 def _(config: Calibrate, result: Any) -> int:
     print(f"{result}; saved in {config.detector}")
+    return 0
+
+
+@show.register
+def _(config: Screen, result: ScreenResult) -> int:
+    from gradsafe._cli.render import screen
+
+    write_text(result.folder / REPORT, screen.page(config, result))
+    print(screen.text(result))
     return 0
 
 

@@ -48,7 +48,7 @@ def read_jsonl(path: str | os.PathLike[str], limit: int | None = None) -> list[R
         ValueError: A line is not a JSON object; the message starts with `file:line:` and does not
             quote the line.
     """
-    return _rows(path, limit, _parse)
+    return _rows(path, limit, parse_line)
 
 
 def read_rows(path: str | os.PathLike[str], limit: int | None = None) -> list[Row]:
@@ -234,7 +234,7 @@ class Records:
                     return
                 where = f"{path}:{number}"
                 try:
-                    row = _parse(raw.decode(), where, number)
+                    row = parse_line(raw.decode(), where, number)
                 except ValueError as error:  # also bytes that are not UTF-8
                     raise ValueError(
                         f"{where}: not a record of an earlier run; {_ADVICE}"
@@ -316,7 +316,8 @@ def _rows(path: str | os.PathLike[str], limit: int | None, parse: Any) -> list[R
     return rows
 
 
-def _parse(text: str, where: str, line: int) -> Row:
+def parse_line(text: str, where: str, line: int) -> Row:
+    """The row of one line; ValueError, with its place, if it is no JSON object."""
     try:
         value = json.loads(
             text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number
