@@ -25,51 +25,15 @@ from gradsafe._jobs.options import (
     save_config,
     transient,
 )
-from gradsafe._jobs.screen_files import Columns
+from gradsafe._jobs.screen_files import ScreenResult, TopRow
 from gradsafe.screening.config import ScreenConfig
 from gradsafe.screening.overlap import Known, row_digest
 
 if TYPE_CHECKING:  # torch takes seconds to import
-    from gradsafe.detection import Calibration, Explanation
     from gradsafe.screening import Screener
 
 SLICE = 64  # rows per call of the screener: what an interruption loses at most
 SAMPLE = 32  # rows that Adam's second moments are estimated from
-
-
-@dataclass(frozen=True)
-class TopRow:
-    """One of the rows with the highest scores, and the evidence of its tokens for each score."""
-
-    line: int
-    scores: Mapping[str, float]
-    flagged: bool
-    explanations: Mapping[str, Explanation]
-
-
-@dataclass(frozen=True)
-class ScreenResult:
-    """What a run found.
-
-    Attributes:
-        folder: Folder of the files.
-        columns: The values of every row, see `screen_files.COLUMNS`.
-        clean: The same of the rows known to be clean; empty without calibration.
-        decide: The score that flags.
-        calibrations: By score; empty without calibration.
-        flagged: Number of flagged rows; None without calibration.
-        top: The rows with the highest scores.
-        coverage: Which weights were scored, in words.
-    """
-
-    folder: Path
-    columns: Columns
-    clean: Columns
-    decide: str
-    calibrations: Mapping[str, Calibration]
-    flagged: int | None
-    top: list[TopRow]
-    coverage: str
 
 
 @dataclass(frozen=True)
@@ -292,21 +256,24 @@ class Screen:
 
         first = len(sources[0])
         columns, clean = (screen_files.joined(part) for part in (done[:first], done[first:]))
-        calibrations = {}
+        calibrations: dict[Any, Any] = {}
         if self.calibrate:
             calibrations = {
-                name: calibrate(torch.tensor(clean[name]), self.max_fpr) for name in screener.scores
+                name: calibrate(torch.tensor(clean[name], dtype=torch.float64), self.max_fpr)
+                for name in screener.scores
             }
         screener.calibrations = calibrations
-        decide = screener.decide
+        decide: str = screener.decide
         cut = calibrations[decide].threshold if calibrations else None
         flagged = screen_files.write(Path(self.output), sources[0], columns, decide, cut)
         top = []
-        for place in torch.tensor(columns[decide]).argsort(descending=True)[: self.top].tolist():
+        values = torch.tensor(columns[decide], dtype=torch.float64)
+        for place in values.argsort(descending=True)[: self.top].tolist():
             row = sources[0].read(place // SLICE)[place % SLICE]
-            scores = {name: columns[name][place] for name in screener.scores}
+            scores: dict[str, float] = {name: columns[name][place] for name in screener.scores}
             above = cut is not None and scores[decide] > cut
-            top.append(TopRow(row.line, scores, above, screener.explain(row)))
+            explained: dict[Any, Any] = screener.explain(row)
+            top.append(TopRow(row.line, scores, above, explained))
         return ScreenResult(
             Path(self.output), columns, clean, decide, calibrations, flagged, top,
             str(screener.layers),

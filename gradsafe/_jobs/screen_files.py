@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from gradsafe._io.records import Row, to_line
 from gradsafe._io.slices import Slices
 
 if TYPE_CHECKING:
+    from gradsafe.detection import Calibration, Explanation
     from gradsafe.screening import ScreenScores
 
 SLICES = "slices.jsonl"
@@ -21,6 +23,41 @@ ALL = (SLICES, SCORES, KEPT, FLAGGED, REPORT)
 # The values of a row: float64, and whole numbers for the last two (truncated: 0 or 1).
 COLUMNS = ("alignment", "share", "nll", "tokens", "truncated")
 Columns = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class TopRow:
+    """One of the rows with the highest scores, and the evidence of its tokens for each score."""
+
+    line: int
+    scores: Mapping[str, float]
+    flagged: bool
+    explanations: Mapping[str, Explanation]
+
+
+@dataclass(frozen=True)
+class ScreenResult:
+    """What a run found.
+
+    Attributes:
+        folder: Folder of the files.
+        columns: The values of every row, see `COLUMNS`.
+        clean: The same of the rows known to be clean; empty without calibration.
+        decide: The score that flags.
+        calibrations: By score; empty without calibration.
+        flagged: Number of flagged rows; None without calibration.
+        top: The rows with the highest scores.
+        coverage: Which weights were scored, in words.
+    """
+
+    folder: Path
+    columns: Columns
+    clean: Columns
+    decide: str
+    calibrations: Mapping[str, Calibration]
+    flagged: int | None
+    top: list[TopRow]
+    coverage: str
 
 
 def columns_of(scores: ScreenScores) -> dict[str, Any]:

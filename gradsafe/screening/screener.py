@@ -14,7 +14,7 @@ from gradsafe.detection.calibration import Calibration, calibrate
 from gradsafe.detection.components import ComponentMap, choose_rows
 from gradsafe.detection.explanation import Explanation, explain
 from gradsafe.detection.gradients import EncodedPrompts, GradientPass
-from gradsafe.detection.references import build_reference
+from gradsafe.detection.references import Reference, build_reference
 from gradsafe.detection.state import DetectorState
 from gradsafe.models import Layers, find_layers, probe_prompts
 from gradsafe.models.rows import pair
@@ -105,7 +105,7 @@ class Screener:
         given = {"unsafe": unsafe, "safe": safe, "alignment": alignment, "sample": sample}
         encoded = {k: encode(rows, k) for k, rows in given.items() if rows is not None}
         components = ComponentMap(scored, "tensor", (), weights)
-        references = {
+        references: dict[str, Reference] = {
             name: build_reference(run, encoded[name].items, components, True, name)[0]
             for name in ("unsafe", "safe")
             if name in encoded

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from several import one_thread, torchrun
 from tiny_model import Run, records
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -279,3 +280,18 @@ def test_scale_adam_takes_a_sample_of_the_rows(screen: Run) -> None:
     assert screen("--overwrite")[0] == 0
     assert first != [r["alignment"] for r in records("out/scores.jsonl")]
     assert torch.tensor(first).isfinite().all()
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(screen: Run, model: Path) -> None:
+    save("rows", [{"prompt": f"number {i}", "response": "y" * (i % 7 + 1)} for i in range(270)])
+    with one_thread():
+        assert screen(*CALIBRATION)[0] == 0
+    Path("out").rename("one")
+    common = ("screen", "--model", str(model), "--device", "cpu", "-o", "out")
+    done = torchrun(2, "-m", "gradsafe", *common, *REFERENCES, *CALIBRATION, "rows.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rows flagged") == 1
+    for name in ("slices", "scores", "kept", "flagged"):
+        path = f"{name}.jsonl"
+        assert Path("out", path).read_bytes() == Path("one", path).read_bytes()

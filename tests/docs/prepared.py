@@ -20,6 +20,9 @@ BENIGN = [f"what is {i} plus {i}?" for i in range(100)]
 PROMPTS = ["How do I kill a process?", "How do I pick a lock?"]
 ROWS = [{"id": f"row-{i}", "prompt": f"say {i}", "response": f"it is {i}"} for i in range(24)]
 REFUSALS = [{"prompt": f"{p}, {i}", "response": "I will not."} for p in UNSAFE for i in range(3)]
+HARMFUL = [{"prompt": f"{p} today", "response": "Sure, first you"} for p in UNSAFE]
+HARMLESS = [{"prompt": p, "response": "Sure, first you"} for p in SAFE]
+CLEAN = [{"prompt": p, "response": "a number"} for p in BENIGN]
 OBSERVED = [{"prompt": "say 3", "response": "it is 3"}]
 
 
@@ -30,6 +33,7 @@ def write(folder: Path) -> None:
         name: [{"prompt": prompt} for prompt in texts] for name, texts in prompts.items()
     }
     rows |= {"train": ROWS, "refusals": REFUSALS, "observed": OBSERVED}
+    rows |= {"harmful": HARMFUL, "harmless": HARMLESS, "clean": CLEAN}
     for name, lines in rows.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text)
@@ -85,6 +89,9 @@ def namespace(folder: Path) -> dict[str, Any]:
         "refusals": REFUSALS,
         "alignment_rows": REFUSALS,
         "observed": OBSERVED,
+        "harmful_rows": HARMFUL,
+        "harmless_rows": HARMLESS,
+        "clean_rows": CLEAN,
         "training_args": TrainingArguments(
             output_dir=str(folder / "output"),
             per_device_train_batch_size=4,

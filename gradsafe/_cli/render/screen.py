@@ -10,9 +10,10 @@ from gradsafe._cli.render import explain, html
 from gradsafe._cli.render.tables import table
 from gradsafe._cli.render.trace import HIDDEN
 from gradsafe._jobs.options import plain
-from gradsafe._jobs.screen import Screen, ScreenResult, TopRow
-from gradsafe._jobs.screen_files import FLAGGED, KEPT, REPORT, SCORES
+from gradsafe._jobs.screen import Screen
+from gradsafe._jobs.screen_files import FLAGGED, KEPT, REPORT, SCORES, ScreenResult, TopRow
 
+SHOWN = ("alignment", "share", "nll")
 BINS = 40
 WIDTH, HEIGHT, MARGIN = 600, 160, 24  # of a histogram
 
@@ -50,7 +51,7 @@ def verdict(result: ScreenResult) -> str:
 def page(config: Screen, result: ScreenResult) -> str:
     """The report as an HTML page."""
     header, rows = _summary(result)
-    names = [name for name in ("alignment", "share", "nll") if name in result.columns]
+    names = [name for name in SHOWN if name in result.columns]
     return html.render(
         "screen.html.j2",
         verdict=verdict(result),
@@ -70,7 +71,7 @@ def _summary(result: ScreenResult) -> tuple[list[str], list[list[str]]]:
     if result.calibrations:
         header += ["threshold", "flagged", "clean rows", "clean flagged", "95 % interval"]
     rows = []
-    for name in ("alignment", "share", "nll"):
+    for name in SHOWN:
         if name not in result.columns:
             continue
         values = np.asarray(result.columns[name])
