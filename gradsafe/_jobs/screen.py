@@ -14,7 +14,7 @@ from gradsafe._io.processes import Processes, SharedProgress
 from gradsafe._io.records import Records, Row, check_output
 from gradsafe._io.slices import Slices
 from gradsafe._jobs import screen_files
-from gradsafe._jobs.data import as_value_error, read_pairs, refuse_inputs
+from gradsafe._jobs.data import HUB, as_value_error, read_pairs, refuse_inputs
 from gradsafe._jobs.detector import check_agreement
 from gradsafe._jobs.options import (
     FLAT,
@@ -142,6 +142,12 @@ class Screen:
     def _check(self) -> None:
         if not self.rows:
             raise ValueError("ROWS is missing: give a file of training rows")
+        for path in (self.rows, self.calibrate):
+            if path is not None and path.startswith(HUB):
+                raise ValueError(
+                    f"{path}: rows are read slice by slice from a file: save the data set as JSON "
+                    "Lines first, for example with Dataset.to_json"
+                )
         if not self.output:
             raise ValueError("--output is missing: give a folder for the results (-o FOLDER)")
         self.model.check()

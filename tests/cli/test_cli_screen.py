@@ -241,6 +241,7 @@ def test_a_row_beyond_the_context_is_named_and_can_be_cut(screen: Run) -> None:
         (("--alignment", "alignment.jsonl", "--top", "-1"), "--top must be at least 0"),
         (("--alignment", "alignment.jsonl", "-o", "no/where"), "no such folder no"),
         (("--alignment", "alignment.jsonl", "-o", "safe.jsonl"), "it is not a folder"),
+        (("--alignment", "alignment.jsonl", "--calibrate", "hf:x"), "save the data set as JSON"),
         (("--alignment", "alignment.jsonl", "--parameters", "lora"), "LoRA adapters"),
     ],
 )
