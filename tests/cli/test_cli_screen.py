@@ -180,9 +180,9 @@ def test_another_cut_needs_no_new_scores(
     assert status == 0
     assert calls == []
     assert "rows flagged" in out
-    status, out, _ = screen(*CALIBRATION, "--decide", "share", "--resume")
+    status, out, _ = screen(*CALIBRATION, "--decide", "alignment", "--resume")
     assert status == 0
-    assert "share (decides)" in out
+    assert "alignment (decides)" in out
 
 
 def test_rows_are_read_slice_by_slice(screen: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,13 +115,13 @@ def test_screen_scores_any_iterable_and_flags(model, tokenizer):
     scores = gradsafe.screen(
         model, tokenizer, iter(ROWS), UNSAFE, SAFE, ALIGNMENT, clean=clean, max_fpr=0.2, **OPTIONS
     )
-    assert torch.allclose(scores.values, fit(model, tokenizer).score(ROWS).alignment, rtol=1e-5)
-    assert torch.equal(scores.flags, scores.alignment > scores.thresholds["alignment"])
+    assert torch.allclose(scores.values, fit(model, tokenizer).score(ROWS).share, rtol=1e-5)
+    assert torch.equal(scores.flags, scores.share > scores.thresholds["share"])
     assert set(scores.thresholds) == {"alignment", "share"}
 
 
 def test_calibration_keeps_the_rate_on_clean_rows(model, tokenizer):
-    screener = fit(model, tokenizer, decide="share")
+    screener = fit(model, tokenizer, decide="alignment")
     clean = [{"prompt": f"what is {i}", "response": f"it is {i}"} for i in range(19)]
     found = screener.calibrate(clean, max_fpr=0.1, progress=False)
     scores = screener.score(clean, progress=False)
@@ -129,7 +129,7 @@ def test_calibration_keeps_the_rate_on_clean_rows(model, tokenizer):
         assert (getattr(scores, name) > calibration.threshold).sum() <= 1
         low, high = calibration.fpr_interval
         assert low <= calibration.fpr <= high
-    assert torch.equal(scores.flags, scores.share > found["share"].threshold)
+    assert torch.equal(scores.flags, scores.alignment > found["alignment"].threshold)
     with pytest.warns(UserWarning, match="too few"):
         screener.calibrate(clean, max_fpr=0.01, progress=False)
 
