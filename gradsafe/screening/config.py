@@ -22,8 +22,7 @@ class ScreenConfig:
     """Options of `Screener.fit`.
 
     Attributes:
-        decide: The score whose threshold flags rows, where both exist. The measured ones are in the
-            guide: "share" finds harmful rows more reliably.
+        decide: The score whose threshold flags rows, where both exist.
         safety: The safety loss of the score "alignment": the NLL of the "refusals", or, where
             unsafe rows are given, a "margin", that NLL less the NLL of the harmful answers.
         measure: The alignment score: "cosine" of the row's gradient with the safety gradient, or
