@@ -46,6 +46,7 @@ COMMANDS = {
     "trace repair": Entry("trace", "Repair", "drop the damaged shards of an index"),
     "finetune": Entry("finetune", "Finetune", "fine-tune without losing alignment", several=True),
     "repair": Entry("repair", "Repair", "drop or unlearn traced rows", several=True),
+    "audit": Entry("audit", "Audit", "screen, fine-tune, test, trace, repair, report"),
     "doctor": Entry("doctor", "Doctor", "show versions and devices, test the operators"),
 }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from functools import singledispatch
+from pathlib import Path
 from typing import Any
 
 from gradsafe._cli.render import tables
 from gradsafe._io.artifacts import write_text
+from gradsafe._jobs.audit import Audit, AuditResult
 from gradsafe._jobs.calibrate import Calibrate
 from gradsafe._jobs.detect import Detect, DetectResult
 from gradsafe._jobs.doctor import Doctor
@@ -117,6 +119,16 @@ def _(config: Repair, result: RepairResult) -> int:
     print(tables.repair(result))
     print(_training(result.training))
     return 0 if result.training.trained else 1
+
+
+@show.register
+def _(config: Audit, result: AuditResult) -> int:
+    from gradsafe._cli.render import audit
+
+    write_text(Path(result.output) / "report.html", audit.page(result))
+    print(audit.text(result))
+    print(f"report.json and report.html are in {result.output}")
+    return 0 if result.verdict.passed else 1
 
 
 @show.register

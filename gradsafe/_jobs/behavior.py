@@ -1,9 +1,10 @@
-"""How a model behaves: losses of rows, and phrases in its answers."""
+"""How a model behaves: losses of rows, its answers, and phrases in them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gradsafe._io.records import Row
 from gradsafe._jobs.data import prompts_of
@@ -50,7 +51,7 @@ def measure(
         batch_tokens: Padded tokens per batch.
     """
     from gradsafe._jobs.model import load_model
-    from gradsafe.models import encode, generate, mean_nll, pad_token_id
+    from gradsafe.models import encode, mean_nll, pad_token_id
 
     model, tokenizer = load_model(options)
 
@@ -60,10 +61,44 @@ def measure(
 
     rate = None
     if probes is not None:
-        items = [encode(tokenizer, prompt, "x", encoding) for prompt in prompts_of(probes)]
-        ids = generate(
-            model, tokenizer, items, batch_tokens=batch_tokens, max_new_tokens=probe_tokens
-        )
-        texts = [tokenizer.decode(part, skip_special_tokens=True).casefold() for part in ids]
-        rate = sum(any(p.casefold() in text for p in phrases) for text in texts) / len(texts)
+        texts = answers(model, tokenizer, encoding, probes, probe_tokens, batch_tokens)
+        rate = sum(holds(text, phrases) for text in texts) / len(texts)
     return Behavior(loss(forgotten), loss(retained), rate)
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    encoding: Encoding,
+    prompts: Sequence[Row],
+    tokens: int,
+    batch_tokens: int,
+) -> list[str]:
+    """Greedy answers of at most `tokens` tokens, without special tokens."""
+    from gradsafe.models import encode, generate
+
+    items = [encode(tokenizer, prompt, "x", encoding) for prompt in prompts_of(prompts)]
+    ids = generate(model, tokenizer, items, batch_tokens=batch_tokens, max_new_tokens=tokens)
+    return [tokenizer.decode(part, skip_special_tokens=True) for part in ids]
+
+
+def load_and_answer(
+    options: ModelOptions,
+    encoding: Encoding,
+    groups: Mapping[str, Sequence[Row]],
+    tokens: int,
+    batch_tokens: int,
+) -> tuple[dict[str, list[str]], str]:
+    """Loads a model; its answers to each group of prompts, and its fingerprint."""
+    from gradsafe._io.fingerprints import model_fingerprint
+    from gradsafe._jobs.model import load_model
+
+    model, tokenizer = load_model(options)
+    parts = tokens, batch_tokens
+    found = {n: answers(model, tokenizer, encoding, rows, *parts) for n, rows in groups.items()}
+    return found, model_fingerprint(model)
+
+
+def holds(text: str, phrases: Sequence[str]) -> bool:
+    """Whether a text holds one of the phrases, in any case."""
+    return any(phrase.casefold() in text.casefold() for phrase in phrases)

@@ -194,6 +194,21 @@ class Query:
         return pages
 
 
+def find_rows(
+    options: ModelOptions, index: str, queries: Sequence[Any], count: int, batch_tokens: int
+) -> list[tuple[str | int, float]]:
+    """Ids and mean similarities of the `count` samples most similar to all queries, best first."""
+    from gradsafe._jobs.model import load_model
+
+    known = tracing.TraceIndex.load(index, *load_model(options))
+    hits = known.query(queries, k=len(known), batch_tokens=batch_tokens, progress=False)
+    means: dict[str | int, float] = {}
+    for ids, scores in zip(hits.ids, hits.scores.tolist(), strict=True):
+        for name, score in zip(ids, scores, strict=True):
+            means[name] = means.get(name, 0.0) + score / len(hits)
+    return sorted(means.items(), key=lambda each: -each[1])[:count]
+
+
 @dataclass(frozen=True)
 class Repair:
     """Drop the damaged shards of an index.
