@@ -168,6 +168,19 @@ def test_refusals(options: tuple[str, ...], message: str, run) -> None:
     assert message in err
 
 
+def test_screening_leaves_out_planted_rows(run, folder: Path) -> None:
+    training = json.dumps({**audit.settings(ROWS)["training"], "max_steps": 2})
+    run("--skip", "[]", "--output", "screened", "--training", training)
+    found = report(folder / "screened")["stages"]["screen"]
+    rows = (folder / "train.jsonl").read_bytes().splitlines()
+    kept = Path(found["kept"]).read_bytes().splitlines()
+    assert (found["rows"], len(kept)) == (ROWS, ROWS - found["flagged"])
+    left_out = [json.loads(row) for row in rows if row not in set(kept)]
+    planted = sum("Kind" not in row["response"] for row in left_out)
+    assert planted >= 0.8 * ROWS // 4
+    assert len(left_out) - planted <= 0.15 * ROWS
+
+
 def test_other_settings_for_the_same_folder_are_refused(done: dict, run, folder: Path) -> None:
     status, _, err = run("--output", "whole", "--answer_tokens", "9")
     assert (status, "answer_tokens differs from" in err) == (2, True)
