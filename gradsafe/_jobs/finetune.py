@@ -16,6 +16,7 @@ from gradsafe._jobs.detector import check_agreement
 from gradsafe._jobs.options import FLAT, ModelOptions, plain, save_config, transient, with_line_ends
 from gradsafe._jobs.training import SET_ELSEWHERE, TRAINING, checked_training
 from gradsafe.finetuning.config import SafeGradConfig
+from gradsafe.models.encoding import Encoding
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ class Finetune:
         training = self._training_arguments(processes)
         check_agreement(processes, [facts, rows], training.device)
         model, tokenizer = load_model(self.model, processes, trainable=True)
-        safegrad = SafeGradConfig(**with_line_ends(vars(self.safegrad)))
+        safegrad = _typed(self.safegrad)
         if isinstance(safegrad.reference, str) and safegrad.reference not in (
             "adapter_off",
             "cached",
@@ -267,6 +268,15 @@ class Finetune:
                 return get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"lora.targets: {' '.join(str(error).split())}") from error
+
+
+def encoding_of(safegrad: SafeGradConfig) -> Encoding:
+    """How a fine-tuning with these options encodes rows."""
+    return _typed(safegrad).encoding
+
+
+def _typed(safegrad: SafeGradConfig) -> SafeGradConfig:
+    return SafeGradConfig(**with_line_ends(vars(safegrad)))
 
 
 def _result(trainer: Any, output: str) -> FinetuneResult:

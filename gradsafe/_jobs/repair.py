@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -14,11 +15,10 @@ from gradsafe._io.processes import Processes
 from gradsafe._io.records import Row, read_jsonl
 from gradsafe._jobs.behavior import Behavior, measure
 from gradsafe._jobs.data import read_pairs, read_prompts
-from gradsafe._jobs.finetune import Finetune, FinetuneResult, LoraOptions
-from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, transient, with_line_ends
+from gradsafe._jobs.finetune import Finetune, FinetuneResult, LoraOptions, encoding_of
+from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, transient
 from gradsafe.finetuning.config import SafeGradConfig, UnlearningConfig
-from gradsafe.models.encoding import Encoding
-from gradsafe.models.rows import pair
+from gradsafe.screening.overlap import row_digest
 
 LISTED = 5  # ids in an error message
 REPORT = "repair.json"  # in the output folder
@@ -123,7 +123,7 @@ class Repair:
 
         measured = partial(
             measure,
-            encoding=self._encoding(),
+            encoding=encoding_of(self.safegrad),
             forgotten=forget,
             retained=retained,
             probes=probes,
@@ -202,12 +202,6 @@ class Repair:
             progress=self.progress,
         )
 
-    def _encoding(self) -> Encoding:
-        """How the training encodes rows."""
-        given = with_line_ends(vars(self.safegrad))
-        names = ("template", "system", "append_eos", "split_special_tokens")
-        return Encoding(**{name: given[name] for name in names})
-
     def _dropped(self, rows: Sequence[Row]) -> list[int]:
         """Numbers of the rows to drop, in their order."""
         known: dict[str, int] = {}
@@ -230,7 +224,7 @@ class Repair:
         return sorted(known[name] for name in wanted)
 
     def _wanted(self) -> list[Any]:
-        if not Path(self.drop).is_file():
+        if not os.path.isfile(self.drop):  # Path.is_file raises for a long list of ids
             if self.drop.endswith(".jsonl"):
                 raise FileNotFoundError(f"--drop: no such file: {self.drop}")
             return [name for part in self.drop.split(",") if (name := part.strip())]
@@ -263,9 +257,9 @@ def _id(row: Row, index: int) -> str | int:
 
 
 def _refuse_overlap(forget: Sequence[Row], retained: Sequence[Row]) -> None:
-    places = {json.dumps(pair(row, row.where)): row.where for row in retained}
+    places = {row_digest(row, row.where): row.where for row in retained}
     for row in forget:
-        if (other := places.get(json.dumps(pair(row, row.where)))) is not None:
+        if (other := places.get(row_digest(row, row.where))) is not None:
             raise ValueError(
                 f"{row.where} is to be dropped, and {other} is the same row to retain: leave it "
                 "out of one of them"

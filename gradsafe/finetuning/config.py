@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from gradsafe._checks import check_fields, refuse
+from gradsafe.models.encoding import Encoding
 
 Loss = Literal["kl", "sft"]
 KLTokens = Literal["response", "non_pad", "all"]
@@ -76,6 +77,12 @@ class SafeGradConfig:
     def has_model(self) -> bool:
         """Whether `reference` is a model, not a word or the place of a model."""
         return callable(getattr(self.reference, "parameters", None))
+
+    @property
+    def encoding(self) -> Encoding:
+        """The options that decide the token ids of a row, whatever its length."""
+        names = ("template", "system", "append_eos", "split_special_tokens")
+        return Encoding(**{name: getattr(self, name) for name in names})
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; a reference that is a model becomes "model"."""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gradsafe._checks import fits, refuse
 from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.models import Encoding, context_length, encode, pad_token_id
+from gradsafe.models import context_length, encode, pad_token_id
 from gradsafe.models.encode import located
 from gradsafe.models.inspection import input_vocabulary
 from gradsafe.models.rows import pair
@@ -277,14 +277,8 @@ def _encode(
     prompt, response = pair(row, where)
     if tokenizer is None:
         raise ValueError(f"{where} is text; pass processing_class=tokenizer")
-    encoding = Encoding(
-        options.template,
-        options.system,
-        options.append_eos,
-        split_special_tokens=options.split_special_tokens,
-    )
     with located(where):
-        encoded = encode(tokenizer, prompt, response, encoding)
+        encoded = encode(tokenizer, prompt, response, options.encoding)
     labels = [IGNORED] * encoded.prompt_length + encoded.input_ids[encoded.prompt_length :]
     return {"input_ids": encoded.input_ids, "labels": labels}
 

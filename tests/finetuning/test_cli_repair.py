@@ -13,6 +13,9 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from gradsafe._cli import main
+from gradsafe._jobs.finetune import encoding_of
+from gradsafe.finetuning import SafeGradConfig
+from gradsafe.models import Encoding
 
 Repair = Callable[..., tuple[int, str, str]]
 SETTINGS: dict[str, Any] = {
@@ -160,6 +163,7 @@ class TestRefused:
             ({"rows": None}, "--rows is missing"),
             ({"drop": "r1,r9,77"}, "--drop: rows.jsonl has no row with the id 'r9', '77'"),
             ({"drop": "r0,r1,r2,r3,r4,r5"}, "all 6 rows of rows.jsonl would be dropped"),
+            ({"drop": ",".join(map(str, range(3000)))}, "'4' and 2995 more"),
             ({"drop": " , "}, "no ids"),
             ({"drop": "gone.jsonl"}, "--drop: no such file: gone.jsonl"),
             ({"drop": "refusals.jsonl"}, "refusals.jsonl:1: expected a row with 'id', or hits as"),
@@ -197,3 +201,9 @@ class TestRefused:
             status, _, err = repair("--resume", **given)
             assert status == 2
             assert "cannot resume" in err
+
+
+def test_models_are_asked_with_the_template_of_the_training() -> None:
+    typed = SafeGradConfig(template="Q: {prompt}\\nA:", append_eos=False)
+    expected = Encoding(template="Q: {prompt}\nA:", append_eos=False)
+    assert encoding_of(typed) == expected
