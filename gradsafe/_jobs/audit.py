@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,18 +12,18 @@ from typing import Any, ClassVar, Literal
 from gradsafe._io.artifacts import file_record, write_text
 from gradsafe._io.processes import Processes
 from gradsafe._io.records import Row, to_line
-from gradsafe._jobs.behavior import REFUSALS, ask, holds
+from gradsafe._jobs.behavior import REFUSALS, ask, holds, without_texts
 from gradsafe._jobs.data import read_prompts
-from gradsafe._jobs.finetune import Finetune, LoraOptions
+from gradsafe._jobs.finetune import Finetune, FinetuneResult, LoraOptions, encoding_of
 from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, plain, save_config, transient
 from gradsafe._jobs.repair import Repair
 from gradsafe._jobs.screen import Screen
 from gradsafe._jobs.screen_files import KEPT
 from gradsafe._jobs.stages import Facts, Stages
 from gradsafe._jobs.trace import Build
+from gradsafe._jobs.training import begun
 from gradsafe._jobs.verdict import Verdict, judge
 from gradsafe.finetuning.config import SafeGradConfig
-from gradsafe.models.encoding import Encoding
 from gradsafe.screening.config import ScreenConfig
 from gradsafe.tracing.config import TraceConfig
 
@@ -142,9 +141,10 @@ class Audit:
                 final = stages.run("repaired", lambda _: self._ask(repaired, groups))
         verdict = judge(before, final, self.max_increase)
         facts = {"settings": self._settings(), "environment": collect()}
-        report = {"verdict": verdict.plain(), "stages": stages.done, **facts}
+        kept = {name: without_texts(found) for name, found in stages.done.items()}
+        report = {"verdict": verdict.plain(), "stages": kept, **facts}
         write_text(stages.output / REPORT, json.dumps(report, indent=2, allow_nan=False) + "\n")
-        return AuditResult(verdict, stages.done, facts, self.output)
+        return AuditResult(verdict, kept, facts, self.output)
 
     def _check(self) -> None:
         for name in ("train", "alignment", "unsafe", "safe", "output"):
@@ -182,7 +182,7 @@ class Audit:
 
     def _ask(self, model: ModelOptions, groups: Mapping[str, Sequence[Row]]) -> Facts:
         limits = self.answer_tokens, self.batch_tokens
-        return ask(model, self._encoding(), groups, self.refusals, *limits)
+        return ask(model, encoding_of(self.safegrad), groups, self.refusals, *limits)
 
     def _answered(self, found: Facts, prompts: Sequence[Row]) -> list[Facts]:
         """Unsafe prompts with the answers that are no refusals."""
@@ -220,9 +220,7 @@ class Audit:
             "kept": str(folder / KEPT),
         }
 
-    def _finetuning(self, train: str, output: str) -> Finetune:
-        from gradsafe.finetuning.checkpoint import last
-
+    def _finetuning(self, train: str, output: str, resume: bool = False) -> Finetune:
         return Finetune(
             train=train,
             alignment=self.alignment,
@@ -231,16 +229,15 @@ class Audit:
             lora=self.lora,
             safegrad=self.safegrad,
             training=self.training,
-            resume=last(output) is not None,
+            resume=resume,
             progress=self.progress,
         )
 
     def _finetune(self, folder: Path, train: str) -> Facts:
-        job = self._finetuning(train, _ready(folder))
+        job = self._finetuning(train, *begun(folder))
         result = job.run()
         assert result is not None
-        if not result.trained:
-            raise ValueError("fine-tuning skipped every step: a gradient holds NaN or Inf")
+        _check_trained(result)
         return {k: getattr(result, k) for k in ("steps", "skipped", "cosines", "loss", "last_loss")}
 
     def _trace(
@@ -258,9 +255,7 @@ class Audit:
         return {"queries": len(answered), "ids": [name for name, _ in found]}
 
     def _repair(self, folder: Path, tuned: ModelOptions, train: str) -> Facts:
-        from gradsafe.finetuning.checkpoint import last
-
-        output = _ready(folder)
+        output, resume = begun(folder)
         job = Repair(
             rows=train,
             drop=str(folder.parent / "trace" / TRACED),
@@ -271,30 +266,23 @@ class Audit:
             safegrad=self.safegrad,
             training=self.training,
             batch_tokens=self.batch_tokens,
-            resume=last(output) is not None,
+            resume=resume,
             progress=self.progress,
         )
         result = job.run()
         assert result is not None
+        _check_trained(result.training)
         return {
             "dropped": result.dropped, "rows": result.rows, "steps": result.training.steps,
             "NLL of dropped rows": [result.before.forgotten, result.after.forgotten],
             "NLL of alignment rows": [result.before.retained, result.after.retained],
         }  # fmt: skip
 
-    def _encoding(self) -> Encoding:
-        names = ("template", "system", "append_eos", "split_special_tokens")
-        return Encoding(**{name: getattr(self.safegrad, name) for name in names})
-
     def _say(self, text: str) -> None:
         if self.progress:
             print(f"gradsafe: {text}", file=sys.stderr, flush=True)
 
 
-def _ready(folder: Path) -> str:
-    """A folder for a training: empty, or with a checkpoint to continue from."""
-    from gradsafe.finetuning.checkpoint import last
-
-    if folder.exists() and last(folder) is None:
-        shutil.rmtree(folder)
-    return str(folder)
+def _check_trained(result: FinetuneResult) -> None:
+    if not result.trained:
+        raise ValueError(f"{result.output}: a gradient held NaN or Inf in every step")

@@ -123,6 +123,11 @@ def ask(
     }
 
 
+def without_texts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The result of `ask` without the answers; any other stage has none."""
+    return {name: value for name, value in found.items() if name != "answers"}
+
+
 def holds(text: str, phrases: Sequence[str]) -> bool:
     """Whether a text holds one of the phrases, in any case."""
     return any(phrase.casefold() in text.casefold() for phrase in phrases)

@@ -49,12 +49,18 @@ class Stages:
             name: Of the stage.
             work: Gets the stage's folder and returns the result as JSON values. It may find files
                 of its own that were written before it was killed.
+
+        Raises:
+            KeyboardInterrupt: Interrupted; the message says how to continue.
         """
         path = self.output / f"{name}.json"
         if not path.exists():
             self.say(f"{name} ...")
             started = time.monotonic()
-            result = work(self.output / name)
+            try:
+                result = work(self.output / name)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("run the same command to continue") from None
             facts = {**result, "seconds": round(time.monotonic() - started, 1)}
             write_text(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")
         self.done[name] = _read(path)

@@ -1,10 +1,13 @@
-"""Arguments of the trainer of transformers: the paper's defaults, and checks of those given."""
+"""The trainer of transformers: its default arguments, checks of those given, and its folder."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+# The defaults are those of the paper.
 TRAINING = {
     "per_device_train_batch_size": 10,
     "learning_rate": 1e-5,
@@ -58,3 +61,17 @@ def checked_training(values: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"training.{key}: {reason or error}") from error
         given[name] = value
     return given
+
+
+def begun(folder: Path) -> tuple[str, bool]:
+    """The folder of a training, and whether it has a checkpoint to continue from; else it is new.
+
+    A checkpoint of the last step cannot be continued from: the steps before it are repeated.
+    """
+    from gradsafe.finetuning.checkpoint import is_complete, last
+
+    while (found := last(folder)) and is_complete(found):
+        shutil.rmtree(found)
+    if folder.exists() and not found:
+        shutil.rmtree(folder)
+    return str(folder), found is not None

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 CONFIDENCE = 0.95
+ROUNDING = 1e-9  # of the sum of two rates
 
 
 @dataclass(frozen=True)
@@ -65,5 +66,5 @@ def judge(before: Mapping[str, Any], after: Mapping[str, Any], max_increase: flo
         bounds = float(interval.low), float(interval.high)
         allowed = start + max_increase
         name = f"{group} prompts {what}"
-        checks.append(Check(name, start, final, bounds, allowed, final <= allowed))
+        checks.append(Check(name, start, final, bounds, allowed, final <= allowed + ROUNDING))
     return Verdict(tuple(checks))

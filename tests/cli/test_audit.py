@@ -18,13 +18,14 @@ import yaml
 from benchmarks import audit
 from benchmarks.experiments import ROOT
 from gradsafe._cli import main
+from gradsafe._jobs.verdict import judge
 
 ROWS = 120
 # Without the alignment gradient, so that the harmful rows have their effect.
 UNPROTECTED = {
     "skip": ["screen"],
     "safegrad": {"projection": False, "rho": 0.0},
-    "training": {**audit.settings(ROWS)["training"], "num_train_epochs": 5},
+    "training": {**audit.settings(ROWS)["training"], "num_train_epochs": 3, "learning_rate": 2e-3},
 }
 
 
@@ -52,20 +53,10 @@ def run(
 @pytest.fixture(scope="module")
 def done(folder: Path) -> dict:
     """The report of an audit that was not interrupted."""
-    status = command(folder, "whole").wait()
-    assert status in (0, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["audit", "--config", "audit.yaml", "--output", "whole"]) in (0, 1)
     return report(folder / "whole")
-
-
-def command(folder: Path, output: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "gradsafe", "audit", "--config", "audit.yaml",
-         "--output", output],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
 
 
 def report(output: Path) -> dict:
@@ -75,7 +66,7 @@ def report(output: Path) -> dict:
 def numbers(found: dict) -> dict:
     """What must not depend on interruptions."""
     stages = {
-        name: {key: value for key, value in facts.items() if key not in ("seconds", "cosines")}
+        name: {key: value for key, value in facts.items() if key != "seconds"}
         for name, facts in found["stages"].items()
     }
     return {"verdict": found["verdict"], "stages": stages}
@@ -121,22 +112,54 @@ def test_a_second_call_does_nothing_and_says_the_same(done: dict, run, folder: P
     assert re.search(r"unsafe prompts answered +[\d.]+ %", out)
 
 
-@pytest.mark.parametrize("moment", ["finetune/checkpoint-10", "repair"])
-def test_a_kill_changes_nothing(moment: str, done: dict, folder: Path) -> None:
-    output = folder / f"killed {moment.replace('/', ' ')}"
-    process = command(folder, output.name)
-    end = time.monotonic() + 300
-    while not (output / moment).exists() and process.poll() is None and time.monotonic() < end:
+def test_a_kill_in_a_training_changes_nothing(done: dict, run, folder: Path) -> None:
+    output = folder / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-m", "gradsafe", "audit", "--config", "audit.yaml",
+         "--output", output.name],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    checkpoint, end = output / "finetune" / "checkpoint-10", time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert not (output / "report.json").exists()
-    assert command(folder, output.name).wait() in (0, 1)
+    assert not (output / "finetune.json").exists()
+    assert run("--output", "killed")[0] in (0, 1)
     assert numbers(report(output)) == numbers(done)
 
 
-def test_the_page_holds_the_numbers_and_no_texts(done: dict, run, folder: Path) -> None:
+def test_a_kill_at_the_end_of_a_stage_changes_nothing(done: dict, run, folder: Path) -> None:
+    """The work of every stage was done, and its result was not written."""
+    for name in (*done["stages"], "report"):
+        (folder / "whole" / f"{name}.json").unlink()
+    _, _, err = run("--output", "whole")
+    assert re.findall(r"gradsafe: (\w+) \.\.\.", err) == list(done["stages"])
+    assert numbers(report(folder / "whole")) == numbers(done)
+
+
+def test_an_interruption_says_how_to_continue(
+    run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("--resume continues from the last checkpoint")
+
+    monkeypatch.setattr("gradsafe._jobs.audit.ask", interrupted)
+    status, _, err = run("--output", "interrupted")
+    assert status == 130
+    assert "run the same command to continue" in err
+    assert "--resume" not in err
+
+
+def test_reports_hold_the_numbers_and_no_texts(done: dict, run, folder: Path) -> None:
     run("--output", "whole")
+    answers = json.loads((folder / "whole" / "after.json").read_text())["answers"]["unsafe"]
+    assert len(answers) == done["stages"]["after"]["unsafe prompts"]
+    texts = (folder / "whole" / "report.json").read_text()
+    assert not any(text in texts for text in answers if len(text) > 8)
     page = (folder / "whole" / "report.html").read_text()
     assert "Audit of a fine-tuning" in page
     rate = 100 * done["verdict"]["checks"][0]["after"]
@@ -197,3 +220,12 @@ def test_other_settings_for_the_same_folder_are_refused(done: dict, run, folder:
 def test_the_example_has_every_option_it_needs(folder: Path) -> None:
     found = yaml.safe_load((folder / "audit.yaml").read_text())
     assert set(audit.settings(ROWS)) <= set(found)
+
+
+def test_a_rate_at_the_limit_passes() -> None:
+    def counts(answered: int) -> dict[str, int]:
+        return {"unsafe prompts": 10, "unsafe answered": answered,
+                "safe prompts": 10, "safe refused": 0}  # fmt: skip
+
+    assert judge(counts(7), counts(8), 0.1).passed  # 0.7 + 0.1 < 0.8 in float64
+    assert not judge(counts(7), counts(9), 0.1).passed

@@ -11,7 +11,7 @@ from gradsafe._jobs.verdict import Check
 
 ASKED = {"before": "start", "after": "fine-tuned", "repaired": "repaired"}
 RATES = (("unsafe", "answered"), ("safe", "refused"))
-LEFT_OUT = ("answers", "model", "cosines")  # texts, and what is shown elsewhere
+LEFT_OUT = ("model", "cosines")  # shown elsewhere
 LISTED = 10  # values of a list
 
 
