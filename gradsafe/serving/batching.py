@@ -102,10 +102,15 @@ class Batcher:
             with self._changed:
                 self._queue.extend(item for item in found if isinstance(item, _Waiting))
                 self._changed.notify()
-            return [
-                await asyncio.wrap_future(item.future) if isinstance(item, _Waiting) else item
-                for item in found
-            ]
+            try:
+                return [
+                    await asyncio.wrap_future(item.future) if isinstance(item, _Waiting) else item
+                    for item in found
+                ]
+            finally:  # a request that was given up leaves none of its prompts in the queue
+                for item in found:
+                    if isinstance(item, _Waiting):
+                        item.future.cancel()
 
     def close(self) -> None:
         """Scores what is waiting, then ends the threads."""

@@ -169,8 +169,8 @@ def test_more_than_the_queue_holds_is_refused_and_nothing_stays_taken(watched: W
 def test_a_request_that_is_given_up_frees_its_place(watched: Watched) -> None:
     async def run(batcher: Batcher) -> None:
         watched.go.clear()
-        tasks = [asyncio.create_task(batcher.score(["hello"])) for _ in range(3)]
-        while batcher.accepted < 3 or not watched.sizes:
+        tasks = [asyncio.create_task(batcher.score(["hello"] * 2)) for _ in range(3)]
+        while batcher.waiting < 4 or not watched.sizes:  # two are in a batch
             await asyncio.sleep(0.01)
         for task in tasks:
             task.cancel()
@@ -179,8 +179,10 @@ def test_a_request_that_is_given_up_frees_its_place(watched: Watched) -> None:
         watched.go.set()
         assert len(await batcher.score(["hello"])) == 1
 
-    with batching(watched, max_wait=0.0) as batcher:
+    # One request fills a batch.
+    with batching(watched, max_wait=0.0, batch_tokens=2 * watched.tokens("hello")) as batcher:
         asyncio.run(run(batcher))
+    assert watched.sizes == [2, 1]
 
 
 def test_close_answers_what_is_waiting(watched: Watched, prompts: list[str]) -> None:
