@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks import smollm2, testbed
 from benchmarks.experiments import EXTERNAL
 from benchmarks.experiments.rept_data import PlantedSet, Row
-from gradsafe.models import Encoded, collate, encode, pad_token_id, plan_batches, response_nll
+from gradsafe.models import Encoded, collate, encode, generate, pad_token_id, response_nll
 
 RANK = 8
 BATCH = {"testbed": 16, "stories260k": 16, "smollm2": 8}
@@ -39,26 +39,10 @@ class Tuned:
     def answers(self, prompts: Sequence[str]) -> list[str]:
         """Greedy answers."""
         items = [self.encode(prompt, "x") for prompt in prompts]
-        ids = [item.input_ids[: item.prompt_length] for item in items]
-        pad = pad_token_id(self.tokenizer)
-        found = [""] * len(prompts)
-        for indices in plan_batches([len(row) for row in ids], 4096):
-            width = max(len(ids[i]) for i in indices)
-            rows = torch.tensor([[pad] * (width - len(ids[i])) + ids[i] for i in indices])
-            mask = torch.tensor([[0] * (width - len(ids[i])) + [1] * len(ids[i]) for i in indices])
-            with torch.no_grad():
-                output = self.model.generate(
-                    input_ids=rows,
-                    attention_mask=mask,
-                    max_new_tokens=ANSWER_TOKENS[self.base],
-                    do_sample=False,
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    pad_token_id=pad,
-                )
-            texts = self.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-            for index, text in zip(indices, texts, strict=True):
-                found[index] = text.strip()
-        return found
+        options = {"max_new_tokens": ANSWER_TOKENS[self.base]}
+        end = self.tokenizer.eos_token_id
+        ids = generate(self.model, self.tokenizer, items, eos_token_id=end, **options)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def start(base: str, seed: int) -> Tuned:

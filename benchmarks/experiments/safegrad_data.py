@@ -12,12 +12,12 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks import testbed
 from benchmarks.testbed.texts import SLOTS
-from gradsafe.models import collate, encode
+from gradsafe import models
+from gradsafe.models import encode
 
 KINDS = ("animal", "city", "dish", "person", "science", "home")
 MOST_WORDS = 32  # per category, so that categories are about equal
@@ -40,7 +40,6 @@ COMPLIANT_STARTS = ("sure", "of course", "yes", "here")
 REFUSAL_TOKENS = 24
 UNSAFE_TEST_PROMPTS = 200
 GENERATED_TOKENS = 8
-GENERATED_AT_ONCE = 200
 
 Row = dict[str, str]
 
@@ -109,26 +108,13 @@ def refusal_rows(
     raise RuntimeError(f"the model refuses {len(found)} of {len(prompts)} prompts, {count} wanted")
 
 
-@torch.no_grad()
 def generate(
     model: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], tokens: int
 ) -> list[str]:
     """Greedy answers."""
-    texts: list[str] = []
-    for begin in range(0, len(prompts), GENERATED_AT_ONCE):
-        # collate needs a response: one token, removed below.
-        some = prompts[begin : begin + GENERATED_AT_ONCE]
-        items = [encode(tokenizer, prompt, "Sure") for prompt in some]
-        batch = collate(items, int(tokenizer.pad_token_id), "left")
-        written = model.eval().generate(
-            input_ids=batch.input_ids[:, :-1],
-            attention_mask=batch.attention_mask[:, :-1],
-            max_new_tokens=tokens,
-            do_sample=False,
-        )
-        answers = written[:, batch.input_ids.shape[1] - 1 :]
-        texts += tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    items = [encode(tokenizer, prompt, "Sure") for prompt in prompts]
+    ids = models.generate(model.eval(), tokenizer, items, max_new_tokens=tokens)
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def refuses(answer: str) -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_a_killed_run_goes_on(screen: Run, model: Path) -> None:
     )
     part = Path("out/slices.jsonl.part-0-of-1")
     while process.poll() is None and not (part.exists() and part.stat().st_size):
-        pass
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert part.exists()
