@@ -196,13 +196,14 @@ def refuses(server: Server) -> bool:
     return False
 
 
-class TestLimits:
-    @pytest.fixture(scope="class")
-    def limited(self, model_folder: Path, detector_folder: Path) -> Iterator[Server]:
-        limits = ["--timeout", "1", "--max-prompts", "4", "--max-queue", "4"]
-        with serving(model_folder, detector_folder, *limits, "--max-wait-ms", "500") as server:
-            yield server
+@pytest.fixture(scope="module")
+def limited(model_folder: Path, detector_folder: Path) -> Iterator[Server]:
+    limits = ["--timeout", "1", "--max-prompts", "4", "--max-queue", "4"]
+    with serving(model_folder, detector_folder, *limits, "--max-wait-ms", "500") as server:
+        yield server
 
+
+class TestLimits:
     def test_slow_clients_are_cut_off_and_do_not_hold_up_others(self, limited: Server) -> None:
         silent, slow_head, slow_body = (connect(limited) for _ in range(3))
         slow_head.sendall(b"POST /v1/moderations HTTP/1.1\r\nHost")
