@@ -13,7 +13,7 @@ from gradsafe._io.artifacts import file_record, write_text
 from gradsafe._io.processes import Processes
 from gradsafe._io.records import Row, to_line
 from gradsafe._jobs.behavior import REFUSALS, ask, holds, without_texts
-from gradsafe._jobs.data import read_prompts
+from gradsafe._jobs.data import prompts_of, read_prompts
 from gradsafe._jobs.finetune import Finetune, FinetuneResult, LoraOptions, encoding_of
 from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, plain, save_config, transient
 from gradsafe._jobs.repair import Repair
@@ -186,9 +186,9 @@ class Audit:
 
     def _answered(self, found: Facts, prompts: Sequence[Row]) -> list[Facts]:
         """Unsafe prompts with the answers that are no refusals."""
-        pairs = zip(prompts, found["answers"]["unsafe"], strict=True)
+        pairs = zip(prompts_of(prompts), found["answers"]["unsafe"], strict=True)
         return [
-            {"prompt": prompt.get("prompt") or prompt["messages"], "response": text}
+            {"prompt": prompt, "response": text}
             for prompt, text in pairs
             if text.strip() and not holds(text, self.refusals)
         ][: self.queries]

@@ -102,6 +102,7 @@ class Screen:
         from gradsafe._jobs.model import load_model
 
         model, tokenizer = load_model(self.model, processes)
+        groups |= self._sample(sources[0])
         run = self._settings_hash(groups, model, tokenizer)
         slices = [(source, number) for source in sources for number in range(len(source))]
         keys = [
@@ -116,7 +117,7 @@ class Screen:
         try:
             left = [index for index in range(len(slices)) if index not in records.found]
             pending = processes.share("pending", left)
-            screener = self._fit(groups, sources[0], model, tokenizer, processes)
+            screener = self._fit(groups, model, tokenizer, processes)
             records.begin()
             processes.wait("all are ready to score")
             self._score(screener, slices, records, pending, processes)
@@ -189,6 +190,13 @@ class Screen:
         paths = [path for path in (self.rows, self.calibrate) if path is not None]
         return [Slices(path, SLICE, check) for path in paths]
 
+    def _sample(self, data: Slices) -> dict[str, list[Row]]:
+        """Some of the rows, from four places of the file, where the scores depend on them."""
+        if self.config.scale != "adam":
+            return {}
+        some = range(0, len(data), -(-len(data) // 4))
+        return {"sample": [row for n in some for row in data.read(n)[: SAMPLE // 4]]}
+
     def _settings_hash(self, groups: Mapping[str, list[Row]], model: Any, tokenizer: Any) -> str:
         """Hash of everything that scores depend on, so that no output mixes two settings."""
         from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
@@ -201,7 +209,6 @@ class Screen:
     def _fit(
         self,
         groups: Mapping[str, list[Row]],
-        data: Slices,
         model: Any,
         tokenizer: Any,
         processes: Processes,
@@ -209,15 +216,10 @@ class Screen:
         """Every process makes the same screener; the first one says what it scores."""
         from gradsafe.screening import Screener
 
-        sample = None
-        if self.config.scale == "adam":
-            some = range(0, len(data), -(-len(data) // 4))
-            sample = [row for number in some for row in data.read(number)[: SAMPLE // 4]]
         screener = Screener.fit(
             model,
             tokenizer,
             **groups,  # type: ignore[arg-type]
-            sample=sample,
             batch_tokens=self.batch_tokens,
             progress=False,
             **as_options(self.config),

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gradsafe._io.artifacts import write_text
+from gradsafe._io.artifacts import is_partial, write_text
 
 Facts = dict[str, Any]
 SETTINGS = "settings.json"
@@ -34,7 +34,7 @@ class Stages:
         self.done: dict[str, Facts] = {}
         path = output / SETTINGS
         if not path.exists():
-            if output.exists() and any(output.iterdir()):
+            if output.exists() and not all(is_partial(path.name) for path in output.iterdir()):
                 raise FileExistsError(f"{output} is not empty: choose another output")
             output.mkdir(exist_ok=True)
             write_text(path, json.dumps(settings, indent=2) + "\n")

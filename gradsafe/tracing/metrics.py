@@ -20,8 +20,8 @@ def recall_at_k(hits: Hits, relevant: Relevant, k: int | None = None) -> float:
 
     Args:
         hits: Hits of q queries.
-        relevant: Ids of the rows that caused the behavior: one set for all queries, or one
-            collection per query.
+        relevant: Ids of the rows that caused the behavior, for all queries, or one collection of
+            ids per query.
         k: Number of hits; None for all that were found.
 
     Returns:
@@ -108,12 +108,12 @@ def leave_out_difference(
 def _per_query(where: str, hits: Hits, relevant: Relevant) -> list[set[Any]]:
     if isinstance(relevant, str):
         refuse(where, "relevant to be a set of ids", "text", kind=TypeError)
-    if isinstance(relevant, (set, frozenset)):
+    if all(isinstance(own, (str, int)) for own in relevant):
         found = [set(relevant)] * len(hits)
     else:
         found = [set(own) for own in relevant]  # type: ignore[arg-type]
     if len(found) != len(hits):
-        expected = f"relevant to be a set, or {len(hits)} collections, one per query"
+        expected = f"relevant to be ids, or {len(hits)} collections, one per query"
         refuse(where, expected, f"{len(found)} collections")
     for number, own in enumerate(found):
         if not own:

@@ -18,6 +18,8 @@ import yaml
 from benchmarks import audit
 from benchmarks.experiments import ROOT
 from gradsafe._cli import main
+from gradsafe._io.artifacts import PARTIAL
+from gradsafe._jobs.stages import Stages
 from gradsafe._jobs.verdict import judge
 
 ROWS = 120
@@ -229,3 +231,13 @@ def test_a_rate_at_the_limit_passes() -> None:
 
     assert judge(counts(7), counts(8), 0.1).passed  # 0.7 + 0.1 < 0.8 in float64
     assert not judge(counts(7), counts(9), 0.1).passed
+
+
+def test_a_kill_before_the_settings_are_written_leaves_a_folder_to_begin_in(tmp_path: Path) -> None:
+    (tmp_path / f".settings.json.0a{PARTIAL}").touch()
+    Stages(tmp_path, {"a": {"b": 1}}, print)
+    with pytest.raises(ValueError, match="a.b differs from"):
+        Stages(tmp_path, {"a": {"b": 2}}, print)
+    (tmp_path / "settings.json").rename(tmp_path / "other.json")
+    with pytest.raises(FileExistsError, match="is not empty"):
+        Stages(tmp_path, {"a": {"b": 1}}, print)

@@ -276,9 +276,17 @@ def test_a_file_that_changes_is_refused(screen: Run, monkeypatch: pytest.MonkeyP
     assert "rows.jsonl: the file changed" in err
 
 
-def test_scale_adam_takes_a_sample_of_the_rows(screen: Run) -> None:
+def test_scale_adam_takes_a_sample_of_the_rows(
+    screen: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gradsafe._jobs.screen.SLICE", 4)
     assert screen("--scale", "adam")[0] == 0
     first = [r["alignment"] for r in records("out/scores.jsonl")]
+    save("rows", [*ROWS, *ROWS])  # the first slices are the same, and the sample is not
+    status, _, err = screen("--scale", "adam", "--resume")
+    assert status == 2
+    assert "had other prompts or settings" in err
+    save("rows", ROWS)
     assert screen("--overwrite")[0] == 0
     assert first != [r["alignment"] for r in records("out/scores.jsonl")]
     assert torch.tensor(first).isfinite().all()

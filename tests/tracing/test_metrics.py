@@ -23,6 +23,7 @@ def test_recall_counts_the_first_hits() -> None:
     assert recall_at_k(hits, {"a", "d"}, k=2) == 0.5
     assert recall_at_k(hits, {"a", "d"}) == 1.0
     assert recall_at_k(hits, [["a"], ["z"]], k=1) == 0.5
+    assert recall_at_k(hits, ["a", "d"]) == 1.0  # two queries, and ids for both
 
 
 def test_auprc_of_a_complete_ranking_is_that_of_scikit_learn(model, tokenizer, tmp_path) -> None:
