@@ -236,7 +236,7 @@ def test_a_rate_at_the_limit_passes() -> None:
 def test_a_kill_before_the_settings_are_written_leaves_a_folder_to_begin_in(tmp_path: Path) -> None:
     (tmp_path / f".settings.json.0a{PARTIAL}").touch()
     Stages(tmp_path, {"a": {"b": 1}}, print)
-    with pytest.raises(ValueError, match="a.b differs from"):
+    with pytest.raises(ValueError, match=r"a\.b differs from"):
         Stages(tmp_path, {"a": {"b": 2}}, print)
     (tmp_path / "settings.json").rename(tmp_path / "other.json")
     with pytest.raises(FileExistsError, match="is not empty"):
