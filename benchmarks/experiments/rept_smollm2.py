@@ -164,8 +164,8 @@ def retrain(name: str, seed: int) -> None:
         found = {
             "set": name, "seed": seed, "left out": kind, "rows": len(places),
             "of them planted": sum(data.rows[place]["poisoned"] for place in places),
-            "behaviour": behaviour(tuned, data, data.probes)[1],
-            "query loss": float(loss.mean()),
+            "behaviour": round(behaviour(tuned, data, data.probes)[1], 3),
+            "query loss": round(float(loss.mean()), 3),
         }  # fmt: skip
         write_text(path, json.dumps(found))
         print(found, flush=True)
