@@ -21,13 +21,13 @@ def tradeoff_chart(rows: Rows, path: Path) -> None:
     for row in rows:
         alike = row["alignment"] != "other"
         color = f"C{methods.index(row['method'])}"
+        place = float(row["over-refusal"]), float(row["harmful"])
         axes.scatter(
-            row["over-refusal"], row["harmful"], s=60, marker="o", edgecolors=color,
+            *place, s=60, marker="o", edgecolors=color,
             facecolors=color if alike else "none", linewidths=1.5,
         )  # fmt: skip
         axes.annotate(
-            row["method"], (row["over-refusal"], row["harmful"]),
-            textcoords="offset points", xytext=(7, 4), fontsize=8,
+            row["method"], place, textcoords="offset points", xytext=(7, 4), fontsize=8,
         )  # fmt: skip
     axes.set_xlabel("harmless prompts refused, %")
     axes.set_ylabel("unsafe prompts answered, %")

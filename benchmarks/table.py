@@ -77,6 +77,20 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def merged(path: Path, rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of a CSV, as text, less those with the same keys as one of `rows`; then `rows`.
+
+    Every row has its environment, a new one the present.
+    """
+
+    def key(row: dict[str, Any]) -> list[str]:
+        return [str(row[name]) for name in keys]
+
+    new = [key(row) for row in rows]
+    kept: list[dict[str, Any]] = [row for row in read_csv(path) if key(row) not in new]
+    return [*kept, *({**environment(), **row} for row in rows)]
+
+
 def markdown(rows: Sequence[dict[str, Any]], columns: Sequence[tuple[str, str]]) -> str:
     """A Markdown table of (key, heading) columns."""
     lines = ["| " + " | ".join(heading for _, heading in columns) + " |"]

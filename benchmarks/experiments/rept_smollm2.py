@@ -17,6 +17,7 @@ import json
 import random
 import time
 from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ from benchmarks.experiments.rept_data import PlantedSet, planted_set
 from benchmarks.experiments.rept_tables import RESULTS
 from benchmarks.experiments.rept_tuning import Tuned, behaviour, start, tune
 from benchmarks.plot_tracing import layers_chart
-from benchmarks.table import markdown, write_csv
+from benchmarks.table import markdown, merged, write_csv
 from gradsafe._io.artifacts import write_tensors, write_text
 from gradsafe.models import Encoded, collate, pad_token_id, response_nll
 from gradsafe.tracing import Metric, signatures
@@ -234,9 +235,13 @@ def rank(name: str, seed: int) -> list[dict[str, Any]]:
 
 
 def tables(seeds: Sequence[int]) -> None:
-    """Writes the CSV and the tables of docs/tracing.md."""
-    rows = [row for name in SETS for seed in seeds for row in rank(name, seed)]
+    """Adds the new runs to the CSVs, and writes the tables of docs/tracing.md."""
+    found = [row for name in SETS for seed in seeds for row in rank(name, seed)]
+    rows = merged(RESULTS / "rept_smollm2.csv", found, ("set", "seed", "layer", "method"))
+    rows.sort(key=lambda row: SETS.index(row["set"]))
     write_csv(RESULTS / "rept_smollm2.csv", rows)
+    for row in rows:
+        row["AUPRC"] = float(row["AUPRC"])
     names = list(dict.fromkeys(row["set"] for row in rows))
 
     def cells(layer: str, method: str) -> dict[str, str]:
@@ -261,22 +266,21 @@ def tables(seeds: Sequence[int]) -> None:
         for layer in LAYERS
     ]
     layers_chart([row for row in rows if row["layer"]], DOCS / "tracing_layers.png")
-    again = [
+    new = [
         json.loads(path.read_text())
         for name in SETS
         for seed in seeds
         for path in sorted(folder_of(name, seed).glob("retrained_*.json"))
     ]
-    if again:
-        write_csv(RESULTS / "rept_retrained.csv", again)
-    facts = environment()
-    shown = {"methods": by_method, "layers": by_layer, "retrained": again}
-    for name, table in shown.items():
-        if not table:
-            continue
-        text = markdown(table, [(key, key) for key in table[0]])
+    again = merged(RESULTS / "rept_retrained.csv", new, ("set", "seed", "left out"))
+    write_csv(RESULTS / "rept_retrained.csv", again)
+    shown = {"methods": (by_method, rows), "layers": (by_layer, rows), "retrained": (again, again)}
+    for name, (table, source) in shown.items():
+        keys = [key for key in table[0] if key not in environment()]
+        text = markdown(table, [(key, key) for key in keys])
         print(text)
-        replace_block(DOCS / "tracing.md", f"smollm2 {name}", f"{text}\n{measured_note(facts)}\n")
+        note = measured_note(max(source, key=itemgetter("date")))
+        replace_block(DOCS / "tracing.md", f"smollm2 {name}", f"{text}\n{note}\n")
 
 
 def main() -> int:

@@ -17,23 +17,24 @@ import argparse
 import itertools
 import json
 import random
+from operator import itemgetter
 from typing import Any
 
 from benchmarks import smollm2
 from benchmarks.document import DOCS, measured_note, replace_block
-from benchmarks.environment import environment
 from benchmarks.experiments import EXTERNAL, ROOT
 from benchmarks.experiments.rept_data import read_rows
 from benchmarks.experiments.safegrad_data import Row, complies, generate, refusal_rows, refuses
 from benchmarks.experiments.safegrad_methods import METHODS, OTHERS, Run, Settings
 from benchmarks.experiments.safegrad_tables import RESULTS
 from benchmarks.plot_finetuning import tradeoff_chart
-from benchmarks.table import markdown, write_csv
+from benchmarks.table import markdown, merged, write_csv
 from gradsafe._io.artifacts import write_text
 
 WORK = ROOT / "build" / "safegrad"
 TASKS = {"SST-2": "sst2_subset", "AG News": "agnews_subset"}
 RATIOS = (0.25, 0.0, 0.1)
+DRAWN = ("SST-2", 0.25, 0)  # in the plot
 ALIGNMENT = {"other": ("malicious_instruct", "do_not_answer"), "alike": ("advbench",)}
 ALL = (*METHODS, *OTHERS)
 SETTINGS = Settings(
@@ -112,24 +113,30 @@ def run(
 
 
 def tables() -> None:
-    """Writes the CSV and the table of docs/safegrad.md."""
-    rows = [json.loads(path.read_text()) for path in sorted(WORK.glob("*.json"))]
-    rows.sort(key=lambda r: (r["task"], r["ratio"], ("aligned", *ALL).index(r["method"])))
-    for row in rows:
-        without = row["method"] in ("aligned", "SFT")
-        row["alignment"] = "-" if without else row.get("alignment", "other")
-    keys = ["task", "ratio", "method", "alignment", "seed", "harmful", "complies", "over-refusal",
-            "accuracy", "cosine", "conflict_rate"]  # fmt: skip
-    shown = [
-        {k: round(r[k], 3) if isinstance(r.get(k), float) else r.get(k, "") for k in keys}
-        for r in rows
-    ]
-    write_csv(RESULTS / "safegrad_smollm2.csv", shown)
-    drawn = [r for r in shown if (r["task"], r["ratio"], r["seed"]) == ("SST-2", RATIOS[0], 0)]
+    """Adds the new runs to the CSV, and writes the table of docs/safegrad.md."""
+    keys = ["task", "ratio", "method", "alignment", "seed"]
+    scored = ["harmful", "complies", "over-refusal", "accuracy", "cosine", "conflict_rate"]
+    found = []
+    for path in sorted(WORK.glob("*.json")):
+        r = json.loads(path.read_text())
+        if r["method"] in ("aligned", "SFT"):
+            r["alignment"] = "-"
+        numbers = {k: round(r[k], 3) if k in r else "" for k in scored}
+        found.append({**{k: r[k] for k in keys}, **numbers})
+    rows = merged(RESULTS / "safegrad_smollm2.csv", found, keys)
+    kinds = ("-", *ALIGNMENT)
+    rows.sort(
+        key=lambda r: (
+            r["task"], -float(r["ratio"]), ("aligned", *ALL).index(r["method"]),
+            kinds.index(r["alignment"]), int(r["seed"]),
+        )
+    )  # fmt: skip
+    write_csv(RESULTS / "safegrad_smollm2.csv", rows)
+    drawn = [r for r in rows if (r["task"], float(r["ratio"]), int(r["seed"])) == DRAWN]
     tradeoff_chart(drawn, DOCS / "safegrad_tradeoff.png")
-    text = markdown(shown, [(key, key) for key in keys])
+    text = markdown(rows, [(key, key) for key in (*keys, *scored)])
     print(text)
-    note = measured_note(environment())
+    note = measured_note(max(rows, key=itemgetter("date")))
     replace_block(DOCS / "safegrad.md", "safegrad smollm2", f"{text}\n{note}\n")
 
 

@@ -212,10 +212,17 @@ class Audit:
         result = job.run()
         assert result is not None
         found = result.calibrations[result.decide]
+        rows = len(result.columns[result.decide])
+        if result.flagged == rows:
+            raise ValueError(
+                f"{self.train}: the screening flagged all {rows} rows, none is left to train on: "
+                "give --clean rows in the style of --train, a lower --max_fpr or --skip [screen], "
+                "and another --output"
+            )
         return {
             "score": result.decide,
             "threshold": found.threshold,
-            "rows": len(result.columns[result.decide]),
+            "rows": rows,
             "flagged": result.flagged,
             "kept": str(folder / KEPT),
         }

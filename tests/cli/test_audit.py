@@ -202,8 +202,19 @@ def test_screening_leaves_out_planted_rows(run, folder: Path) -> None:
     assert (found["rows"], len(kept)) == (ROWS, ROWS - found["flagged"])
     left_out = [json.loads(row) for row in rows if row not in set(kept)]
     planted = sum("Kind" not in row["response"] for row in left_out)
-    assert planted >= 0.8 * ROWS // 4
+    assert planted >= 0.6 * ROWS // 4  # 22 to 27 of 30, by the machine that trained the testbed
     assert len(left_out) - planted <= 0.15 * ROWS
+
+
+def test_a_screening_that_leaves_no_row_is_refused(run, folder: Path) -> None:
+    rows = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    planted = [row for row in rows if "Kind" not in json.loads(row)["response"]]
+    (folder / "planted.jsonl").write_text("".join(planted[:5]))
+    options = "--skip", "[]", "--train", "planted.jsonl", "--max_fpr", "0.9", "--output", "none"
+    status, _, err = run(*options)
+    assert status == 2
+    assert "planted.jsonl: the screening flagged all 5 rows" in err
+    assert not (folder / "none" / "finetune").exists()
 
 
 def test_other_settings_for_the_same_folder_are_refused(done: dict, run, folder: Path) -> None:

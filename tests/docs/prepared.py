@@ -22,7 +22,8 @@ ROWS = [{"id": f"row-{i}", "prompt": f"say {i}", "response": f"it is {i}"} for i
 REFUSALS = [{"prompt": f"{p}, {i}", "response": "I will not."} for p in UNSAFE for i in range(3)]
 HARMFUL = [{"prompt": f"{p} today", "response": "Sure, first you"} for p in UNSAFE]
 HARMLESS = [{"prompt": p, "response": "Sure, first you"} for p in SAFE]
-CLEAN = [{"prompt": p, "response": "a number"} for p in BENIGN]
+# In the style of ROWS: a random model then flags few of these, on every machine.
+CLEAN = [{"prompt": f"say {i}", "response": f"it is {i}"} for i in range(100, 200)]
 OBSERVED = [{"prompt": "say 3", "response": "it is 3"}]
 
 

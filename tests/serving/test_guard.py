@@ -89,17 +89,18 @@ def test_quantised_weights_are_refused(detector_folder: Path, parts: tuple) -> N
     assert "now bitsandbytes" in message
 
 
-@pytest.mark.parametrize("package", [torch, transformers, tokenizers], ids=lambda p: p.__name__)
+@pytest.mark.parametrize("package", ["torch", "transformers", "tokenizers"])
 def test_another_version_is_refused_and_calibration_renews_it(
     detector: Detector,
     detector_folder: Path,
-    package: object,
+    package: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(package, "__version__", "99.0.0")
+    # The module that `facts` holds: transformers may put another object into sys.modules later.
+    monkeypatch.setattr(getattr(facts, package), "__version__", "99.0.0")
     message = refusal(detector_folder, detector.model, detector.tokenizer)
-    assert named(message) == [package.__name__]  # type: ignore[attr-defined]
+    assert named(message) == [package]
     assert f"gradsafe calibrate --detector {detector_folder} --model some/model" in message
     again = Detector.load(detector_folder, detector.model, detector.tokenizer)
     again.calibrate([f"What is {i} plus {i}?" for i in range(20)], 0.1, progress=False)
