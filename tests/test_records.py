@@ -183,6 +183,12 @@ def write(path: Path, rank: int, count: int, *indices: int) -> Path:
     return path.with_name(f"{path.name}.part-{rank}-of-{count}")
 
 
+def fail(path: Path | None, error: BaseException, **options: Any) -> None:
+    with records(path, **options) as writer:
+        writer.write(2, {"score": 0.25})
+        raise error
+
+
 def complete() -> bytes:
     return "".join(to_line({**key, "score": i / 8}) for i, key in enumerate(KEYS)).encode()
 
@@ -194,7 +200,24 @@ class TestRecords:
         (part,) = part_paths(file)
         assert json.loads(part.read_text()) == {**KEYS[2], "score": 0.25}
         assert KEYS[0]["prompt_sha256"].startswith("ca978112ca1bbdca")
-        assert writer.saved() == f"1 of 5 records are in {file}.part-*"
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    def test_an_interruption_says_what_is_saved(self, file: Path, overwrite: bool) -> None:
+        how = "--resume" + " in place of --overwrite" * overwrite
+        with pytest.raises(KeyboardInterrupt) as caught:
+            fail(file, KeyboardInterrupt(), unit="slices", overwrite=overwrite)
+        saved = f"1 of 5 slices are in {file}.part-*"
+        assert str(caught.value) == f"{saved}; run the same command with {how} to continue"
+
+    def test_an_error_stays_the_same_and_says_it_as_well(
+        self, file: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for path in (file, None):
+            with pytest.raises(OSError, match="disk") as caught:
+                fail(path, OSError("disk"))
+            assert str(caught.value) == "disk"
+            said = "gradsafe: 1 of 5 records are in" in capsys.readouterr().err
+            assert said == (path is not None)
 
     def test_lines_are_strict_json_in_ascii(self) -> None:
         assert to_line({"x": "\u2028é\x1b\ud800"}).isascii()
@@ -207,7 +230,6 @@ class TestRecords:
         writer.write(0, {"score": 1})
         assert json.loads(capsys.readouterr().out) == {**KEYS[0], "score": 1}
         assert [record["score"] for record in writer.finish()] == [1]
-        assert writer.saved() == ""
 
     def test_the_result_does_not_depend_on_the_processes(self, file: Path) -> None:
         write(file, 0, 2, 4, 1)

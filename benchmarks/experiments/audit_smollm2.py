@@ -82,10 +82,7 @@ def main() -> int:
         status = gradsafe(["audit", "--config", "audit.yaml"])
     print(printed.getvalue())
     if status in (0, 1) and Path("report/report.html").exists():
-        table = "\n".join(
-            line for line in printed.getvalue().splitlines() if not line.startswith("{'")
-        )
-        text = f"```text\n{table}\n```\n\n{measured_note(environment())}\n"
+        text = f"```text\n{printed.getvalue()}```\n\n{measured_note(environment())}\n"
         replace_block(DOCS / "audit.md", "audit smollm2", text)
     return status
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -107,12 +108,15 @@ class Records:
     can be resumed with any number of processes. Each record starts with its key: parts of other
     prompts or settings are refused.
 
+    As a context manager it closes its file, and says how to continue if the work was interrupted.
+
     Args:
         path: The file; None for standard output.
         keys: One per record of the complete output, see `record_key`.
         processes: The processes.
         resume: Keep the records that exist.
         overwrite: Replace an existing file.
+        unit: What a record is, for messages.
 
     Attributes:
         found: Index to record, of an earlier run; empty unless `resume`.
@@ -129,22 +133,37 @@ class Records:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        unit: str = "records",
     ) -> None:
         self.path = None if path is None else Path(path)
         self._keys = keys
         self._overwrite = overwrite
-        self._first = processes.first
+        self._processes = processes
+        self._unit = unit
         self._suffix = f".part-{processes.rank}-of-{processes.count}"
         self._file: IO[bytes] | None = None
         self._printed: list[Row] = []
         self.found = self._read() if resume and processes.first else {}
+
+    def __enter__(self) -> Records:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            hint = self._how_to_resume() if kind else ""
+            if kind is KeyboardInterrupt:
+                raise KeyboardInterrupt(hint) from None
+            if kind and issubclass(kind, Exception) and hint and self._processes.claim_last_word():
+                print(f"gradsafe: {hint}", file=sys.stderr)
+        finally:
+            self.close()
 
     def begin(self) -> None:
         """Removes old parts that are overwritten; called before any process writes.
 
         The old file itself stays until the new one is complete.
         """
-        if self.path is not None and self._first and self._overwrite:
+        if self.path is not None and self._processes.first and self._overwrite:
             for part in part_paths(self.path):
                 part.unlink()
 
@@ -159,13 +178,6 @@ class Records:
             self._file = self._open(self.path.with_name(self.path.name + self._suffix))
         self._file.write(to_line(record).encode())
         self._file.flush()
-
-    def saved(self) -> str:
-        """What a resumed run will find, for messages; empty if nothing."""
-        if self.path is None or not (parts := part_paths(self.path)):
-            return ""
-        count = sum(part.read_bytes().count(b"\n") for part in parts)
-        return f"{count} of {len(self._keys)} records are in {self.path}.part-*"
 
     def finish(self) -> list[Row]:
         """Merges the parts; the first process calls it when all have written.
@@ -198,6 +210,15 @@ class Records:
         if self._file is not None and not self._file.closed:
             os.fsync(self._file.fileno())
             self._file.close()
+
+    def _how_to_resume(self) -> str:
+        """For messages; empty if a resumed run would find nothing."""
+        if self.path is None or not (parts := part_paths(self.path)):
+            return ""
+        count = sum(part.read_bytes().count(b"\n") for part in parts)
+        saved = f"{count} of {len(self._keys)} {self._unit} are in {self.path}.part-*"
+        option = "--resume" + " in place of --overwrite" * self._overwrite
+        return f"{saved}; run the same command with {option} to continue"
 
     def _open(self, part: Path) -> IO[bytes]:
         """Opens a part for appending; a last line that is incomplete is removed."""

@@ -110,10 +110,9 @@ class Detect:
         if not self.output:
             keys = [{"index": index} for index in range(len(rows))]
         detectors.check_agreement(processes, keys, model.device)
-        records = Records(
+        with Records(
             self.output, keys, processes, resume=self.resume, overwrite=self.overwrite
-        )
-        try:
+        ) as records:
             pending = processes.share("pending", _unfinished(records.found, len(rows)))
             found = None
             if processes.first:
@@ -125,14 +124,6 @@ class Detect:
             if not processes.first:
                 return None
             done = records.finish()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(self._how_to_resume(records)) from None
-        except Exception:
-            if (hint := self._how_to_resume(records)) and processes.claim_last_word():
-                print(f"gradsafe: {hint}", file=sys.stderr)
-            raise
-        finally:
-            records.close()
         return DetectResult(detector.config.method, done, labels, detector.calibration is not None)
 
     def _check(self, processes: Processes) -> None:
@@ -177,12 +168,6 @@ class Detect:
         if self.save_detector:
             found.save(self.save_detector)
         return found
-
-    def _how_to_resume(self, records: Records) -> str:
-        if not (saved := records.saved()):
-            return ""
-        option = "--resume" + " in place of --overwrite" * self.overwrite
-        return f"{saved}; run the same command with {option} to continue"
 
     def _score(
         self,

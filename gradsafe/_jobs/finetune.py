@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -139,7 +140,8 @@ class Finetune:
         if processes.first:
             save_config(job or self, self.output)
         try:
-            trainer.train(resume_from_checkpoint=start or self.resume or None)
+            with redirect_stdout(sys.stderr):  # the logs; the result alone goes to stdout
+                trainer.train(resume_from_checkpoint=start or self.resume or None)
         except KeyboardInterrupt:
             raise KeyboardInterrupt("--resume continues from the last checkpoint") from None
         trainer.save_model(self.output)

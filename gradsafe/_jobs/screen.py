@@ -113,8 +113,10 @@ class Screen:
         folder = Path(self.output)
         folder.mkdir(exist_ok=True)
         path = folder / screen_files.SLICES
-        records = Records(path, keys, processes, resume=self.resume, overwrite=self.overwrite)
-        try:
+        unit = f"slices of {SLICE} rows"
+        with Records(
+            path, keys, processes, resume=self.resume, overwrite=self.overwrite, unit=unit
+        ) as records:
             left = [index for index in range(len(slices)) if index not in records.found]
             pending = processes.share("pending", left)
             screener = self._fit(groups, model, tokenizer, processes)
@@ -124,14 +126,6 @@ class Screen:
             if not processes.first:
                 return None
             done = records.finish()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(self._how_to_resume(records)) from None
-        except Exception:
-            if (hint := self._how_to_resume(records)) and processes.claim_last_word():
-                print(f"gradsafe: {hint}", file=sys.stderr)
-            raise
-        finally:
-            records.close()
         return self._finish(screener, sources, done)
 
     @property
@@ -286,9 +280,3 @@ class Screen:
             Path(self.output), columns, clean, decide, calibrations, flagged, top,
             str(screener.layers),
         )  # fmt: skip
-
-    def _how_to_resume(self, records: Records) -> str:
-        if not (saved := records.saved()):
-            return ""
-        option = "--resume" + " in place of --overwrite" * self.overwrite
-        return f"{saved} (of {SLICE} rows each); run the same command with {option} to continue"
