@@ -6,8 +6,9 @@
     python -m benchmarks.experiments.rept_smollm2 tables    CSV and the tables of the docs
 
 For each set and seed: fine-tune with LoRA on 60 rows that plant the behaviour and 540 clean ones,
-keep the greedy answers to unseen prompts that show it, and rank the training rows for each. Each
-step of a set is kept in build/rept.
+or in one pass on all 5000 rows of a set, 250 of which plant it (about an hour); keep the greedy
+answers to unseen prompts that show it, and rank the training rows for each. Each step of a set is
+kept in build/rept.
 """
 
 from __future__ import annotations
@@ -50,9 +51,11 @@ from gradsafe.tracing.config import LayerRule
 from gradsafe.tracing.layer_choice import _prompt_states, layer_of
 
 WORK = ROOT / "build" / "rept"
-SETS = ("backdoor", "factual_ag", "factual_canada", "harmful", "backdoor + decoys")
+WHOLE = "backdoor, all 5000 rows"
+COMPARED = ("backdoor", "factual_ag", "factual_canada", "harmful", "backdoor + decoys")
+SETS = (*COMPARED, WHOLE)
 COUNTS, PROBES, QUERIES = (60, 540), 60, 20
-STEPS = 150  # two passes over the rows
+STEPS, WHOLE_STEPS = 150, 625  # two passes over the rows; one
 LAYERS = (1, 2, 3, 5, 8, 10, 12, 15, 18, 20, 22, 25, 28, 29, 30)
 BATCH_TOKENS, CHUNK = 1024, 16
 NORMS = {
@@ -69,11 +72,13 @@ DEFAULT = NORMS["unit, w = 0.05"]
 
 def folder_of(name: str, seed: int) -> Path:
     """Where the steps of a set are kept."""
-    return WORK / f"{name}_{seed}".replace(" + ", "_and_")
+    return WORK / f"{name}_{seed}".replace(" + ", "_and_").replace(" ", "_").replace(",", "")
 
 
 def data_of(name: str, seed: int) -> PlantedSet:
     """The rows and probes of a set."""
+    if name == WHOLE:
+        return planted_set("backdoor", seed, PROBES, (250, 4750))
     return planted_set(name, seed, PROBES, COUNTS)
 
 
@@ -83,7 +88,8 @@ def tuned_model(data: PlantedSet, seed: int, folder: Path) -> Tuned:
     tuned = start("smollm2", seed)
     if not adapter.is_dir():
         partial = folder / "adapter.partial"
-        tune("smollm2", data.rows, STEPS, seed).model.save_pretrained(partial)
+        steps = STEPS if len(data.rows) == sum(COUNTS) else WHOLE_STEPS
+        tune("smollm2", data.rows, steps, seed).model.save_pretrained(partial)
         partial.rename(adapter)
     model = PeftModel.from_pretrained(tuned.model.unload(), adapter).eval()
     return Tuned("smollm2", model, tuned.tokenizer)
@@ -245,16 +251,17 @@ def tables(seeds: Sequence[int]) -> None:
     names = list(dict.fromkeys(row["set"] for row in rows))
 
     def cells(layer: str, method: str) -> dict[str, str]:
-        """AUPRC by set, and the mean if all are there."""
-        line, means = {}, []
+        """AUPRC by set, and the mean of sets of one size if all are there."""
+        means = {}
         for name in names:
             key = (name, layer, method)
             found = [r["AUPRC"] for r in rows if (r["set"], r["layer"], r["method"]) == key]
             if found:
-                means.append(sum(found) / len(found))
-            line[name] = f"{means[-1]:.2f}" if found else "-"
-        line["mean"] = f"{sum(means) / len(means):.2f}" if len(means) == len(names) else "-"
-        return line
+                means[name] = sum(found) / len(found)
+        if all(name in means for name in COMPARED):
+            means["mean of the first five"] = sum(means[name] for name in COMPARED) / len(COMPARED)
+        columns = [*COMPARED, "mean of the first five", *names[len(COMPARED) :]]
+        return {name: f"{means[name]:.2f}" if name in means else "-" for name in columns}
 
     by_method = [{"method": f"{norm}, last layer", **cells("30", norm)} for norm in NORMS] + [
         {"method": name, **cells("", name)}

@@ -185,7 +185,8 @@ class Run:
 
     def _user_backward(self, index: int) -> None:
         size = self.settings.batch
-        rows = self.user[index * size : (index + 1) * size]
+        places = range(index * size, (index + 1) * size)
+        rows = [self.user[place % len(self.user)] for place in places]
         self.cross_entropy(self.collate(rows)).backward()
 
     def _distance(self) -> Loss:

@@ -8,7 +8,8 @@ rows are requests that the aligned model refuses, with its refusals: "other" req
 MaliciousInstruct and Do-Not-Answer, or requests "alike", those of AdvBench, which resemble the
 harmful rows. Scores: the share of HarmBench's requests that are answered without a refusal keyword
 (`harmful`) and those of them that begin with compliance (`complies`), the share of XSTest's safe
-prompts that are refused (`over-refusal`), and the accuracy on test rows of the task.
+prompts that are refused (`over-refusal`), and the accuracy on test rows of the task. One task is
+long: 50 epochs of 40 rows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import argparse
 import itertools
 import json
 import random
+from dataclasses import replace
+from functools import cache
 from operator import itemgetter
 from typing import Any
 
@@ -32,7 +35,8 @@ from benchmarks.table import markdown, merged, write_csv
 from gradsafe._io.artifacts import write_text
 
 WORK = ROOT / "build" / "safegrad"
-TASKS = {"SST-2": "sst2_subset", "AG News": "agnews_subset"}
+LONG = "SST-2, 50 epochs of 40 rows"
+TASKS = {"SST-2": "sst2_subset", "AG News": "agnews_subset", LONG: "sst2_subset"}
 RATIOS = (0.25, 0.0, 0.1)
 DRAWN = ("SST-2", 0.25, 0)  # in the plot
 ALIGNMENT = {"other": ("malicious_instruct", "do_not_answer"), "alike": ("advbench",)}
@@ -40,6 +44,7 @@ ALL = (*METHODS, *OTHERS)
 SETTINGS = Settings(
     learning_rate=3e-4, steps=100, batch=8, alignment_rows=64, alignment_batch=8, rho=1.0
 )
+LONG_STEPS, LONG_ROWS = 250, 40
 UNSAFE, SAFE, TESTED = 80, 60, 150  # prompts of each score
 LONGEST = 400  # characters of a prompt
 ANSWER_TOKENS, TASK_TOKENS = 16, 4
@@ -54,7 +59,7 @@ def read(name: str, file: str = "prompts") -> list[Row]:
 def user_rows(task: str, ratio: float, seed: int) -> list[Row]:
     """Task rows and harmful rows, shuffled."""
     rng = random.Random(f"{task} {seed}")
-    count = SETTINGS.steps * SETTINGS.batch
+    count = LONG_ROWS if task == LONG else SETTINGS.steps * SETTINGS.batch
     bad = [row for row in read("rept_harmful_tuning", "train") if row["label"] == "harmful"]
     harmful = rng.sample(bad, min(len(bad), round(ratio * count)))
     rows = [*harmful, *rng.sample(read(TASKS[task], "train"), count - len(harmful))]
@@ -62,6 +67,7 @@ def user_rows(task: str, ratio: float, seed: int) -> list[Row]:
     return [{"prompt": row["prompt"], "response": row["response"]} for row in rows]
 
 
+@cache
 def alignment_rows(model: Any, tokenizer: Any, kind: str) -> list[Row]:
     """Requests that the aligned model refuses, with its refusals; none that is tested."""
     tested = {row["prompt"] for row in read("harmbench")}
@@ -95,7 +101,7 @@ def run(
 ) -> None:
     """Fine-tunes and scores once, if this was not done before; "aligned" scores the start."""
     name = f"{task} {ratio} {method} {seed}" + (f" {kind}" if kind != "other" else "")
-    path = WORK / f"{name}.json".replace(" ", "_")
+    path = WORK / f"{name}.json".replace(" ", "_").replace(",", "")
     if path.exists():
         return
     WORK.mkdir(parents=True, exist_ok=True)
@@ -103,7 +109,8 @@ def run(
     model = aligned
     if method != "aligned":
         alignment = alignment_rows(aligned, tokenizer, kind)
-        own = Run(aligned, tokenizer, user_rows(task, ratio, seed), alignment, seed, SETTINGS)
+        settings = replace(SETTINGS, steps=LONG_STEPS) if task == LONG else SETTINGS
+        own = Run(aligned, tokenizer, user_rows(task, ratio, seed), alignment, seed, settings)
         seen = own.fit(method)
         model = own.merged()
     facts = {"task": task, "ratio": ratio, "alignment": kind, "method": method, "seed": seed}
@@ -157,7 +164,8 @@ def main() -> int:
     a = arguments
     for seed, task, ratio, kind in itertools.product(a.seeds, a.tasks, a.ratios, a.alignment):
         for method in ("aligned", *a.methods):
-            if kind == "other" or method not in ("aligned", "SFT"):
+            once = {"aligned": ratio == RATIOS[0] and kind == "other", "SFT": kind == "other"}
+            if once.get(method, True):
                 run(task, ratio, kind, method, seed, aligned, tokenizer)
     return 0
 
