@@ -46,7 +46,7 @@ class Detector:
     `{"role": ..., "content": ...}` messages, the last one from the user or a tool.
 
     Any number of threads may use one detector, or several on one model, while others run the
-    model's forward pass: batches that need gradients take turns, see "Threads" in the guide.
+    model's forward pass: batches that need gradients take turns.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class SafeGradTrainer(SafeGradMixin):
     Logged beside the loss, as means since the last log: `safegrad/cosine`,
     `safegrad/conflict_rate`, `safegrad/user_norm`, `safegrad/align_norm` and `safegrad/kl` (the
     alignment loss), and `safegrad/skipped_steps` since `train` was called. A negative cosine
-    indicates poisoned user data; the conflict rate alone does not (0.45 is chance level). Under
+    indicates poisoned user data; the conflict rate alone does not (about 0.5 on benign data). Under
     fp16 the norms are those of scaled gradients.
 
     A step with a non-finite gradient changes nothing and is counted as skipped. To detect it, the

@@ -150,7 +150,9 @@ def test_command(block, line, command_folders, documented, tmp_path_factory, mon
             name = one.code.splitlines()[0].removeprefix("# ")
             (command_folders[block.page] / name).write_text(one.code)
     monkeypatch.chdir(command_folders[block.page])
-    assert main(shlex.split(line, comments=True)[1:]) == 0
+    # 1: the final model of an audit failed a check, as a random one may.
+    allowed = (0, 1) if line.startswith("gradsafe audit") else (0,)
+    assert main(shlex.split(line, comments=True)[1:]) in allowed
 
 
 def documented_modules() -> list[str]:
