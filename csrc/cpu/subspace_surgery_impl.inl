@@ -3,7 +3,8 @@
 //
 // A segment of the tensor stays in the first cache while the vectors pass by, up to four at a time,
 // so each element is read once from memory, whatever the rank. Order of sums as in
-// surgery_impl.inl; vectors are added in their order.
+// surgery_impl.inl; vectors are added in their order, and their sum to the element at the end: it
+// is small against the element, which is rounded once.
 
 // Calls body with the number of vectors, as a type, and the first of them.
 template <class Body>
@@ -35,32 +36,33 @@ void add_dots(const T* u, const T* vectors, int64_t stride, int64_t n, double* p
   for (int k = 0; k < K; ++k) partial[k] += sum(totals[k]);
 }
 
-// Adds K vectors to n merged elements.
+// Adds K vectors to n sums.
 template <class T, int K>
-void add_vectors(float* merged, const T* vectors, int64_t stride, int64_t n,
+void add_vectors(float* sums, const T* vectors, int64_t stride, int64_t n,
                  const float* coefficients) {
   Vec c[K];
   for (int k = 0; k < K; ++k) c[k] = broadcast(coefficients[k]);
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
-    Vec x = load(merged + i);
+    Vec x = load(sums + i);
     for (int k = 0; k < K; ++k) x = fma(c[k], load(vectors + k * stride + i), x);
-    store(merged + i, x);
+    store(sums + i, x);
   }
   if (i < n) {
     const int left = static_cast<int>(n - i);
-    Vec x = load_first(merged + i, left);
+    Vec x = load_first(sums + i, left);
     for (int k = 0; k < K; ++k) x = fma(c[k], load_first(vectors + k * stride + i, left), x);
-    store_first(merged + i, x, left);
+    store_first(sums + i, x, left);
   }
 }
 
-template <class From, class To>
-void convert(const From* from, To* to, int64_t n) {
+// Adds n sums to as many elements.
+template <class T>
+void add_sums(T* u, const float* sums, int64_t n) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i + kLanes <= n; i += kLanes) store(u + i, add(load(u + i), load(sums + i)));
   const int left = static_cast<int>(n - i);
-  if (left > 0) store_first(to + i, load_first(from + i, left), left);
+  if (left > 0) store_first(u + i, add(load_first(u + i, left), load_first(sums + i, left)), left);
 }
 
 template <class T>
@@ -82,14 +84,14 @@ template <class T>
 void merge_subspace(const SubspaceRange& r, const float* coefficients) {
   T* user = static_cast<T*>(r.user);
   const T* basis = static_cast<const T*>(r.basis);
-  float merged[kSurgerySegment];  // rounded to T once, behind the last vector
+  float sums[kSurgerySegment];
   for (int64_t begin = 0; begin < r.count; begin += kSurgerySegment) {
     const int64_t left = r.count - begin, n = left < kSurgerySegment ? left : kSurgerySegment;
-    convert(user + begin, merged, n);
+    for (int64_t i = 0; i < n; ++i) sums[i] = 0;
     for_each_four(r.rank, [&](auto count, int j) {
-      add_vectors<T, count>(merged, basis + j * r.stride + begin, r.stride, n, coefficients + j);
+      add_vectors<T, count>(sums, basis + j * r.stride + begin, r.stride, n, coefficients + j);
     });
-    convert(merged, user + begin, n);
+    add_sums(user + begin, sums, n);
   }
 }
 

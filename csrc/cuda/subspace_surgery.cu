@@ -166,14 +166,9 @@ __device__ inline void merge_tile(const SubspaceTask& task, int rank, const Span
   T* user = static_cast<T*>(task.user);
   const T* basis = static_cast<const T*>(task.basis);
   for (int64_t base = s.begin + threadIdx.x * N; base < s.end; base += kStep * kInFlight) {
-    float merged[kInFlight][N];
+    // The vectors' sum is small against the element, which is added last and rounded once.
+    float merged[kInFlight][N] = {};
     Word<T> words[kInFlight];
-    load_words<T, kWhole>(user, base, s.end, words);
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j) {
-#pragma unroll
-      for (int n = 0; n < N; ++n) merged[j][n] = widen_at(words[j], n);
-    }
 #pragma unroll 2
     for (int k = 0; k < rank; ++k) {
       load_words<T, kWhole>(basis + k * task.count, base, s.end, words);
@@ -186,8 +181,11 @@ __device__ inline void merge_tile(const SubspaceTask& task, int rank, const Span
         }
       }
     }
+    load_words<T, kWhole>(user, base, s.end, words);
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
+#pragma unroll
+      for (int n = 0; n < N; ++n) merged[j][n] += widen_at(words[j], n);
       const int64_t i = base + j * kStep;
       store_word<kWhole>(user + i, s.end - i, narrow_pack<T, N>(merged[j]));
     }

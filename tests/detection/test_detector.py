@@ -42,7 +42,9 @@ def check_gradcoo(model, tokenizer, **options):
     result = score(fit(model, tokenizer, **options))
     assert result.components.shape == expected.shape
     assert result.values.dtype == result.components.dtype == torch.float32
-    assert relative_error(result.components, expected) < 1e-4  # cancellation inside one component
+    # Cancellation inside one component, and between the two of a difference.
+    limit = 1e-3 if options.get("relative") == "difference" else 1e-4
+    assert relative_error(result.components, expected) < limit
     assert relative_error(result.values, expected.mean(1)) < 1e-5
 
 

@@ -99,13 +99,13 @@ BUGS = {
         TILE, "mma_m16n8k8_tf32(sums[m][n], a_small[m], big);", ";", ORACLE
     ),
     "parts that are cut, not rounded": Bug(
-        TILE, "constexpr uint32_t kHalf = 0x1000u,", "constexpr uint32_t kHalf = 0,", "twice"
+        TILE, "constexpr uint32_t kHalf = 0x1000u,", "constexpr uint32_t kHalf = 0,", "inaccurate"
     ),
     "a stage that replaces the ones before": Bug(
         TILE, "sums[m][n][e] += fresh[m][n][e];", "sums[m][n][e] = fresh[m][n][e];", ORACLE
     ),
     "stages that are summed in the tensor core": Bug(
-        TILE, "    Sums fresh = {};\n", "    Sums& fresh = sums;\n", rf"({ORACLE}|twice)"
+        TILE, "    Sums fresh = {};\n", "    Sums& fresh = sums;\n", rf"({ORACLE}|inaccurate)"
     ),
     # Tiles: the scores.
     "the halves of a fragment exchanged": Bug(
@@ -275,12 +275,11 @@ def check(run: Runner) -> None:
 
 
 def assert_is_accurate(problem: Problem, found: TopK) -> None:
-    normalize = torch.nn.functional.normalize
+    """Plain PyTorch has 5e-9 on the mean with MKL, more with other libraries; this kernel 1e-8."""
     truth, _ = problem.cosines()
-    ours = (found.scores - truth.gather(1, found.indices)).abs()
-    plain = (normalize(problem.queries, dim=1) @ normalize(problem.rows, dim=1).T - truth).abs()
-    if ours.mean() > 2 * plain.mean() or ours.max() > 2 * plain.max():
-        raise BugFound("more than twice the error of plain PyTorch")
+    errors = (found.scores - truth.gather(1, found.indices)).abs()
+    if errors.mean() > 2**-26 or errors.max() > 2**-24:
+        raise BugFound("inaccurate")
 
 
 TARGET = Target(["cosine_topk"], SMALL, check)
