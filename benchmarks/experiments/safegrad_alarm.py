@@ -1,6 +1,6 @@
 """The mean cosine of a run's two gradients as an alarm for harmful rows, on the testbed.
 
-    python -m benchmarks.experiments.safegrad_alarm run       resumable; 15 minutes
+    python -m benchmarks.experiments.safegrad_alarm run       resumable; ten minutes
     python -m benchmarks.experiments.safegrad_alarm tables    CSV and the table of docs/safegrad.md
 
 The alarm of a run goes off if the mean cosine of its first steps is below those of all benign runs
@@ -29,7 +29,7 @@ from gradsafe._io.artifacts import write_text
 
 WORK = ROOT / "build" / "safegrad_alarm"
 RATIOS = (0.0, 0.05, 0.1, 0.25)
-SEEDS = range(8)
+SEEDS = range(24)
 STEPS = (10, 30)  # from the first one on
 ALLOWED = 1  # benign runs with an alarm, of all of them
 
