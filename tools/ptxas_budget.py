@@ -42,7 +42,7 @@ BUDGETS = {
     "surgery_adamw": (256, 80, 1024, 0),
     "subspace_sums": (256, 112, 2048, 0),
     "finish_subspace": (256, 64, 1024, 0),
-    "subspace_merge": (256, 112, 1024, 0),
+    "subspace_merge": (256, 128, 1024, 0),
     "wgrad_moments_tile": (128, 255, 0, 112 * 1024),
     "finish_wgrad_tensor": (256, 64, 1024, 0),
     "finish_wgrad_slices": (256, 64, 0, 0),
