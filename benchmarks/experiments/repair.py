@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -30,14 +31,13 @@ from transformers import TrainingArguments
 
 from benchmarks import testbed
 from benchmarks.document import DOCS, has_block, measured_note, replace_block
-from benchmarks.environment import environment
 from benchmarks.experiments import ROOT
 from benchmarks.experiments.rept_baselines import traced
 from benchmarks.experiments.rept_data import PlantedSet, Row, planted_set
 from benchmarks.experiments.rept_tables import RESULTS
 from benchmarks.experiments.rept_tuning import BATCH, Tuned, behaviour, start, tune
 from benchmarks.experiments.safegrad_data import refuses
-from benchmarks.table import markdown, write_csv
+from benchmarks.table import markdown, merged, write_csv
 from benchmarks.testbed.corpus import build
 from gradsafe import SafeGradConfig, TraceIndex
 from gradsafe._io.artifacts import write_text
@@ -91,6 +91,8 @@ WAYS = [
 ]
 WAYS += [Unlearn(m, learning_rate=r, refusals=True) for m, r in CHOSEN.items()]  # type: ignore[arg-type]
 WAYS += [Unlearn("graddiff", surgery, learning_rate=5e-4) for surgery in (True, False)]
+# On SmolLM2, where a step takes seconds.
+SLOW = ("NPO, surgery", "NPO, sum", "NPO, no retain rows", "gradient difference, surgery")
 SEARCHED_STEPS, SEARCHED_RATES = (20, 40, 80), (2e-4, 5e-4, 1e-3)
 
 
@@ -232,13 +234,15 @@ def searched() -> list[Unlearn]:
 
 
 def tables(seeds: Sequence[int]) -> None:
-    """Writes the CSV and the tables of docs/repair.md."""
-    rows = [json.loads(path.read_text()) for path in sorted(WORK.glob("*.json"))]
-    rows = [row for row in rows if row["seed"] in seeds]
+    """Adds the new runs to the CSV, and writes the tables of docs/repair.md."""
+    found = [json.loads(path.read_text()) for path in sorted(WORK.glob("*.json"))]
+    found = [row for row in found if row["seed"] in seeds]
+    for row in found:
+        row |= {k: float(f"{v:.4g}") for k, v in row.items() if isinstance(v, float)}
+    rows = merged(RESULTS / "repair.csv", found, ("set", "seed", "repair"))
     order = ["nothing", "retraining", "retraining, all planted rows", *(w.name for w in WAYS)]
-    rows.sort(key=lambda row: (row["set"], order.index(row["repair"]), row["seed"]))
-    shown = [{k: round(v, 3) if isinstance(v, float) else v for k, v in r.items()} for r in rows]
-    write_csv(RESULTS / "repair.csv", shown)
+    rows.sort(key=lambda row: (row["set"], order.index(row["repair"]), int(row["seed"])))
+    write_csv(RESULTS / "repair.csv", rows)
     for name, block in (("testbed", "repair testbed"), ("backdoor", "repair smollm2")):
         own = [row for row in rows if row["set"] == name]
         if not own:
@@ -248,7 +252,7 @@ def tables(seeds: Sequence[int]) -> None:
             some = [row for row in own if row["repair"] == repair]
             line: dict[str, Any] = {"repair": repair}
             for key in ("behaviour", "on clean", "refused", "clean NLL", "seconds"):
-                values = [row[key] for row in some if key in row]
+                values = [float(row[key]) for row in some if row.get(key, "") != ""]
                 if values:
                     digits = {"clean NLL": 2}.get(key, 0)
                     spread = f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
@@ -256,7 +260,7 @@ def tables(seeds: Sequence[int]) -> None:
             lines.append(line)
         text = markdown(lines, [(key, key) for key in lines[0]])
         print(text)
-        note = measured_note(environment())
+        note = measured_note(max(own, key=itemgetter("date")))
         if has_block(DOCS / "repair.md", block):
             replace_block(DOCS / "repair.md", block, f"{text}\n{note}\n")
 
@@ -275,7 +279,7 @@ def main() -> int:
     for name, seed in itertools.product(arguments.sets, arguments.seeds):
         ways = searched() if arguments.search else WAYS
         if base_of(name) == "smollm2":
-            ways = [replace(way, steps=20) for way in WAYS[:2]]  # each step takes seconds
+            ways = [replace(way, steps=20) for way in WAYS if way.name in SLOW]
         run(name, seed, ways, retraining=not arguments.search)
     return 0
 
