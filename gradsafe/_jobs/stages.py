@@ -51,6 +51,7 @@ class Stages:
                 of its own that were written before it was killed.
 
         Raises:
+            ValueError: A number of the result is NaN or infinite.
             KeyboardInterrupt: Interrupted; the message says how to continue.
         """
         path = self.output / f"{name}.json"
@@ -62,7 +63,14 @@ class Stages:
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("run the same command to continue") from None
             facts = {**result, "seconds": round(time.monotonic() - started, 1)}
-            write_text(path, json.dumps(facts, indent=2, allow_nan=False) + "\n")
+            try:
+                text = json.dumps(facts, indent=2, allow_nan=False)
+            except ValueError:
+                raise ValueError(
+                    f"{name}: a number of its result is NaN or infinite, so a model is damaged: "
+                    "lower training.learning_rate, with another output"
+                ) from None
+            write_text(path, text + "\n")
         self.done[name] = _read(path)
         return self.done[name]
 

@@ -252,3 +252,10 @@ def test_a_kill_before_the_settings_are_written_leaves_a_folder_to_begin_in(tmp_
     (tmp_path / "settings.json").rename(tmp_path / "other.json")
     with pytest.raises(FileExistsError, match="is not empty"):
         Stages(tmp_path, {"a": {"b": 1}}, print)
+
+
+def test_a_result_that_is_no_number_is_refused(tmp_path: Path) -> None:
+    stages = Stages(tmp_path / "audit", {}, print)
+    with pytest.raises(ValueError, match=r"after: a number of its result is NaN .*learning_rate"):
+        stages.run("after", lambda _: {"loss": float("nan")})
+    assert not (tmp_path / "audit" / "after.json").exists()
