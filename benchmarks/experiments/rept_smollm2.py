@@ -259,8 +259,8 @@ def tables(seeds: Sequence[int]) -> None:
             if found:
                 means[name] = sum(found) / len(found)
         if all(name in means for name in COMPARED):
-            means["mean of the first five"] = sum(means[name] for name in COMPARED) / len(COMPARED)
-        columns = [*COMPARED, "mean of the first five", *names[len(COMPARED) :]]
+            means["mean of five sets"] = sum(means[name] for name in COMPARED) / len(COMPARED)
+        columns = [*COMPARED, "mean of five sets", *names[len(COMPARED) :]]
         return {name: f"{means[name]:.2f}" if name in means else "-" for name in columns}
 
     by_method = [{"method": f"{norm}, last layer", **cells("30", norm)} for norm in NORMS] + [
