@@ -21,6 +21,7 @@ def test_results_are_those_recorded() -> None:
     expected, found = load_file(HERE / "results.safetensors"), record()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
+        assert found[name].shape == value.shape, name
         # Bit by bit on the machine that recorded them; other processors round products otherwise,
         # and then a few components that are ratios of rounding errors differ by more.
         tolerance = 1e-3 if name.startswith("finetuning") else 1e-4
