@@ -18,6 +18,7 @@ def tradeoff_chart(rows: Rows, path: Path) -> None:
     """
     figure, axes = plt.subplots(figsize=(7.5, 5))
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    names: dict[tuple[float, float], list[str]] = {}
     for row in rows:
         alike = row["alignment"] != "other"
         color = f"C{methods.index(row['method'])}"
@@ -26,8 +27,10 @@ def tradeoff_chart(rows: Rows, path: Path) -> None:
             *place, s=60, marker="o", edgecolors=color,
             facecolors=color if alike else "none", linewidths=1.5,
         )  # fmt: skip
+        names.setdefault(place, []).append(row["method"])
+    for place, found in names.items():
         axes.annotate(
-            row["method"], place, textcoords="offset points", xytext=(7, 4), fontsize=8,
+            ", ".join(found), place, textcoords="offset points", xytext=(7, 4), fontsize=8,
         )  # fmt: skip
     axes.set_xlabel("harmless prompts refused, %")
     axes.set_ylabel("unsafe prompts answered, %")

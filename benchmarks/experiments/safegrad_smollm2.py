@@ -141,7 +141,11 @@ def tables() -> None:
     write_csv(RESULTS / "safegrad_smollm2.csv", rows)
     drawn = [r for r in rows if (r["task"], float(r["ratio"]), int(r["seed"])) == DRAWN]
     tradeoff_chart(drawn, DOCS / "safegrad_tradeoff.png")
-    text = markdown(rows, [(key, key) for key in (*keys, *scored)])
+    shown = [
+        {**r, **{k: f"{float(r[k]):.{2 * (k == 'cosine')}f}" for k in scored if r[k] != ""}}
+        for r in rows
+    ]
+    text = markdown(shown, [(key, key) for key in (*keys, *scored)])
     print(text)
     note = measured_note(max(rows, key=itemgetter("date")))
     replace_block(DOCS / "safegrad.md", "safegrad smollm2", f"{text}\n{note}\n")

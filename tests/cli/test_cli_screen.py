@@ -135,7 +135,7 @@ def test_an_interrupted_run_goes_on(screen: Run, monkeypatch: pytest.MonkeyPatch
         patch.setattr(Screener, "score", failing)
         status, _, err = screen(*CALIBRATION)
     assert status == 130
-    assert "3 of 8 records" in err
+    assert "3 of 8 slices of 4 rows are in" in err
     assert "with --resume to continue" in err
     status, _, err = screen(*CALIBRATION)
     assert status == 2
