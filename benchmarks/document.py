@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -34,3 +34,10 @@ def measured_note(facts: Mapping[str, object]) -> str:
     threads = f"{facts['threads']} thread" + ("" if str(facts["threads"]) == "1" else "s")
     where = facts["gpu"] or f"{facts['cpu']}, {threads}, {facts['isa']}"
     return f"Measured {facts['date']} at {facts['commit']} on {where}; torch {facts['torch']}."
+
+
+def newest_note(rows: Sequence[Mapping[str, object]]) -> str:
+    """`measured_note` of the newest row, and whether others were measured elsewhere."""
+    note = measured_note(max(rows, key=lambda row: str(row["date"])))
+    several = len({(row["commit"], row["cpu"]) for row in rows}) > 1
+    return note + " The CSV has commit and machine of the other rows." * several

@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -30,7 +29,7 @@ from peft import PeftModel
 from transformers import TrainingArguments
 
 from benchmarks import testbed
-from benchmarks.document import DOCS, has_block, measured_note, replace_block
+from benchmarks.document import DOCS, has_block, newest_note, replace_block
 from benchmarks.experiments import ROOT
 from benchmarks.experiments.rept_baselines import traced
 from benchmarks.experiments.rept_data import PlantedSet, Row, planted_set
@@ -260,7 +259,7 @@ def tables(seeds: Sequence[int]) -> None:
             lines.append(line)
         text = markdown(lines, [(key, key) for key in lines[0]])
         print(text)
-        note = measured_note(max(own, key=itemgetter("date")))
+        note = newest_note(own)
         if has_block(DOCS / "repair.md", block):
             replace_block(DOCS / "repair.md", block, f"{text}\n{note}\n")
 

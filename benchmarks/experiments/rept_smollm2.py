@@ -18,7 +18,6 @@ import json
 import random
 import time
 from collections.abc import Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from benchmarks.document import DOCS, measured_note, replace_block
+from benchmarks.document import DOCS, newest_note, replace_block
 from benchmarks.environment import environment
 from benchmarks.experiments import ROOT
 from benchmarks.experiments.rept_baselines import (
@@ -286,7 +285,7 @@ def tables(seeds: Sequence[int]) -> None:
         keys = [key for key in table[0] if key not in environment()]
         text = markdown(table, [(key, key) for key in keys])
         print(text)
-        note = measured_note(max(source, key=itemgetter("date")))
+        note = newest_note(source)
         replace_block(DOCS / "tracing.md", f"smollm2 {name}", f"{text}\n{note}\n")
 
 

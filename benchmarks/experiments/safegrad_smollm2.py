@@ -20,11 +20,10 @@ import json
 import random
 from dataclasses import replace
 from functools import cache
-from operator import itemgetter
 from typing import Any
 
 from benchmarks import smollm2
-from benchmarks.document import DOCS, measured_note, replace_block
+from benchmarks.document import DOCS, newest_note, replace_block
 from benchmarks.experiments import EXTERNAL, ROOT
 from benchmarks.experiments.rept_data import read_rows
 from benchmarks.experiments.safegrad_data import Row, complies, generate, refusal_rows, refuses
@@ -147,7 +146,7 @@ def tables() -> None:
     ]
     text = markdown(shown, [(key, key) for key in (*keys, *scored)])
     print(text)
-    note = measured_note(max(rows, key=itemgetter("date")))
+    note = newest_note(rows)
     replace_block(DOCS / "safegrad.md", "safegrad smollm2", f"{text}\n{note}\n")
 
 
