@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -195,32 +196,41 @@ def _object(source: Path, root: Path, flags: Sequence[str]) -> Path:
     for path in sorted(seen):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + seen[path] + b"\0")
     target = CACHE / f"{source.stem}-{digest.hexdigest()[:20]}.o"
-    if target.exists():
-        target.touch()
-    else:
-        includes = [f"-I{root / folder}" for folder in INCLUDES]
-        _compile([*flags, *includes, "-x", "c++", "-c", source], target)
+    includes = [f"-I{root / folder}" for folder in INCLUDES]
+    _compile([*flags, *includes, "-x", "c++", "-c", source], target)
+    target.touch()
     return target
 
 
 def _compile(arguments: Sequence[str | Path], target: Path) -> None:
-    """Runs the compiler; the target appears complete or not at all."""
-    partial = target.with_suffix(f".{os.getpid()}")
-    done = subprocess.run([CXX, *arguments, "-o", partial], capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"compiling {target.name} failed:\n{done.stderr}")
-    if done.stderr:
-        print(done.stderr)
-    partial.replace(target)
+    """Makes a missing target, in one of several processes; it appears complete or not at all."""
+    with (CACHE / f"{target.stem.partition('-')[0]}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return
+        partial = target.with_suffix(f".{os.getpid()}")
+        done = subprocess.run([CXX, *arguments, "-o", partial], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"compiling {target.name} failed:\n{done.stderr}")
+        if done.stderr:
+            print(done.stderr)
+        partial.replace(target)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        return time.time() - path.stat().st_mtime > KEEP_SECONDS
+    except FileNotFoundError:  # another process has just completed or deleted it
+        return False
 
 
 def build(root: Path = ROOT, flavour: str = "checked", only: Sequence[str] | None = None) -> Path:
     """Path of the program `emulate`, with all kernels or those whose file stems are in `only`."""
     root = root.resolve()
     CACHE.mkdir(parents=True, exist_ok=True)
-    for old in CACHE.iterdir():
-        if time.time() - old.stat().st_mtime > KEEP_SECONDS:
-            old.unlink(missing_ok=True)
+    for path in CACHE.iterdir():
+        if _is_old(path):
+            path.unlink(missing_ok=True)
     undefined = ["-fsanitize=undefined"] if links_with("-fsanitize=undefined") else []
     no_recover = "-fno-sanitize-recover=all"
     checks = (f"-fsanitize={FLAVOURS[flavour]}", *undefined, no_recover)
@@ -235,10 +245,9 @@ def build(root: Path = ROOT, flavour: str = "checked", only: Sequence[str] | Non
         objects = list(pool.map(lambda job: _object(job[0], root, job[1]), jobs))
     names = "\n".join(o.name for o in objects) + repr((flavour, undefined, _compiler_version()))
     program = CACHE / f"emulate-{flavour}-{hashlib.sha256(names.encode()).hexdigest()[:20]}"
-    if not program.exists():
-        # ThreadSanitizer's own library is left out on purpose: see csrc/tests/emulator/hooks.cpp.
-        libraries = [*undefined] if flavour == "checked" else list(checks)
-        _compile([*objects, "-no-pie", *libraries], program)
+    # ThreadSanitizer's own library is left out on purpose: see csrc/tests/emulator/hooks.cpp.
+    libraries = [*undefined] if flavour == "checked" else list(checks)
+    _compile([*objects, "-no-pie", *libraries], program)
     return program
 
 

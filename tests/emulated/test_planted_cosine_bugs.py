@@ -269,7 +269,8 @@ def check(run: Runner) -> None:
     angles[::8] = torch.linspace(0.3, 0.25, 38)
     rows = torch.stack([angles.cos(), angles.sin()], 1)
     problems += [Problem(torch.tensor([[1.0, 0.0]]).repeat(q, 1), rows, 33) for q in (1, 12)]
-    assert_equals_oracle(run, problems)
+    for first in range(0, len(problems), 3):  # most bugs are found in the first group
+        assert_equals_oracle(run, problems[first : first + 3])
     exact = make(12, 40, 512, 40)
     assert_is_accurate(exact, solve(run, [exact])[0])
 

@@ -184,7 +184,8 @@ def check(run: Runner) -> None:
     problems.append(infinite)
     inner = make((24, 40), (60,), 2)  # rows of others behind each sample
     problems.append(Problem(inner.x, inner.dy, [0, 20], [9, 33], inner.refs))
-    assert_equals_oracle(run, problems)
+    for problem in problems:  # most bugs are found in the first one
+        assert_equals_oracle(run, [problem])
     two_stages = functools.partial(run, device={"SHARED_KB": 99})
     assert_equals_oracle(two_stages, [problems[0], problems[2]])
 
