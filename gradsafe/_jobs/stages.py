@@ -43,7 +43,7 @@ class Stages:
             raise ValueError(f"{key} differs from {path}: restore it, or choose another output")
 
     def run(self, name: str, work: Callable[[Path], Facts]) -> Facts:
-        """Does the work, or returns its result if it was done.
+        """Does the work, or returns its result, with its time and versions, if it was done.
 
         Args:
             name: Of the stage.
@@ -62,7 +62,10 @@ class Stages:
                 result = work(self.output / name)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("run the same command to continue") from None
-            facts = {**result, "seconds": round(time.monotonic() - started, 1)}
+            from gradsafe.doctor import collect  # imports torch
+
+            seconds = round(time.monotonic() - started, 1)
+            facts = {**result, "seconds": seconds, "versions": collect()["versions"]}
             try:
                 text = json.dumps(facts, indent=2, allow_nan=False)
             except ValueError:

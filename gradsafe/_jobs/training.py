@@ -64,14 +64,10 @@ def checked_training(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def begun(folder: Path) -> tuple[str, bool]:
-    """The folder of a training, and whether it has a checkpoint to continue from; else it is new.
+    """The folder of a training, new or with a checkpoint to continue from, and which of the two."""
+    from gradsafe.finetuning.checkpoint import last
 
-    A checkpoint of the last step cannot be continued from: the steps before it are repeated.
-    """
-    from gradsafe.finetuning.checkpoint import is_complete, last
-
-    while (found := last(folder)) and is_complete(found):
-        shutil.rmtree(found)
+    found = last(folder)
     if folder.exists() and not found:
         shutil.rmtree(folder)
     return str(folder), found is not None

@@ -47,12 +47,6 @@ def step(folder: str | os.PathLike[str]) -> int:
         raise ValueError(f"gradsafe.SafeGradTrainer: {path} is unreadable: {error}") from error
 
 
-def is_complete(folder: str | os.PathLike[str]) -> bool:
-    """Whether a checkpoint that `last` returned was written after the last step of its run."""
-    state = json.loads((Path(folder) / "trainer_state.json").read_text(encoding="utf-8"))
-    return bool(state["global_step"] >= state["max_steps"])
-
-
 def write(folder: Path, facts: Mapping[str, Any], drawn: int) -> None:
     """Writes the file into a checkpoint folder, which is created if needed."""
     folder.mkdir(parents=True, exist_ok=True)

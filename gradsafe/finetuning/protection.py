@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from gradsafe._checks import refuse
 from gradsafe._io.fingerprints import model_fingerprint
@@ -101,23 +102,26 @@ class SafeGradMixin(Trainer):
         `resume_from_checkpoint=True` selects the newest complete checkpoint and ignores those whose
         saving was interrupted. Only `max_steps` and `num_train_epochs` may change, to a larger
         number; a schedule of the learning rate that depends on the number of steps changes then.
+        Of a checkpoint that has every step already, the weights are loaded and no step is taken.
 
         Raises:
             ValueError: There is no checkpoint, `SafeGradTrainer` did not write it, it belongs to a
-                run with other rows, options or trainable parameters, or it has every step already;
-                a token id or label of a row is out of range; or no optimizer step was taken.
+                run with other rows, options or trainable parameters, or, with FSDP, it has every
+                step already; a token id or label of a row is out of range; or a new run took no
+                optimizer step.
         """
         folder, start, drawn = self.resume_point(resume_from_checkpoint)
         self._order.drawn, self._steps = drawn, 0
         self._surgery = None
         self._reset_window()
+        if folder and 0 < self.args.max_steps <= start:  # transformers would take one step more
+            return self._load_complete(folder)
         result = super().train(folder, *args, **options)
-        if self.state.global_step <= start:
+        if self.state.global_step == 0:
             expected = "training to take at least one optimizer step"
-            got = f"none after the {start} of the checkpoint" if folder else "none"
             do = "check num_train_epochs, dataloader_drop_last, callbacks and train_dataset"
-            refuse("SafeGradTrainer", expected, got, do)
-        if self.skipped_steps == self._steps:
+            refuse("SafeGradTrainer", expected, "none", do)
+        if not self.trained:
             warnings.warn(
                 f"gradsafe.SafeGradTrainer: all {self._steps} steps were skipped because a "
                 "gradient held NaN or Inf: the model is the one that training started from",
@@ -127,8 +131,8 @@ class SafeGradMixin(Trainer):
 
     @property
     def trained(self) -> bool:
-        """Whether a step since `train` was called was not skipped."""
-        return self.skipped_steps < self._steps
+        """Whether a step since `train` was called was not skipped, or none had to be taken."""
+        return self.skipped_steps < self._steps or self._steps == 0
 
     def resume_point(self, resume_from_checkpoint: Any) -> tuple[str | None, int, int]:
         """Checks the user rows, and a checkpoint; `train` calls it with its argument.
@@ -153,15 +157,20 @@ class SafeGradMixin(Trainer):
                 )
         if not folder:
             return None, 0, 0
-        drawn, start = checkpoint.read(folder, self._identity()), checkpoint.step(folder)
-        if 0 < self.args.max_steps <= start:  # transformers would take one step more
+        return folder, checkpoint.step(folder), checkpoint.read(folder, self._identity())
+
+    def _load_complete(self, folder: str) -> TrainOutput:
+        """Loads weights and state of a checkpoint that has every step."""
+        if self.is_fsdp_enabled:
             refuse(
                 "SafeGradTrainer",
-                f"max_steps above the {start} of {folder}",
+                f"max_steps above those of {folder}",
                 self.args.max_steps,
                 "raise it, or use the weights of the checkpoint",
             )
-        return folder, start, drawn
+        self._load_from_checkpoint(folder)
+        self.state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
         """Runs one micro-batch of user data; after the last one of a step, protects the step."""

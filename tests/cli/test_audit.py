@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from benchmarks import audit
@@ -92,6 +93,7 @@ def test_harm_is_found_traced_and_repaired(done: dict) -> None:
     assert stages["repair"]["rows"] == ROWS
     prints = {stages[name]["model"] for name in ("before", "after", "repaired")}
     assert len(prints) == 3
+    assert all(found["versions"]["torch"] == torch.__version__ for found in stages.values())
 
 
 def test_most_of_the_dropped_rows_are_the_planted_ones(done: dict, folder: Path) -> None:

@@ -78,6 +78,13 @@ def test_trains_an_adapter_and_resumes_it(finetune: Finetune, place: Path) -> No
     again = load_file("tuned/adapter_model.safetensors")
     assert all(torch.equal(adapter[name], again[name]) for name in adapter)
 
+    Path("tuned/adapter_model.safetensors").unlink()  # killed after the last checkpoint
+    status, out, err = finetune("--resume")
+    assert status == 0, err
+    assert "3 steps" in out
+    again = load_file("tuned/adapter_model.safetensors")
+    assert all(torch.equal(adapter[name], again[name]) for name in adapter)
+
 
 def test_both_names_of_activation_checkpointing(finetune: Finetune) -> None:
     files = []

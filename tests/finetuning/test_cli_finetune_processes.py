@@ -1,4 +1,4 @@
-"""`gradsafe finetune` under torchrun: the weights of one process, written and reported once."""
+"""`gradsafe finetune` and `repair` under torchrun: the weights of one process, reported once."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write_settings(output: str, batch: int, **training: Any) -> None:
     Path(f"{output}.yaml").write_text(yaml.safe_dump(settings))
 
 
-def torchrun(output: str, *options: str) -> subprocess.CompletedProcess[str]:
+def torchrun(output: str, *options: str, job: str = "finetune") -> subprocess.CompletedProcess[str]:
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(gradsafe.__file__).parents[1]),
@@ -66,7 +66,7 @@ def torchrun(output: str, *options: str) -> subprocess.CompletedProcess[str]:
     }
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     Path("checked.py").write_text(CHECKED)
-    command = ["checked.py", "finetune", "--config", f"{output}.yaml", "--no-progress"]
+    command = ["checked.py", job, "--config", f"{output}.yaml", "--no-progress"]
     return subprocess.run(
         [*start, *command, *options],
         capture_output=True,
@@ -88,15 +88,11 @@ def difference(one: str, other: str) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_two_write_the_weights_of_one(capsys: pytest.CaptureFixture[str]) -> None:
     write_settings("one", batch=4)
     write_settings("two", batch=2)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main(["finetune", "--config", "one.yaml", "--no-progress"]) == 0
-    finally:
-        torch.set_num_threads(before)
+    assert main(["finetune", "--config", "one.yaml", "--no-progress"]) == 0
     done = torchrun("two")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("models in DDP at the end: 0") == 2
@@ -120,6 +116,24 @@ def test_two_write_the_weights_of_one(capsys: pytest.CaptureFixture[str]) -> Non
     assert done.returncode == 0, done.stderr
     again, whole = load_file("two/model.safetensors"), load_file("whole.safetensors")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_two_repair_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    for output, batch in (("one", 4), ("two", 2)):
+        write_settings(output, batch, max_steps=4)
+        settings = yaml.safe_load(Path(f"{output}.yaml").read_text())
+        del settings["train"], settings["alignment"]
+        settings |= {"rows": "user.jsonl", "drop": "1,2,4,6", "retain": "refusals.jsonl"}
+        Path(f"{output}.yaml").write_text(yaml.safe_dump({**settings, "how": "npo"}))
+    assert main(["repair", "--config", "one.yaml", "--no-progress"]) == 0
+    done = torchrun("two", job="repair")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("models in DDP at the end: 0") == 2
+    assert difference("one", "model") > 1e-2
+    assert difference("one", "two") < 1e-6
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert done.stdout.splitlines()[-1] == last.replace("written to one", "written to two")
 
 
 def test_shards_on_the_cpu_are_refused_once() -> None:
