@@ -91,7 +91,7 @@ def main() -> None:
     model.eval()
     block = find_layers(model).blocks[args.block]
     items = [encode(tokenizer, prompt, "Sure") for prompt in PROMPTS]
-    pad = pad_token_id(tokenizer)
+    pad = pad_token_id(tokenizer, model)
     steps = args.eta * refusal_steps(model, block, items, pad)
 
     batch = collate(items, pad)

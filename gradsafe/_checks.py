@@ -35,8 +35,8 @@ def check_fields(owner: str, config: Any, least: Mapping[str, float] | None = No
     hints = get_type_hints(type(config))
     for name in (field.name for field in fields(config)):
         hint, value = hints[name], getattr(config, name)
-        if isinstance(value, list):
-            value = tuple(value)
+        if isinstance(value, (list, tuple)):
+            value = tuple(map(_built_in, value))
         check_value(owner, name, value, hint)
         if isinstance(value, Real) and not isinstance(value, bool):
             bound = (least or {}).get(name, -math.inf)
@@ -45,8 +45,14 @@ def check_fields(owner: str, config: Any, least: Mapping[str, float] | None = No
                 limits += [f"at least {bound}"] * (bound > -math.inf)
                 limit = " and ".join(limits)
                 raise ValueError(f"gradsafe.{owner}: expected {name} to be {limit}, got {value}")
-            value = int(value) if isinstance(value, Integral) else float(value)
-        object.__setattr__(config, name, value)
+        object.__setattr__(config, name, _built_in(value))
+
+
+def _built_in(value: Any) -> Any:
+    """A number of NumPy as one of Python; everything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def check_value(owner: str, name: str, value: Any, hint: Any) -> None:

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from builders import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
 from tokenizers import normalizers
 from torch import nn
 from transformers import AutoTokenizer
 
 from gradsafe._io import fingerprints
-from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
+from gradsafe._io.fingerprints import model_fingerprint, model_sample, tokenizer_fingerprint
 
 
 class TestModelFingerprint:
@@ -94,6 +95,47 @@ class TestModelFingerprint:
         loaded.config.use_cache = False
         assert model_fingerprint(loaded) == model_fingerprint(model)
 
+    def test_ignores_compilation_and_the_padding_token(self) -> None:
+        model = make_model("llama")
+        before = model_fingerprint(model)
+        model.config.pad_token_id = 5
+        assert model_fingerprint(torch.compile(model)) == before  # type: ignore[arg-type]
+
+    def test_sees_which_adapter_is_active(self) -> None:
+        options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        adapted = get_peft_model(make_model("llama"), options)
+        found = [model_fingerprint(adapted)]
+        with adapted.disable_adapter():
+            found.append(model_fingerprint(adapted))
+        assert model_fingerprint(adapted) == found[0]
+        adapted.add_adapter("second", options)
+        found.append(model_fingerprint(adapted))
+        adapted.set_adapter("second")
+        found.append(model_fingerprint(adapted))
+        assert len(set(found)) == 4
+
+    def test_sees_the_options_of_adapters_without_a_wrapper(self) -> None:
+        found = set()
+        for alpha in (2, 4):
+            torch.manual_seed(0)
+            model = make_model("llama")
+            try:
+                model.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]))
+            except ValueError as error:  # transformers asks for a newer PEFT
+                pytest.skip(str(error))
+            found.add(model_fingerprint(model))
+        assert len(found) == 2
+
+    def test_a_sample_sees_a_step_of_training(self) -> None:
+        model = self.model()
+        before = model_sample(model)
+        assert model_sample(self.model().train()) == before
+        with torch.no_grad():
+            model[2].bias -= 1e-4
+        assert model_sample(model) != before
+        model.to("meta")
+        model_sample(model)  # offloaded weights have no values
+
     def test_meta_parameters_are_refused(self) -> None:
         with pytest.raises(ValueError, match=r"weight 'weight' is on the meta device"):
             model_fingerprint(nn.Linear(2, 2, bias=False, device="meta"))
@@ -135,3 +177,11 @@ class TestTokenizerFingerprint:
         assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(loaded) == before
         tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
         assert tokenizer_fingerprint(tokenizer) != before
+
+    def test_a_padding_token_counts_only_where_a_template_has_it(self) -> None:
+        before = tokenizer_fingerprint(self.tokenizer())
+        padded = {"special_tokens_map": {"bos_token": "a", "pad_token": "a"}}
+        assert tokenizer_fingerprint(self.tokenizer(**padded)) == before
+        template = {"chat_template": "{{ x }}{{ pad_token }}"}
+        before = tokenizer_fingerprint(self.tokenizer(**template))
+        assert tokenizer_fingerprint(self.tokenizer(**template, **padded)) != before

@@ -56,7 +56,7 @@ class AnswerJudge:
             items.append(encode(self.tokenizer, request, self.tokenizer.decode(ids)))
         found = torch.empty(len(items), self.model.config.hidden_size)
         for indices in plan_batches([len(item) for item in items], BATCH_TOKENS):
-            batch = collate([items[i] for i in indices], pad_token_id(self.tokenizer))
+            batch = collate([items[i] for i in indices], pad_token_id(self.tokenizer, self.model))
             layers = self.model(
                 input_ids=batch.input_ids,
                 attention_mask=batch.attention_mask,

@@ -85,7 +85,7 @@ class Corrected:
 
     def __init__(self, variant: str) -> None:
         self.model, self.tokenizer = smollm2.load(variant)  # type: ignore[arg-type]
-        self.pad = pad_token_id(self.tokenizer)
+        self.pad = pad_token_id(self.tokenizer, self.model)
         self.blocks = find_layers(self.model).blocks
         self._directions: dict[int, Tensor] = {}
         self._steps: dict[Any, Tensor] = {}

@@ -161,7 +161,7 @@ def unlearned(tuned: Tuned, way: Unlearn, forget: list[Row], retain: list[Row], 
 def scores(tuned: Tuned, data: PlantedSet, clean: Sequence[Row]) -> dict[str, float]:
     """What is measured of a model."""
     items = [tuned.encode(row["prompt"], row["response"], append_eos=True) for row in clean]
-    nll = mean_nll(tuned.model, items, pad_token_id(tuned.tokenizer))
+    nll = mean_nll(tuned.model, items, pad_token_id(tuned.tokenizer, tuned.model))
     prompts = [row["prompt"] for row in clean]
     found = {
         "behaviour": 100 * behaviour(tuned, data, data.probes)[1],

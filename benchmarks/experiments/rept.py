@@ -49,7 +49,7 @@ LOOP_SETS = ("testbed", "testbed + decoys", "backdoor")  # for the first seed
 def layers_of(tuned: Tuned, items: list[Encoded]) -> dict[str, int]:
     """The layer that each named rule chooses."""
     depth = tuned.model.config.num_hidden_layers
-    pad = pad_token_id(tuned.tokenizer)
+    pad = pad_token_id(tuned.tokenizer, tuned.model)
     auto = choose_layer(tuned.model, items[:: max(1, len(items) // 32)], pad).layer
     return {"last": depth, "auto": auto, "middle": depth // 2}
 
@@ -63,7 +63,9 @@ def all_scores(
     queries = [tuned.encode(row["prompt"], row["response"]) for row in asked]
     rules = layers_of(tuned, items)
     known, new = (
-        signatures(model, part, sorted(set(rules.values())), pad_token_id(tokenizer), BATCH_TOKENS)
+        signatures(
+            model, part, sorted(set(rules.values())), pad_token_id(tokenizer, model), BATCH_TOKENS
+        )
         for part in (items, queries)
     )
     found: dict[tuple[str, int | str, str], Tensor] = {

@@ -73,7 +73,7 @@ def lora_gradients(model: Any, tokenizer: Any, items: Sequence[Encoded]) -> Tens
     order = plan_batches([len(item) for item in items], BATCH_TOKENS)
     with capture(model, layers, keep):
         for indices in order:
-            batch = collate([items[i] for i in indices], pad_token_id(tokenizer))
+            batch = collate([items[i] for i in indices], pad_token_id(tokenizer, model))
             response_nll(model, batch).sum().backward()
             found.append(torch.cat([parts[layer.name] for layer in layers.scored], 1).detach())
     places = torch.tensor([i for indices in order for i in indices])

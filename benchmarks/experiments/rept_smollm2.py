@@ -117,7 +117,7 @@ def run(name: str, seed: int) -> None:
     if not asked:
         return
     items, queries = encoded(tuned, data, asked)
-    pad = pad_token_id(tuned.tokenizer)
+    pad = pad_token_id(tuned.tokenizer, tuned.model)
     tensors = {
         f"{part}.{layer}": table
         for part, own in (("rows", items), ("queries", queries))
@@ -166,7 +166,9 @@ def retrain(name: str, seed: int) -> None:
             tuned = tune("smollm2", rows, STEPS, seed)
         queries = [tuned.encode(row["prompt"], row["response"]) for row in asked]
         with torch.no_grad():
-            loss = response_nll(tuned.model, collate(queries, pad_token_id(tuned.tokenizer)))
+            loss = response_nll(
+                tuned.model, collate(queries, pad_token_id(tuned.tokenizer, tuned.model))
+            )
         found = {
             "set": name, "seed": seed, "left out": kind, "rows": len(places),
             "of them planted": sum(data.rows[place]["poisoned"] for place in places),

@@ -74,7 +74,7 @@ def tune(base: str, rows: Sequence[Row], steps: int, seed: int) -> Tuned:
         if len(order) < size:  # complete passes over the rows
             order += torch.randperm(len(items), generator=generator).tolist()
         picks, order = order[:size], order[size:]
-        batch = collate([items[i] for i in picks], pad_token_id(tuned.tokenizer))
+        batch = collate([items[i] for i in picks], pad_token_id(tuned.tokenizer, tuned.model))
         response_nll(tuned.model, batch).mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()

@@ -118,7 +118,7 @@ def hidden_states(model: Any, tokenizer: Any, encoded: EncodedPrompts) -> np.nda
     items = encoded.items
     found = torch.empty(len(items), model.config.hidden_size)
     for indices in plan_batches([len(item) for item in items], BATCH_TOKENS):
-        batch = collate([items[i] for i in indices], pad_token_id(tokenizer))
+        batch = collate([items[i] for i in indices], pad_token_id(tokenizer, model))
         states = model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

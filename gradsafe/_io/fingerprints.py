@@ -23,7 +23,7 @@ _FREE = {
     *("id2label", "label2id", "problem_type", "chunk_size_feed_forward", "quantization_config"),
     *("base_model_name_or_path", "inference_mode", "auto_mapping", "peft_version", "revision"),
     *("_attn_implementation", "attn_implementation", "_experts_implementation", "auto_map"),
-    *("experts_implementation", "_attn_implementation_autoset"),
+    *("experts_implementation", "_attn_implementation_autoset", "pad_token_id"),
 }
 _CHUNK = 1 << 24  # bytes that are copied to the host at a time
 _SAMPLES = 256  # values of a weight that are looked at again on every call
@@ -49,9 +49,8 @@ def model_fingerprint(model: nn.Module, without: Collection[int] = ()) -> str:
     Raises:
         ValueError: A weight is on the meta device, so it has no values to read.
     """
-    saved = model.state_dict(keep_vars=True)
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
-    weights = dict(sorted([*model.named_parameters(), *buffers], key=lambda item: item[0]))
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    weights = _weights(model)
     known = _known.setdefault(model, {})
     waiting = {}
     for name, weight in weights.items():
@@ -69,6 +68,19 @@ def model_fingerprint(model: nn.Module, without: Collection[int] = ()) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def model_sample(model: nn.Module) -> str:
+    """SHA-256 of 256 values of each weight: cheap, and another one after a step of training.
+
+    Weights on the meta device, which have no values, count by their shapes.
+    """
+    digest = hashlib.sha256()
+    for name, weight in _weights(getattr(model, "_orig_mod", model)).items():
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        for tensor in _plain(weight):
+            digest.update(b"" if tensor.is_meta else _sample(tensor))
+    return digest.hexdigest()
+
+
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 of everything that decides how a tokenizer encodes a chat.
 
@@ -78,9 +90,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    template, special = getattr(tokenizer, "chat_template", None), tokenizer.special_tokens_map
+    if "pad_token" not in str(template):  # then no text has it
+        special = {name: token for name, token in special.items() if name != "pad_token"}
     facts = {
-        "chat_template": getattr(tokenizer, "chat_template", None),
-        "special_tokens": tokenizer.special_tokens_map,
+        "chat_template": template,
+        "special_tokens": special,
         "split_special_tokens": getattr(tokenizer, "split_special_tokens", False),
     }
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
@@ -94,15 +109,26 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
 
 
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, and the buffers of the state dict, by name."""
+    saved = model.state_dict(keep_vars=True)
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+    return dict(sorted([*model.named_parameters(), *buffers], key=lambda item: item[0]))
+
+
 def _config(model: nn.Module, *, adapters: bool) -> str:
     """The config of a model, and of its adapters, as far as they change the forward pass."""
     found: list[Any] = [getattr(model, "config", None)]
+    facts: list[Any] = []
     known = getattr(model, "peft_config", None)
-    active = getattr(model, "active_adapters", ())
-    if adapters and isinstance(known, dict) and not callable(active):
+    if adapters and isinstance(known, dict) and known:
+        active: Any = getattr(model, "active_adapters", ())
+        active = active() if callable(active) else active  # a method of transformers' models
         found += [known[name] for name in active if name in known]
+        off = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
+        facts = [list(active)] * (len(known) > 1) + ["adapters off"] * off
     parts = [config.to_dict() for config in found if hasattr(config, "to_dict")]
-    return json.dumps([_reduced(part) for part in parts], sort_keys=True, default=str)
+    return json.dumps([*map(_reduced, parts), *facts], sort_keys=True, default=str)
 
 
 def _reduced(value: Any) -> Any:

@@ -60,7 +60,7 @@ def measure(
 
     def loss(rows: Sequence[Row]) -> float:
         items = [encode(tokenizer, *pair(row, row.where), encoding) for row in rows]
-        return float(mean_nll(model, items, pad_token_id(tokenizer), batch_tokens).mean())
+        return float(mean_nll(model, items, pad_token_id(tokenizer, model), batch_tokens).mean())
 
     rate = None
     if probes is not None:

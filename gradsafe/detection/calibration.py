@@ -101,7 +101,7 @@ def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
         raise ValueError("gradsafe.calibrate: a score is NaN")
     ordered = scores.double().sort().values
     # The small term keeps an exact product such as 100 * 0.99 from being rounded up.
-    rank = math.ceil((n + 1) * (1 - max_fpr) - 1e-9)
+    rank = max(1, math.ceil((n + 1) * (1 - max_fpr) - 1e-9))
     if rank > n:
         warnings.warn(
             f"gradsafe.calibrate: {n} benign prompts are too few to guarantee a false-positive "
@@ -118,9 +118,9 @@ def calibrate(scores: Tensor, max_fpr: float) -> Calibration:
     return Calibration(threshold, max_fpr, alarms / n, interval, n, tuple(finite.tolist()))
 
 
-def exact_interval(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper-Pearson interval of a rate from `hits` of `n`."""
-    tail = (1 - level) / 2
+def exact_interval(hits: int, n: int) -> tuple[float, float]:
+    """Clopper-Pearson interval of 95 % of a rate from `hits` of `n`."""
+    tail = 0.025
     low = 0.0 if hits == 0 else float(beta.ppf(tail, hits, n - hits + 1))
     high = 1.0 if hits == n else float(beta.ppf(1 - tail, hits + 1, n - hits))
     return low, high

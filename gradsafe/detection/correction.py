@@ -9,7 +9,7 @@ from typing import Any, overload
 from torch import nn
 
 from gradsafe.detection.detector import Detector
-from gradsafe.models import Encoded, Encoding, Prompt, encode, generate
+from gradsafe.models import Encoded, Encoding, Prompt, context_length, encode, generate
 from gradsafe.models.encode import located
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -71,20 +71,24 @@ def correct(
         is the model's own.
 
     Raises:
-        ValueError: As in `Detector.flag`, an empty list, or several answers per prompt.
+        ValueError: As in `Detector.flag`, an empty list, several answers per prompt, or (as
+            ContextOverflowError) a prompt beyond the context, also if the detector takes windows.
         TypeError: A prompt is neither a text nor a conversation.
     """
     one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
     prompts: list[Any] = [prompt] if one else list(prompt)
-    flags = detector.flag(prompts, batch_tokens, progress).tolist()
     config = detector.config
     encoding = Encoding(
-        config.template, config.system, split_special_tokens=config.split_special_tokens
+        config.template,
+        config.system,
+        max_length=context_length(model, tokenizer),
+        split_special_tokens=config.split_special_tokens,
     )
     items: list[Encoded] = []
     for index, each in enumerate(prompts):
         with located(f"gradsafe.correct: prompts[{index}]"):
             items.append(encode(tokenizer, each, prefix, encoding))
+    flags = detector.flag(prompts, batch_tokens, progress).tolist()
     found: list[list[int]] = [[] for _ in items]
     for flagged in (False, True):
         chosen = [index for index, flag in enumerate(flags) if flag == flagged]

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 
 from gradsafe._checks import check_value, refuse
 from gradsafe._io.artifacts import StorageError, checked, load_folder, save_folder
-from gradsafe._io.fingerprints import model_fingerprint, tokenizer_fingerprint
+from gradsafe._io.fingerprints import (
+    model_fingerprint,
+    model_sample,
+    tokenizer_fingerprint,
+)
 from gradsafe.detection.calibration import Band, Calibration, calibrate, choose_band
 from gradsafe.detection.components import choose_rows
 from gradsafe.detection.config import DetectorConfig, Evidence, Features
@@ -56,6 +60,7 @@ class Detector:
         self.tokenizer = tokenizer
         self.layers = layers or find_layers(model, state.config.layers, state.config.modules)
         self.state = state
+        self._sample = model_sample(model)
 
     @classmethod
     def fit(
@@ -441,7 +446,13 @@ class Detector:
         Raises:
             FileNotFoundError: The parent folder does not exist.
             FileExistsError: `folder` exists and is not a saved detector.
+            ValueError: The weights of the model have changed since `fit` or `load`.
         """
+        if model_sample(self.model) != self._sample:
+            raise ValueError(
+                "gradsafe.Detector.save: the model was changed after the detector was fitted on "
+                "it; fit it again"
+            )
         save_folder(folder, KIND, *pack(self))
 
     @classmethod

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from gradsafe._checks import refuse
 from gradsafe._fallback import announce_fallback
 from gradsafe.detection.components import Rows
 from gradsafe.detection.config import DetectorConfig
@@ -91,10 +92,14 @@ class GradientPass:
         if self.config.prefix == "cut":
             self._check_cut()
         if isinstance(prompts, EncodedPrompts):
+            if not len(prompts):
+                refuse(self.owner, "at least one prompt", "none")
             return prompts
         expect_prompts(prompts)
         if isinstance(names, str):
             names = [f"{names}[{index}]" for index in range(len(prompts))]
+        if len(names) != len(prompts):
+            refuse(self.owner, f"a name for each of {len(prompts)} prompts", len(names))
         encoding = Encoding(
             template=self.config.template,
             system=self.config.system,
@@ -155,12 +160,15 @@ class GradientPass:
             announce_fallback(
                 f"gradsafe.{self.owner}: prompts run one at a time, since this model {reason}"
             )
+        if visit is not None and torch.is_inference_mode_enabled():
+            visit = torch.inference_mode()(visit)  # it updates tensors of the caller
         hidden = not (self.progress and label)
         with tqdm(total=len(items), desc=label, disable=hidden, unit="prompt") as bar:
             for indices, opening in self._batches(items, visit, budget):
                 batch = [items[i] for i in indices]
                 try:
-                    nll, states = self._batch(batch, visit, blocks, opening)
+                    with torch.inference_mode(False):  # in which there are no gradients
+                        nll, states = self._batch(batch, visit, blocks, opening)
                 except RuntimeError as error:
                     self._advise_on_memory(error, batch)
                     raise
@@ -186,7 +194,7 @@ class GradientPass:
         for ids, members in groups.items():
             opening = None
             if ids:
-                with alone(self.model), evaluating(self.model, ()):
+                with torch.inference_mode(False), alone(self.model), evaluating(self.model, ()):
                     opening = Opening(self.model, ids)
             # Keys and values take about an eighth of the memory of a token that runs.
             lengths = [len(items[i]) - len(ids) + len(ids) // 8 for i in members]
@@ -234,7 +242,7 @@ class GradientPass:
     ) -> tuple[Tensor, Tensor]:
         if opening is not None:
             items = [item.after(opening.length) for item in items]
-        batch = collate(items, pad_token_id(self.tokenizer))
+        batch = collate(items, pad_token_id(self.tokenizer, self.model))
         states = torch.empty(len(items), 0)
 
         def forward() -> Tensor:

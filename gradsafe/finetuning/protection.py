@@ -65,7 +65,7 @@ class SafeGradMixin(Trainer):
         self._parameters: dict[str, Any] = {}
         self._steps = 0  # since train() was called
         self._train_rows: str | None = None
-        self._collate = row_collator(self.processing_class)
+        self._collate = row_collator(self.processing_class, self.model)
         self._alignment_rows = self._encode("alignment_dataset", alignment_dataset)
         _ = self.alignment_batch_size  # raises if the processes cannot share it
         seed = self.safegrad.alignment_seed

@@ -245,9 +245,9 @@ class RowCollator:
         return batch
 
 
-def row_collator(tokenizer: Any) -> RowCollator:
+def row_collator(tokenizer: Any, model: Any) -> RowCollator:
     """Return a collator with the padding of the tokenizer."""
-    return RowCollator(0 if tokenizer is None else pad_token_id(tokenizer))
+    return RowCollator(0 if tokenizer is None else pad_token_id(tokenizer, model))
 
 
 def _encode(

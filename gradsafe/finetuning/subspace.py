@@ -37,7 +37,10 @@ class AlignmentSubspace:
     def __post_init__(self) -> None:
         if not self.basis:
             return
-        tolerance, gram = TOLERANCE[self.basis[0].dtype], _gram(self.basis)
+        dtype = self.basis[0].dtype
+        if dtype not in TOLERANCE:
+            refuse(WHO, "vectors of " + ", ".join(map(str, TOLERANCE)), dtype)
+        tolerance, gram = TOLERANCE[dtype], _gram(self.basis)
         error = (gram - torch.eye(len(gram), dtype=gram.dtype)).abs()
         if not error.max() <= tolerance:
             at = [int(i) for i in divmod(int(error.nan_to_num(torch.inf).argmax()), len(gram))]

@@ -82,7 +82,7 @@ class SafeGradTrainer(SafeGradMixin):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or row_collator(processing_class),
+            data_collator=data_collator or row_collator(processing_class, model),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

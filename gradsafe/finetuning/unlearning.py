@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gradsafe._checks import refuse
 from gradsafe.finetuning.config import SafeGradConfig, UnlearningConfig
 from gradsafe.finetuning.output_head import inference
 from gradsafe.finetuning.rows import IGNORED, RowCollator, row_collator
@@ -90,7 +91,8 @@ class UnlearningTrainer(SafeGradTrainer):
         safegrad: Options of the surgery and of the retain loss; None for the defaults with
             `reference="cached"`.
         processing_class: The tokenizer; optional if all rows are tokenised.
-        **options: Further arguments of `SafeGradTrainer`.
+        **options: Further arguments of `SafeGradTrainer`, but for `eval_dataset`, since the loss is
+            one of forgetting, and `data_collator`.
 
     Raises:
         TypeError, ValueError: As in `SafeGradTrainer`, `reference` is "adapter_off" with the KL
@@ -115,6 +117,12 @@ class UnlearningTrainer(SafeGradTrainer):
                 'gradsafe.UnlearningTrainer: reference="adapter_off" is the model before it '
                 'learned anything; use reference="cached", a second model, or loss="sft"'
             )
+        if forget_dataset is None:
+            refuse("UnlearningTrainer", "forget_dataset", "None", "give the rows to forget")
+        for name in ("eval_dataset", "data_collator"):
+            if options.get(name) is not None:
+                expected, do = f"no {name}", "leave it out, and evaluate the trained model"
+                refuse("UnlearningTrainer", expected, type(options[name]).__name__, do)
         self.unlearning = unlearning or UnlearningConfig()
         super().__init__(
             model,
@@ -129,7 +137,9 @@ class UnlearningTrainer(SafeGradTrainer):
         self.train_dataset = self._encode("forget_dataset", self.train_dataset)
         self._refuse_overlap()
         self._references = self._log_probs_now() if self.unlearning.method == "npo" else {}
-        self.data_collator = _WithReferences(self._references, row_collator(processing_class))
+        self.data_collator = _WithReferences(
+            self._references, row_collator(processing_class, model)
+        )
 
     def compute_loss(
         self,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from gradsafe._checks import refuse
 from gradsafe.models.encode import Encoded
+from gradsafe.models.inspection import input_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,7 +113,11 @@ def collate(
     return Batch(input_ids, attention_mask, position_ids, lengths, prompt_lengths, starts)
 
 
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return an id to pad with: the pad token, else EOS, else 0 (harmless, since it is masked)."""
+def pad_token_id(tokenizer: PreTrainedTokenizerBase, model: Any) -> int:
+    """Return an id to pad with: the pad token, else EOS, else 0 (harmless, since it is masked).
+
+    A token that was added without a row in the embedding of the model cannot be used.
+    """
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in known if token is not None))
+    size = input_vocabulary(model)
+    return int(next(token for token in known if token is not None and token < size))

@@ -44,12 +44,13 @@ def generate(
     Raises:
         ValueError: `num_return_sequences` or `num_beams` other than 1.
     """
+    config = options.get("generation_config") or getattr(model, "generation_config", None)
     for name in ("num_return_sequences", "num_beams"):
-        if options.get(name, 1) != 1:
-            refuse("generate", f"{name}=1", options[name])
-    pad = pad_token_id(tokenizer)
+        given = options.get(name, getattr(config, name, None))
+        if given not in (None, 1):
+            refuse("generate", f"{name}=1", given)
+    pad = pad_token_id(tokenizer, model)
     options = {"do_sample": False, "pad_token_id": pad, **options}
-    config = getattr(model, "generation_config", None)
     eos = options.get("eos_token_id", getattr(config, "eos_token_id", None))
     ends = set(eos) if isinstance(eos, (list, tuple)) else {eos}
     given = [

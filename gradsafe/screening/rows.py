@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,8 @@ class RowEncoder:
             ValueError: No rows, or one without prompt or response.
             ContextOverflowError: A row is too long.
         """
-        if isinstance(rows, (str, Mapping)) or not isinstance(rows, Sequence):
+        listed = isinstance(rows, Iterable) and hasattr(rows, "__len__")  # also a Dataset
+        if isinstance(rows, (str, Mapping)) or not listed:
             got = type(rows).__name__
             refuse("Screener", f"{name} to be a list of rows", got, "pass a list", TypeError)
         if not rows:

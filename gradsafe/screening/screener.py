@@ -174,6 +174,8 @@ class Screener:
         Raises:
             ValueError, TypeError: As `score`; the message names the row by its number.
         """
+        if size < 1:
+            refuse("Screener.stream", "size to be at least 1", size)
         iterator, first = iter(rows), 0
         while chosen := list(islice(iterator, size)):
             yield self.score(self.encode(chosen, first=first), batch_tokens, False)

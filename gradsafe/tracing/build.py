@@ -81,7 +81,8 @@ def extend_folder(job: Job, known: IndexFolder, source: Samples) -> IndexFolder:
         folder = None
         if job.processes.first:
             folder = IndexFolder.open(known.path)
-            check_settings(folder, known.metadata["settings"], "extend")
+            settings = known.metadata["settings"] | model_settings(job.model, job.tokenizer)
+            check_settings(folder, settings, "extend")
         folder = _in_all(job, folder, known.path)
         samples, part = _next_part(folder, source)
         _check_agreement(job, samples, {})
@@ -158,7 +159,7 @@ def _new_metadata(
     layer, curve = settings["layer"], None
     if layer in RULES:
         probes = [encode(samples[i])[-1] for i in pick_probes(len(samples))]
-        pad_id = pad_token_id(job.tokenizer)
+        pad_id = pad_token_id(job.tokenizer, job.model)
         choice = choose_layer(job.model, probes, pad_id, layer, job.batch_tokens)
         layer, curve = choice.layer, choice.curve
     return {

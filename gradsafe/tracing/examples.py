@@ -15,6 +15,7 @@ from torch import nn
 from gradsafe._io.records import Row, read_jsonl
 from gradsafe.models import Encoded, Encoding, Prompt, context_length, encode, encode_windows
 from gradsafe.models.encode import located
+from gradsafe.models.encoding import expect_text
 from gradsafe.models.inspection import check_token_ids
 from gradsafe.models.rows import pair
 
@@ -114,6 +115,9 @@ def _example(row: Any, where: str, number: int) -> Example:
     name = number if row.get("id") is None else row["id"]
     if isinstance(name, bool) or not isinstance(name, (str, int)):
         raise TypeError(f"{where}: the field 'id' must be text or an integer, got {name!r}")
+    if isinstance(name, str):
+        with located(where):
+            expect_text("the field 'id'", name)
     return Example(name, *pair(row, where), where)
 
 

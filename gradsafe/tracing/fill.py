@@ -52,7 +52,8 @@ def fill(
     if not wanted:
         return
     processes.wait("the folder is swept")
-    runner = SignaturePass(job.model, [folder.metadata["layer"]], pad_token_id(job.tokenizer))
+    pad_id = pad_token_id(job.tokenizer, job.model)
+    runner = SignaturePass(job.model, [folder.metadata["layer"]], pad_id)
     with tqdm(
         total=len(examples),
         initial=len(examples) - sum(shard.count for shard in wanted),

@@ -293,6 +293,7 @@ class IndexFolder:
     def _damage(self, plan: ShardPlan) -> StorageError | None:
         try:
             verify_file(self.path / plan.name, self.files[plan.name])
+            self.ids(plan)
         except StorageError as error:
             return StorageError(
                 f"{error} (samples {plan.first} to {plan.first + plan.count - 1}); "

@@ -87,7 +87,8 @@ class Hits:
             IndexError: No such query.
         """
         self._check(query, 0)
-        model, pad_id = self._index.model, pad_token_id(self._index.tokenizer)
+        model = self._index.model
+        pad_id = pad_token_id(self._index.tokenizer, model)
         curve: list[float] = similarity_curve(model, [self._queries[query]], pad_id).tolist()
         return curve
 
@@ -113,7 +114,7 @@ def unit_gradients(model: nn.Module, tokenizer: Any, item: Encoded, layer: int) 
     Row i is the gradient of the mean response NLL with respect to the hidden state that predicts
     response token i. A zero row stays zero.
     """
-    runner = SignaturePass(model, [layer], pad_token_id(tokenizer))
+    runner = SignaturePass(model, [layer], pad_token_id(tokenizer, model))
     rows = runner.views([item])[layer].gradients[0].double()
     norms = rows.norm(dim=1, keepdim=True)
     return torch.where(norms > 0, rows / norms, 0.0)

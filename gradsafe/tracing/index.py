@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from gradsafe._checks import check_value
+from gradsafe._io.fingerprints import model_fingerprint
 from gradsafe._io.processes import Processes
 from gradsafe.models import Encoding, pad_token_id
 from gradsafe.tracing import build as building
@@ -177,7 +178,8 @@ class TraceIndex:
             processes: As in `build`.
 
         Raises:
-            ValueError: As in `build`; an id that is in use; or earlier samples are incomplete.
+            ValueError: As in `build`; an id that is in use; earlier samples are incomplete; or the
+                model has changed since the index was built.
             OSError: As in `build`.
             Stopped: As in `build`.
         """
@@ -235,8 +237,8 @@ class TraceIndex:
             The hits, best first.
 
         Raises:
-            ValueError: No query, k above the number of samples, no complete sample, or options that
-                do not fit.
+            ValueError: No query, k above the number of samples, no complete sample, options that
+                do not fit, or the model has changed since the index was built.
             ImportError: FAISS is asked for and not installed.
 
         Warns:
@@ -260,6 +262,8 @@ class TraceIndex:
                 f"gradsafe.TraceIndex.query: expected k at most {count}, the number of samples "
                 f"in the index, got {k}; pass min(k, len(index))"
             )
+        given = {"model": model_fingerprint(self.model)}  # it may have been trained since
+        building.check_settings(self._folder, given, "query")
         needed = rows_needed(k, search.owners)
         source = [queries] if isinstance(queries, Mapping) else queries
         samples = read_examples(source, "queries")
@@ -269,7 +273,7 @@ class TraceIndex:
             self.model,
             items,
             [self.layer],
-            pad_token_id(self.tokenizer),
+            pad_token_id(self.tokenizer, self.model),
             batch_tokens,
             "queries" if progress else None,
             names=[samples[owner].where for owner in owners],

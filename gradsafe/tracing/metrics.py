@@ -98,7 +98,7 @@ def leave_out_difference(
     Raises:
         ValueError, TypeError: As in `TraceIndex.query`.
     """
-    pad = pad_token_id(tokenizer)
+    pad = pad_token_id(tokenizer, model)
     examples = read_examples(queries, "queries")
     encode = ExampleEncoder(model, tokenizer, encoding or Encoding())
     items = [encode(example)[0] for example in examples]

@@ -91,8 +91,11 @@ class ResponsePass:
         """
         first_only = first_only and self.prompt_only
         responses = [item.input_ids[item.prompt_length :] for item in items]
-        targets = self._pad([ids[:1] if first_only else ids for ids in responses])
-        with alone(self.model), frozen(self.model), evaluating(self.model, ()):
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))  # in which there are no gradients
+            for context in (alone(self.model), frozen(self.model), evaluating(self.model, ())):
+                stack.enter_context(context)
+            targets = self._pad([ids[:1] if first_only else ids for ids in responses])
             prepared = None
             if self.cache_name is not None and not first_only:
                 prepared = self._after_cached_prompts(items, self.cache_name)

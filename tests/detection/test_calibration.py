@@ -53,3 +53,7 @@ def test_known_intervals():
 def test_bad_arguments(scores, max_fpr, text):
     with pytest.raises(ValueError, match=text):
         calibrate(torch.tensor(scores), max_fpr)
+
+
+def test_a_rate_close_to_one_takes_the_smallest_score():
+    assert calibrate(torch.tensor([3.0, 1.0, 2.0]), 1 - 1e-10).threshold == 1

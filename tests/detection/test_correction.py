@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 import gradsafe
 from gradsafe import Detector
 from gradsafe.detection.calibration import Calibration
 from gradsafe.detection.correction import REFUSAL
-from gradsafe.models import encode
+from gradsafe.models import ContextOverflowError, encode
 
 PROMPTS = ["hello", "a much longer prompt than others", "x", "why is it so"]
 FLAGGED = [1, 3]
@@ -102,3 +103,20 @@ def test_with_a_calibrated_detector(model: Any, tokenizer: Any) -> None:
     flags = fitted.flag(PROMPTS, progress=False).tolist()
     answers = gradsafe.correct(model, tokenizer, PROMPTS, fitted, max_new_tokens=1)
     assert [answer.flagged for answer in answers] == flags
+
+
+def test_eos_of_a_given_generation_config(model: Any, tokenizer: Any, detector: Any) -> None:
+    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    whole = gradsafe.correct(model, tokenizer, "x", detector, generation_config=config)
+    config.eos_token_id = whole.ids[2]
+    cut = gradsafe.correct(model, tokenizer, "x", detector, generation_config=config)
+    assert cut.ids == whole.ids[: whole.ids.index(whole.ids[2])]
+    config.num_beams = 2
+    with pytest.raises(ValueError, match="expected num_beams=1, got 2"):
+        gradsafe.correct(model, tokenizer, "x", detector, generation_config=config)
+
+
+def test_a_prompt_beyond_the_context_is_refused_first(model: Any, tokenizer: Any) -> None:
+    fitted = Detector.fit(model, tokenizer, method="nll", overflow="window", progress=False)
+    with pytest.raises(ContextOverflowError, match=r"gradsafe\.correct: prompts\[1\]"):
+        gradsafe.correct(model, tokenizer, ["x", "ab " * 60], fitted)

@@ -335,3 +335,23 @@ def test_a_batch_too_large_for_memory_names_the_fix(
     monkeypatch.setattr(model.lm_head, "forward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         score(detector)
+
+
+@pytest.mark.parametrize("options", [{}, {"prefix": "cut", "system": "be kind " * 4}], ids=str)
+def test_scores_in_inference_mode_are_the_same(model, tokenizer, options):
+    prompts = ["hello", "why is it so", "bake a cake for me"]
+    arguments = (model, tokenizer, ["how to hurt"], ["bake a cake"])
+    detector = Detector.fit(*arguments, progress=False, **options)
+    expected = detector.score(prompts, progress=False)
+    with torch.inference_mode():
+        again = Detector.fit(*arguments, progress=False, **options)
+        found = [each.score(prompts, progress=False).values for each in (detector, again)]
+    assert all(torch.equal(values, expected.values) for values in found)
+
+
+def test_the_names_and_the_number_of_prompts_are_checked(model, tokenizer):
+    detector = Detector.fit(model, tokenizer, ["how to hurt"], ["bake a cake"], progress=False)
+    with pytest.raises(ValueError, match="a name for each of 2 prompts"):
+        detector.encode(["a", "b"], names=["only one"])
+    with pytest.raises(ValueError, match="at least one prompt"):
+        detector.score(detector.encode(["a", "b"])[:0])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy
 import pytest
 import torch
 from builders import make_model, make_tokenizer
@@ -107,3 +108,22 @@ def test_the_state_is_frozen_and_calibration_replaces_it(model, tokenizer):
     assert before.calibration is None
     assert dataclasses.replace(detector.state, calibration=None) == before
     assert Detector(model, tokenizer, detector.state).threshold == detector.threshold
+
+
+def test_a_model_that_was_trained_since_is_refused(tokenizer, tmp_path):
+    model = make_model("llama", vocab_size=300)
+    detector = fit(model, tokenizer)
+    detector.save(tmp_path / "detector")
+    with torch.no_grad():
+        model.lm_head.weight += 1e-3
+    with pytest.raises(ValueError, match=r"Detector\.save: the model was changed after"):
+        detector.save(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="another model"):
+        Detector.load(tmp_path / "detector", model, tokenizer)
+
+
+def test_numbers_of_numpy_are_saved(model, tokenizer, tmp_path):
+    layers = [numpy.int64(0), numpy.int64(2)]
+    fit(model, tokenizer, layers=layers).save(tmp_path / "detector")
+    assert Detector.load(tmp_path / "detector", model, tokenizer).config.layers == (0, 2)

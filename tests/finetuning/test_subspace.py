@@ -91,3 +91,8 @@ def test_bad_input():
         subspace.project_([torch.ones(3)] * 4)
     with pytest.raises(ValueError, match="basis to hold 1"):
         subspace.project_([torch.ones(6, 5)])
+
+
+def test_float64_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"vectors of torch\.float32, .*, got torch\.float64"):
+        AlignmentSubspace.from_gradients([[torch.randn(4).double()] for _ in range(3)], 2)

@@ -160,3 +160,14 @@ class TestRefused:
     def test_options(self, name: str, value: Any) -> None:
         with pytest.raises(ValueError, match=f"UnlearningConfig: expected {name}"):
             UnlearningConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["eval_dataset", "data_collator"])
+def test_what_it_cannot_use_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"expected no {name}, got list"):
+        UnlearningTrainer(make_model(), forget_dataset=FORGET, **{name: FORGET})
+
+
+def test_rows_to_forget_are_needed() -> None:
+    with pytest.raises(ValueError, match="expected forget_dataset, got None"):
+        UnlearningTrainer(make_model(), retain_dataset=ALIGNMENT)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from builders import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -64,7 +65,18 @@ def test_pad_token_id_falls_back(tokenizer: PreTrainedTokenizerFast) -> None:
         pad_token_id = None
         eos_token_id: int | None = 7
 
-    assert pad_token_id(tokenizer) == 0
-    assert pad_token_id(Bare()) == 7  # type: ignore[arg-type]
+    assert pad_token_id(tokenizer, None) == 0
+    assert pad_token_id(Bare(), None) == 7  # type: ignore[arg-type]
     Bare.eos_token_id = None
-    assert pad_token_id(Bare()) == 0  # type: ignore[arg-type]
+    assert pad_token_id(Bare(), None) == 0  # type: ignore[arg-type]
+
+
+def test_a_padding_token_without_an_embedding_is_passed_over(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    class Added:
+        pad_token_id, eos_token_id = 300, 2
+
+    small, large = (make_model("llama", vocab_size=size) for size in (300, 301))
+    assert pad_token_id(Added(), small) == 2  # type: ignore[arg-type]
+    assert pad_token_id(Added(), large) == 300  # type: ignore[arg-type]

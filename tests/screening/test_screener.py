@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from rows_and_oracle import ALIGNMENT, ROWS, SAFE, UNSAFE, Oracle
 
 import gradsafe
@@ -215,3 +216,16 @@ def test_a_gradient_that_is_not_finite_names_the_row(tokenizer):
         broken.model.embed_tokens.weight[tokenizer("z").input_ids[-1]] = float("nan")
     with pytest.raises(NonFiniteGradientError, match=r"gradsafe.Screener.*rows\[2\]"):
         screener.score(ROWS, batch_tokens=1, progress=False)
+
+
+def test_a_dataset_is_a_list_of_rows(model, tokenizer):
+    rows = [{"prompt": f"p {i}", "response": "ok"} for i in range(4)]
+    groups = {"unsafe": rows[:2], "safe": rows[2:]}
+    of_lists = Screener.fit(model, tokenizer, **groups, progress=False)
+    datasets = {name: Dataset.from_list(own) for name, own in groups.items()}
+    of_datasets = Screener.fit(model, tokenizer, **datasets, progress=False)
+    new = [{"prompt": "p 9", "response": "no"}]
+    found = [screener.score(new, progress=False) for screener in (of_lists, of_datasets)]
+    assert torch.equal(found[0].share, found[1].share)
+    with pytest.raises(ValueError, match="size to be at least 1, got 0"):
+        next(of_lists.stream(new, size=0))

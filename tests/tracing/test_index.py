@@ -12,7 +12,7 @@ from torch.nn import functional
 from trace_samples import EXAMPLES, QUERIES, build, files
 
 import gradsafe
-from gradsafe import TraceIndex
+from gradsafe import TraceIndex, tracing
 from gradsafe._io.artifacts import StorageError
 from gradsafe.models import ContextOverflowError, encode
 from gradsafe.tracing import IncompleteIndexWarning, signatures
@@ -378,3 +378,57 @@ def test_foreign_folders_are_refused(model, tokenizer, tmp_path):
 
 def test_it_is_reachable_from_the_package():
     assert gradsafe.TraceIndex is TraceIndex
+
+
+def test_a_model_that_was_trained_since_is_refused(tokenizer, tmp_path):
+    model = make_model("llama", vocab_size=300)
+    index = build(model, tokenizer, tmp_path / "index", EXAMPLES[:5])
+    index.query(QUERIES, 3)
+    with torch.no_grad():
+        model.lm_head.weight += 1e-3
+    with pytest.raises(ValueError, match=r"TraceIndex\.query: expected the model that"):
+        index.query(QUERIES, 3)
+    before = files(index.path)
+    with pytest.raises(ValueError, match=r"TraceIndex\.extend: expected the model that"):
+        index.extend(EXAMPLES[5:], progress=False)
+    assert files(index.path) == before
+
+
+def test_an_id_that_no_file_can_hold_is_refused(index, model, tokenizer):
+    bad = [{"id": "cut \ud83d", "prompt": "x", "response": "y"}]
+    before = files(index.path)
+    with pytest.raises(ValueError, match=r"\[0\].*'id'.* half a surrogate pair"):
+        index.extend(bad, progress=False)
+    assert files(index.path) == before
+    TraceIndex.load(index.path, model, tokenizer)
+
+
+def test_repair_removes_a_shard_whose_ids_cannot_be_read(index, model, tokenizer, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tracing.examples, "expect_text", lambda *_: None)
+        with pytest.raises(StorageError, match="malformed: ids"):
+            index.extend([{"id": "cut \ud83d", "prompt": "x", "response": "y"}], progress=False)
+    with pytest.raises(StorageError, match="malformed: ids"):
+        TraceIndex.load(index.path, model, tokenizer)
+    assert TraceIndex.repair(index.path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IncompleteIndexWarning)
+        assert len(TraceIndex.load(index.path, model, tokenizer)) == len(EXAMPLES)
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_signatures_in_inference_mode_are_the_same(model, tokenizer, first_only):
+    items = [encode(tokenizer, row["prompt"], row["response"]) for row in EXAMPLES[:5]]
+    layer = 3 if first_only else 1
+    expected = signatures(model, items, [layer], 0)[layer]
+    with torch.inference_mode():
+        assert torch.equal(signatures(model, items, [layer], 0)[layer], expected)
+
+
+def test_a_padding_token_without_an_embedding(tokenizer, tmp_path):
+    added = make_tokenizer()
+    added.add_special_tokens({"pad_token": "[PAD]"})
+    model = make_model("llama", vocab_size=added.pad_token_id)
+    found = build(model, added, tmp_path / "a").query(QUERIES, 3)
+    one = build(model, added, tmp_path / "b", batch_tokens=1).query(QUERIES, 3, batch_tokens=1)
+    assert found.ids == one.ids

@@ -34,7 +34,7 @@ def test_scores_are_those_of_a_query(model, tokenizer, tmp_path, name):
             model,
             [encode(tokenizer, r["prompt"], r["response"], template=TEMPLATE) for r in rows],
             [2],
-            pad_token_id(tokenizer),
+            pad_token_id(tokenizer, model),
         )[2]
         for rows in (EXAMPLES, QUERIES)
     )
