@@ -20,6 +20,7 @@ from gradsafe._io.records import (
     record_key,
     to_line,
 )
+from gradsafe._io.slices import Slices
 from gradsafe.models.rows import pair, prompt_of
 
 
@@ -367,3 +368,32 @@ class TestDestinations:
         tmp_path.chmod(0o500)
         with pytest.raises(PermissionError, match="cannot write"):
             check_output(tmp_path / "out.jsonl")
+
+
+def test_two_runs_at_once_overwrite_nothing_of_each_other(file: Path) -> None:
+    keys = [{"index": i} for i in range(6)]
+    with Records(file, keys, Processes()) as first:
+        first.begin()
+        first.write(0, {"score": 0.5})
+        with Records(file, keys, Processes(), resume=True) as second:
+            for index in (1, 2, 3):
+                first.write(index, {"score": index / 7})
+                second.write(index + 2, {"score": index / 3})
+    found = Records(file, keys, Processes(), resume=True).found
+    assert sorted(found) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("change", ["replaced", "longer", "shorter"])
+def test_lines_of_a_file_that_changed_are_refused(file: Path, change: str) -> None:
+    lines = [f'{{"a": {i}}}\n' for i in range(7)]
+    file.write_text("".join(lines))
+    slices = Slices(file, 3, lambda row: None)
+    assert [raw.decode() for _, raw in slices.lines()] == lines
+    new = {
+        "replaced": ['{"b": 0}\n', *lines[1:]],
+        "longer": [*lines, lines[0]],
+        "shorter": lines[:6],
+    }
+    file.write_text("".join(new[change]))
+    with pytest.raises(ValueError, match="the file changed while it was read"):
+        list(slices.lines())

@@ -223,13 +223,12 @@ class Records:
     def _open(self, part: Path) -> IO[bytes]:
         """Opens a part for appending; a last line that is incomplete is removed."""
         if not part.exists():
-            new = part.open("xb")  # x: another run may start the same file
+            part.touch(exist_ok=False)  # another run may start the same file
             flush_to_disk(part.resolve().parent)
-            return new
-        file = part.open("r+b")
-        file.truncate(file.read().rfind(b"\n") + 1)
-        file.seek(0, os.SEEK_END)
-        return file
+        else:
+            with part.open("r+b") as file:
+                file.truncate(file.read().rfind(b"\n") + 1)
+        return part.open("ab")  # a second run at the same time overwrites nothing
 
     def _read(self) -> dict[int, Row]:
         """The records of the file and of all parts; the file has priority."""

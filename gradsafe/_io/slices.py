@@ -74,16 +74,23 @@ class Slices:
         """The rows of a slice; ValueError if the file has changed."""
         found = islice(self._raw(self._starts[number], self._lines[number]), self.count(number))
         raws = [(raw, line) for _, line, raw in found]
-        digest = hashlib.sha256(b"".join(raw for raw, _ in raws)).digest()[:16]
-        if digest != self._digests[number]:
-            raise ValueError(
-                f"{self.path}: the file changed while it was read: start again with --overwrite"
-            )
+        self._check(number, [raw for raw, _ in raws])
         return [self._row(raw, line) for raw, line in raws]
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Number and bytes of every line that holds a row, as they are in the file."""
-        return ((line, raw) for _, line, raw in self._raw())
+        """Number and bytes of every line that holds a row; ValueError if the file has changed."""
+        found = self._raw()
+        for number in range(len(self) + 1):  # nothing after the last slice
+            part = [(line, raw) for _, line, raw in islice(found, self.size)]
+            self._check(number, [raw for _, raw in part])
+            yield from part
+
+    def _check(self, number: int, raws: list[bytes]) -> None:
+        digest = hashlib.sha256(b"".join(raws)).digest()[:16] if raws else None
+        if digest != (self._digests[number] if number < len(self) else None):
+            raise ValueError(
+                f"{self.path}: the file changed while it was read: start again with --overwrite"
+            )
 
     def _raw(self, start: int = 0, line: int = 1) -> Iterator[tuple[int, int, bytes]]:
         """Offset, number and bytes of the lines with rows from a place on."""

@@ -13,10 +13,10 @@ from gradsafe._io.artifacts import file_record, write_text
 from gradsafe._io.processes import Processes
 from gradsafe._io.records import Row, to_line
 from gradsafe._jobs.behavior import REFUSALS, ask, holds, without_texts
-from gradsafe._jobs.data import prompts_of, read_prompts
+from gradsafe._jobs.data import prompts_of, read_pairs, read_prompts
 from gradsafe._jobs.finetune import Finetune, FinetuneResult, LoraOptions, encoding_of
 from gradsafe._jobs.options import FLAT, ModelOptions, check_positive, plain, save_config, transient
-from gradsafe._jobs.repair import Repair
+from gradsafe._jobs.repair import Repair, places_by_id
 from gradsafe._jobs.screen import Screen
 from gradsafe._jobs.screen_files import KEPT
 from gradsafe._jobs.stages import Facts, Stages
@@ -119,6 +119,7 @@ class Audit:
             KeyboardInterrupt: Interrupted; the same call continues.
         """
         self._check()
+        self._check_rows()
         from gradsafe.doctor import collect
 
         groups = {n: read_prompts(getattr(self, n), n) or [] for n in ("unsafe", "safe")}
@@ -154,7 +155,7 @@ class Audit:
         if self.model.adapter:
             raise ValueError("--adapter: merge it into the model first, or give the model alone")
         if "screen" not in self.skip and not self.clean:
-            raise ValueError("--clean FILE is missing: it sets the cut; or give --skip screen")
+            raise ValueError("--clean FILE is missing: it sets the cut; or give --skip [screen]")
         if not 0 <= self.max_increase < 1:
             raise ValueError(f"--max_increase must be from 0 to below 1, got {self.max_increase}")
         if not self.refusals:
@@ -169,8 +170,25 @@ class Audit:
         if not Path(self.output).resolve().parent.is_dir():
             raise FileNotFoundError(f"cannot write {self.output}: no such folder")
 
+    def _check_rows(self) -> None:
+        """Reads what the later stages read: a stage may take hours."""
+        rows = read_pairs(self.train)
+        places_by_id(rows)
+        read_pairs(self.alignment)
+        if "screen" not in self.skip:
+            if (self.harmful is None) != (self.harmless is None):
+                raise ValueError("--harmful and --harmless belong together: give both files")
+            for source in (self.clean, self.harmful, self.harmless):
+                if source is not None:
+                    read_pairs(source)
+        if not {"trace", "repair"} & set(self.skip) and len(rows) <= self.drop:
+            raise ValueError(
+                f"--drop {self.drop}: {self.train} has {len(rows)} rows, and some must be left to "
+                "train on: lower it"
+            )
+
     def _settings(self) -> Facts:
-        """All options, and the SHA-256 of each input file."""
+        """What the results depend on: the options, and the SHA-256 of each input file."""
         names = ("train", "alignment", "unsafe", "safe", "clean", "harmful", "harmless")
         files = {name: getattr(self, name) for name in names}
         known = {
@@ -178,7 +196,9 @@ class Audit:
             for name, path in files.items()
             if path and Path(path).is_file()
         }
-        return {**plain(self), "files": known}
+        options = plain(self)
+        del options["batch_tokens"]  # of memory only: another one continues
+        return {**options, "files": known}
 
     def _ask(self, model: ModelOptions, groups: Mapping[str, Sequence[Row]]) -> Facts:
         limits = self.answer_tokens, self.batch_tokens
@@ -256,7 +276,8 @@ class Audit:
         folder.mkdir(exist_ok=True)
         index = str(folder / "index")
         Build(train, index, model, self.trace, self.batch_tokens, self.progress).run()
-        found = find_rows(model, index, answered, self.drop, self.batch_tokens)
+        count = min(self.drop, len(read_pairs(train)) - 1)  # one at least is left to train on
+        found = find_rows(model, index, answered, count, self.batch_tokens)
         lines = [to_line({"id": name, "score": score}) for name, score in found]
         write_text(folder / TRACED, "".join(lines))
         return {"queries": len(answered), "ids": [name for name, _ in found]}

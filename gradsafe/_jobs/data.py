@@ -114,4 +114,6 @@ def _from_hub(source: str, limit: int | None) -> list[Row]:
             "download it before, or give a JSON Lines file"
         ) from error
     chosen = data if limit is None else data.select(range(min(limit, len(data))))
+    read = ("prompt", "response", "completion", "messages", "label", "id", "source_id")
+    chosen = chosen.select_columns([name for name in chosen.column_names if name in read])
     return [Row(row, f"{source}[{index}]", index + 1) for index, row in enumerate(chosen)]

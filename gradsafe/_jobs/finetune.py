@@ -167,6 +167,11 @@ class Finetune:
         for key, place in SET_ELSEWHERE.items():
             if key in self.training:
                 raise ValueError(f"training.{key} is set by {place}: leave it out")
+        if self.full and self.model.adapter:
+            raise ValueError("--full trains no adapters: merge --adapter into the model first")
+        if self.lora != LoraOptions() and (self.full or self.model.adapter):
+            given = "--full" if self.full else "--adapter"
+            raise ValueError(f"--lora is for new adapters, and {given} adds none: leave it out")
         internal = self.safegrad.reference in ("adapter_off", "cached")
         if self.full and internal and self.safegrad.loss == "kl":
             raise ValueError(
@@ -186,7 +191,10 @@ class Finetune:
             from gradsafe.finetuning.checkpoint import last
 
             if last(output) is None:
-                raise ValueError(f"--resume: no checkpoint in {output}")
+                raise ValueError(
+                    f"--resume: no complete checkpoint in {output}: start without --resume, in an "
+                    "empty folder"
+                )
 
     def _trainer(
         self,
@@ -208,7 +216,9 @@ class Finetune:
             "adapter_off",
             "cached",
         ):
-            other = replace(self.model, model=safegrad.reference, adapter=None, revision=None)
+            same = safegrad.reference == self.model.model
+            revision = self.model.revision if same else None
+            other = replace(self.model, model=safegrad.reference, adapter=None, revision=revision)
             safegrad = replace(safegrad, reference=load_model(other, processes)[0])
         set_seed(training.seed)  # new adapters are random, and the same in all processes
         if not (self.full or self.model.adapter):

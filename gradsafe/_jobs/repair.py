@@ -182,7 +182,9 @@ class Repair:
         model, safegrad = self.model, self.safegrad
         inner = safegrad.loss == "kl" and safegrad.reference == "adapter_off"
         if self.how == "retrain":
-            model = replace(model, adapter=None, model=self.start or model.model)
+            model = replace(model, adapter=None)
+            if self.start:
+                model = replace(model, model=self.start, revision=None)
         elif inner:  # the retained answers are those of the fine-tuned model
             safegrad = replace(safegrad, reference="cached")
         if self.full and inner:
@@ -204,14 +206,7 @@ class Repair:
 
     def _dropped(self, rows: Sequence[Row]) -> list[int]:
         """Numbers of the rows to drop, in their order."""
-        known: dict[str, int] = {}
-        for index, row in enumerate(rows):
-            name = str(_id(row, index))
-            if name in known:
-                raise ValueError(
-                    f"{row.where}: the id {name!r} belongs to {rows[known[name]].where}"
-                )
-            known[name] = index
+        known = places_by_id(rows)
         wanted = list(dict.fromkeys(str(name) for name in self._wanted()))
         if unknown := [name for name in wanted if name not in known]:
             more = f" and {len(unknown) - LISTED} more" * (len(unknown) > LISTED)
@@ -248,6 +243,21 @@ def _unlearning(
     return kind(
         forget_dataset=train_dataset, retain_dataset=alignment_dataset, unlearning=config, **rest
     )
+
+
+def places_by_id(rows: Sequence[Row]) -> dict[str, int]:
+    """Numbers of rows by their ids, or their numbers where they have none, as text.
+
+    Raises:
+        ValueError: Two rows have one id.
+    """
+    known: dict[str, int] = {}
+    for index, row in enumerate(rows):
+        name = str(_id(row, index))
+        if name in known:
+            raise ValueError(f"{row.where}: the id {name!r} belongs to {rows[known[name]].where}")
+        known[name] = index
+    return known
 
 
 def _id(row: Row, index: int) -> str | int:

@@ -6,10 +6,11 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import ClassVar
 
 from gradsafe._io.processes import Processes
-from gradsafe._jobs.options import FLAT, ModelOptions
+from gradsafe._jobs.options import FLAT, ModelOptions, changed
 from gradsafe.serving.config import ServeConfig
 
 KEYS = "GRADSAFE_API_KEYS"  # separated by commas
@@ -60,17 +61,25 @@ class Serve:
             ) from error
         from gradsafe.serving.guard import check_calibrated, load_current
 
-        check_calibrated(self.detector, self.model.model)
+        options = changed(self.model)
+        given = " ".join(
+            [
+                quote(options.pop("model", "")),
+                *(f"--{name} {quote(str(value))}" for name, value in options.items()),
+            ]
+        )
+        check_calibrated(self.detector, given)
         with server.bind(self.host, self.port, public=bool(keys) or self.open) as listening:
             from gradsafe._jobs.model import load_model
 
             model, tokenizer = load_model(self.model)
-            detector = load_current(self.detector, model, tokenizer, self.model.model)
+            detector = load_current(self.detector, model, tokenizer, given)
             logging.basicConfig(
                 stream=sys.stderr, level=logging.WARNING, format="gradsafe: %(message)s"
             )
             app.log.setLevel(logging.INFO)
             served = app.create_app(detector, self.config, keys)
+            server.listen(listening)
             _say(f"{detector.config.method}, {detector.calibration}")
             access = f"{len(keys)} API keys" if keys else "no API key needed"
             _say(f"serving {self.config.name!r} at {server.url(listening)} ({access})")

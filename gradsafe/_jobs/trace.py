@@ -197,16 +197,22 @@ class Query:
 def find_rows(
     options: ModelOptions, index: str, queries: Sequence[Any], count: int, batch_tokens: int
 ) -> list[tuple[str | int, float]]:
-    """Ids and mean similarities of the `count` samples most similar to all queries, best first."""
+    """Ids and mean similarities of the `count` samples most similar to all queries, best first.
+
+    A sample that is not among the hits of a query counts with the lowest score of these.
+    """
     from gradsafe._jobs.model import load_model
 
     known = tracing.TraceIndex.load(index, *load_model(options))
-    hits = known.query(queries, k=len(known), batch_tokens=batch_tokens, progress=False)
-    means: dict[str | int, float] = {}
-    for ids, scores in zip(hits.ids, hits.scores.tolist(), strict=True):
+    hits = known.query(queries, k=known.largest_k, batch_tokens=batch_tokens, progress=False)
+    lowest = hits.scores[:, -1:]
+    above: dict[str | int, float] = {}
+    for ids, scores in zip(hits.ids, (hits.scores - lowest).tolist(), strict=True):
         for name, score in zip(ids, scores, strict=True):
-            means[name] = means.get(name, 0.0) + score / len(hits)
-    return sorted(means.items(), key=lambda each: -each[1])[:count]
+            above[name] = above.get(name, 0.0) + score / len(hits)
+    base = float(lowest.mean())
+    ranked = sorted(above.items(), key=lambda each: -each[1])[:count]
+    return [(name, base + score) for name, score in ranked]
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,8 @@ def checked_training(values: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"training.{key}: unknown key, did you mean {near[0]}?")
         if name in given:
             raise ValueError(f"training.{key} is the same as {name}: leave one of them out")
+        if name.endswith("_strategy") and value is False:
+            value = "no"  # of YAML
         if name != "fsdp":
             try:
                 value = types.parse_object({name: value})[name]

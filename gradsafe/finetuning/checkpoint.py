@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -47,14 +47,22 @@ def step(folder: str | os.PathLike[str]) -> int:
         raise ValueError(f"gradsafe.SafeGradTrainer: {path} is unreadable: {error}") from error
 
 
-def write(folder: Path, facts: Mapping[str, Any], drawn: int) -> None:
+class Progress(NamedTuple):
+    """What a run counts: alignment rows drawn, and steps skipped."""
+
+    drawn: int = 0
+    skipped: int = 0
+
+
+def write(folder: Path, facts: Mapping[str, Any], progress: Progress) -> None:
     """Writes the file into a checkpoint folder, which is created if needed."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / FILE, json.dumps({**facts, "drawn": drawn}, indent=2, default=str) + "\n")
+    text = json.dumps({**facts, **progress._asdict()}, indent=2, default=str)
+    write_text(folder / FILE, text + "\n")
 
 
-def read(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> int:
-    """Return the number of alignment rows drawn before a checkpoint of a run with these facts."""
+def read(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> Progress:
+    """Return the progress before a checkpoint of a run with these facts."""
     path = Path(folder) / FILE
     if not path.is_file():
         raise ValueError(
@@ -63,9 +71,10 @@ def read(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> int:
         )
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        drawn = saved["drawn"]
-        if type(drawn) is not int or drawn < 0:
-            raise ValueError(f"expected drawn to be a whole number, got {drawn!r}")
+        progress = Progress(*(saved[name] for name in Progress._fields))
+        for name, count in progress._asdict().items():
+            if type(count) is not int or count < 0:
+                raise ValueError(f"expected {name} to be a whole number, got {count!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"gradsafe.SafeGradTrainer: {path} is malformed: {error}") from error
     missing = [name for name in facts if name not in saved]
@@ -86,4 +95,4 @@ def read(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> int:
                 f"gradsafe.SafeGradTrainer: cannot resume {folder}: {name} was {was!r}, now it is "
                 f"{now!r}; restore it, or start a new run"
             )
-    return drawn
+    return progress

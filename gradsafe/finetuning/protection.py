@@ -63,7 +63,7 @@ class SafeGradMixin(Trainer):
         check_supported(self)
         self._given = given_facts(self)
         self._parameters: dict[str, Any] = {}
-        self._steps = 0  # since train() was called
+        self._skipped_before = 0  # in the run before the checkpoint that it resumed from
         self._train_rows: str | None = None
         self._collate = row_collator(self.processing_class, self.model)
         self._alignment_rows = self._encode("alignment_dataset", alignment_dataset)
@@ -93,8 +93,8 @@ class SafeGradMixin(Trainer):
 
     @property
     def skipped_steps(self) -> int:
-        """Number of skipped steps since `train` was called; synchronises with the device."""
-        return 0 if self._surgery is None else self._surgery.skipped
+        """Number of skipped steps of the run; synchronises with the device."""
+        return self._skipped_before + (0 if self._surgery is None else self._surgery.skipped)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
         """Trains as `transformers.Trainer.train` does; also resumes the order of alignment rows.
@@ -110,20 +110,22 @@ class SafeGradMixin(Trainer):
                 step already; a token id or label of a row is out of range; or a new run took no
                 optimizer step.
         """
-        folder, start, drawn = self.resume_point(resume_from_checkpoint)
-        self._order.drawn, self._steps = drawn, 0
+        folder, start, progress = self.resume_point(resume_from_checkpoint)
+        self._order.drawn, self._skipped_before = progress
         self._surgery = None
         self._reset_window()
         if folder and 0 < self.args.max_steps <= start:  # transformers would take one step more
-            return self._load_complete(folder)
-        result = super().train(folder, *args, **options)
+            result: Any = self._load_complete(folder)
+        else:
+            result = super().train(folder, *args, **options)
         if self.state.global_step == 0:
             expected = "training to take at least one optimizer step"
             do = "check num_train_epochs, dataloader_drop_last, callbacks and train_dataset"
             refuse("SafeGradTrainer", expected, "none", do)
         if not self.trained:
+            steps = self.state.global_step
             warnings.warn(
-                f"gradsafe.SafeGradTrainer: all {self._steps} steps were skipped because a "
+                f"gradsafe.SafeGradTrainer: all {steps} steps were skipped because a "
                 "gradient held NaN or Inf: the model is the one that training started from",
                 stacklevel=2,
             )
@@ -131,15 +133,17 @@ class SafeGradMixin(Trainer):
 
     @property
     def trained(self) -> bool:
-        """Whether a step since `train` was called was not skipped, or none had to be taken."""
-        return self.skipped_steps < self._steps or self._steps == 0
+        """Whether a step of the run was not skipped."""
+        return self.skipped_steps < self.state.global_step
 
-    def resume_point(self, resume_from_checkpoint: Any) -> tuple[str | None, int, int]:
+    def resume_point(
+        self, resume_from_checkpoint: Any
+    ) -> tuple[str | None, int, checkpoint.Progress]:
         """Checks the user rows, and a checkpoint; `train` calls it with its argument.
 
         Returns:
-            The folder of the checkpoint (None for a new run), the optimizer steps before it, and
-            the alignment rows drawn before it.
+            The folder of the checkpoint (None for a new run), and the optimizer steps and the
+            progress before it.
 
         Raises:
             ValueError: As `train`, before the first step.
@@ -156,7 +160,7 @@ class SafeGradMixin(Trainer):
                     f"gradsafe.SafeGradTrainer: no complete checkpoint in {self.args.output_dir}"
                 )
         if not folder:
-            return None, 0, 0
+            return None, 0, checkpoint.Progress()
         return folder, checkpoint.step(folder), checkpoint.read(folder, self._identity())
 
     def _load_complete(self, folder: str) -> TrainOutput:
@@ -170,6 +174,8 @@ class SafeGradMixin(Trainer):
             )
         self._load_from_checkpoint(folder)
         self.state = TrainerState.load_from_json(str(Path(folder, TRAINER_STATE_NAME)))
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
         return TrainOutput(self.state.global_step, 0.0, {})
 
     def training_step(self, model: nn.Module, *args: Any, **options: Any) -> Tensor:
@@ -189,7 +195,6 @@ class SafeGradMixin(Trainer):
         """Stashes the user gradient, computes the alignment gradient, and merges both."""
         if self._surgery is None:
             self._surgery = self._new_surgery(model)
-        self._steps += 1
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         drawn = [self._alignment_rows[i] for i in self._order.draw(self.alignment_batch_size)]
         # Processes average their gradients: this gives the mean over all response tokens.
@@ -298,7 +303,8 @@ class SafeGradMixin(Trainer):
             name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             trial = options.get("trial", args[1] if len(args) > 1 else None)
             folder = Path(self._get_output_dir(trial=trial)) / name
-            checkpoint.write(folder, self._identity(), self._order.drawn)
+            progress = checkpoint.Progress(self._order.drawn, self.skipped_steps)
+            checkpoint.write(folder, self._identity(), progress)
         super()._save_checkpoint(*args, **options)
 
     def _reset_window(self) -> None:
@@ -314,7 +320,7 @@ class SafeGradMixin(Trainer):
         means = ("cosine", "conflict_rate", "user_norm", "align_norm")
         values = {name: getattr(statistics, name) for name in means}
         values["kl"] = total / count if count else math.nan
-        values["skipped_steps"] = float(surgery.skipped)
+        values["skipped_steps"] = float(self.skipped_steps)
         return {f"safegrad/{name}": v for name, v in values.items() if not math.isnan(v)}
 
     def _warn_of_no_relation(self, steps: int, cosine: float) -> None:

@@ -24,7 +24,7 @@ class SafeGradTrainer(SafeGradMixin):
 
     Logged beside the loss, as means since the last log: `safegrad/cosine`,
     `safegrad/conflict_rate`, `safegrad/user_norm`, `safegrad/align_norm` and `safegrad/kl` (the
-    alignment loss), and `safegrad/skipped_steps` since `train` was called. A negative cosine
+    alignment loss), and `safegrad/skipped_steps` of the run. A negative cosine
     indicates poisoned user data; the conflict rate alone does not (about 0.5 on benign data). Under
     fp16 the norms are those of scaled gradients.
 

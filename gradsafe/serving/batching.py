@@ -130,14 +130,14 @@ class Batcher:
         finally:
             self.accepted -= count
 
-    def _encode(self, prompts: Sequence[Prompt]) -> list[_Waiting | Exception]:
-        names = [f"input[{index}]" for index in range(len(prompts))]
+    def _encode(self, prompts: Sequence[Prompt], first: int = 0) -> list[_Waiting | Exception]:
+        names = [f"input[{first + index}]" for index in range(len(prompts))]
         try:
             together = self.detector.encode(prompts, names)
         except Exception as error:
             if len(prompts) == 1:
                 return [error]
-            return [item for prompt in prompts for item in self._encode([prompt])]
+            return [item for i, prompt in enumerate(prompts) for item in self._encode([prompt], i)]
         return [_Waiting(together[i : i + 1]) for i in range(len(prompts))]
 
     def _run(self) -> None:

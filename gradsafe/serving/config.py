@@ -8,6 +8,7 @@ from gradsafe._checks import check_fields, refuse
 
 ROUTES = ("/v1/moderations", "/beta/litellm_basic_guardrail_api", "/health", "/metrics")
 MOST = 4096  # entries of a list in a request: longer ones are refused before they are checked
+LEAST_SCORES = 100  # for a drift that means something
 OPEN_ROUTES = ("/health",)  # need no key
 
 
@@ -51,10 +52,12 @@ class ServeConfig:
         if not self.name:
             refuse("serve", "a name", "name=''")
         positive = ("batch_tokens", "max_queue", "max_body", "max_prompts", "max_chars", "timeout")
-        for field in (*positive, "max_connections", "drift_scores", "rate", "burst"):
+        for field in (*positive, "max_connections", "rate", "burst"):
             value = getattr(self, field)
             if value is not None and not value > 0:
                 refuse("serve", f"{field} > 0", value)
+        if self.drift_scores < LEAST_SCORES:
+            refuse("serve", f"drift_scores >= {LEAST_SCORES}", self.drift_scores)
         if not 0 <= self.max_wait_ms <= 60_000:
             refuse("serve", "0 <= max_wait_ms <= 60000", self.max_wait_ms)
         if self.max_prompts > MOST:

@@ -7,6 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from gradsafe._io.artifacts import StorageError, checked, load_folder, read_mani
 from gradsafe.detection.calibration import Calibration
 from gradsafe.detection.detector import KIND, Detector, unpack
 from gradsafe.detection.facts import FITTED, calibration_facts
-
-LEAST_SCORES = 100  # for a drift that means something
+from gradsafe.serving.config import LEAST_SCORES
 
 
 class StaleDetectorError(ValueError):
@@ -26,7 +26,10 @@ class StaleDetectorError(ValueError):
 
 def renewal(folder: str | Path, model: str) -> str:
     """The command that calibrates a saved detector again."""
-    return f"gradsafe calibrate --detector {folder} --model {model} --calibrate benign.jsonl"
+    return (
+        f"gradsafe calibrate --detector {quote(str(folder))} --model {model} "
+        "--calibrate benign.jsonl"
+    )
 
 
 def check_calibrated(folder: str | Path, model: str) -> None:
@@ -46,7 +49,7 @@ def load_current(folder: str | Path, model: nn.Module, tokenizer: Any, name: str
         folder: The saved detector.
         model: The model that it is to score with.
         tokenizer: Its tokenizer.
-        name: What the user calls the model, for the command in the message.
+        name: The model and its options as the user gives them, for the command in the message.
 
     Raises:
         StaleDetectorError: It is not calibrated, or for something else; the message names each
@@ -127,7 +130,7 @@ def _advice(differing: list[str], folder: str | Path, model: str) -> str:
         return f"renew the calibration: {renewal(folder, model)}"
     return (
         f"its references belong to the former {' and '.join(fitted)} too: load the model as it "
-        f"was, or fit and calibrate the detector again: gradsafe detect prompts.jsonl --model "
-        f"{model} --unsafe unsafe.jsonl --safe safe.jsonl --calibrate benign.jsonl "
-        f"--save_detector {folder}"
+        "was, or fit and calibrate the detector again, with the options that it had: gradsafe "
+        f"detect prompts.jsonl --model {model} --unsafe unsafe.jsonl --safe safe.jsonl --calibrate "
+        f"benign.jsonl --save_detector {quote(str(folder))}"
     )

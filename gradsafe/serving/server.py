@@ -61,21 +61,28 @@ def url(bound: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
+def listen(bound: socket.socket) -> None:
+    """Accepts connections from now on; they wait until `run`.
+
+    Raises:
+        ValueError: Another program took the address since `bind`.
+    """
+    with _explained(url(bound)):
+        bound.listen(BACKLOG)
+
+
 def run(app: Any, listening: socket.socket, *, timeout: float, max_connections: int) -> None:
     """Serves until SIGTERM, after which it accepts nothing and answers what it has accepted.
 
     Args:
         app: ASGI application.
-        listening: Result of `bind`.
+        listening: Result of `bind`, after `listen`.
         timeout: Seconds that a client has for the headers of a request.
         max_connections: Connections at a time; more are answered with 503.
 
     Raises:
         KeyboardInterrupt: After SIGINT, when everything is answered.
-        ValueError: Another program took the address since `bind`.
     """
-    with _explained(url(listening)):
-        listening.listen(BACKLOG)
     config = uvicorn.Config(
         app,
         http=_protocol(timeout),
@@ -85,7 +92,7 @@ def run(app: Any, listening: socket.socket, *, timeout: float, max_connections: 
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        limit_concurrency=max_connections,
+        limit_concurrency=max_connections + 1,  # uvicorn counts the one that asks
         backlog=BACKLOG,
     )
     # uvicorn raises the signal again when it is done: SIGTERM is the usual end, not a failure.

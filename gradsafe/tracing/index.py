@@ -25,7 +25,7 @@ from gradsafe.tracing.fill import Job
 from gradsafe.tracing.folder import IndexFolder
 from gradsafe.tracing.hits import Hits
 from gradsafe.tracing.lock import building_alone
-from gradsafe.tracing.matching import Metric, best_samples, rows_needed
+from gradsafe.tracing.matching import Metric, best_samples, largest_k, rows_needed
 from gradsafe.tracing.search import Search
 from gradsafe.tracing.signature import signatures
 
@@ -295,6 +295,11 @@ class TraceIndex:
     def __len__(self) -> int:
         """Number of its samples."""
         return len(self.ids)
+
+    @property
+    def largest_k(self) -> int:
+        """The largest k of a query: all samples, or as many as one search surely finds."""
+        return largest_k(self._search.owners)
 
     def _open(self, folder: IndexFolder) -> None:
         folder.path = folder.path.absolute()  # the working directory may change

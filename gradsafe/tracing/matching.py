@@ -151,12 +151,21 @@ def rows_needed(k: int, row_owners: Tensor) -> int:
     In the worst case the best rows are all windows of the k - 1 samples with the most windows, and
     one row more.
     """
-    windows = row_owners.unique(return_counts=True)[1].sort(descending=True).values
-    needed = 1 + windows.cumsum(0) - windows
+    needed = _needed(row_owners)
     if needed[k - 1] > MAX_K:
         raise ValueError(
-            f"gradsafe.TraceIndex.query: expected k of at most {int((needed <= MAX_K).sum())} (one "
+            f"gradsafe.TraceIndex.query: expected k of at most {largest_k(row_owners)} (one "
             f"search finds {MAX_K} rows, and samples that were cut into windows have several), got "
             f"{k}"
         )
     return int(needed[k - 1])
+
+
+def largest_k(row_owners: Tensor) -> int:
+    """The largest k of a query."""
+    return int((_needed(row_owners) <= MAX_K).sum())
+
+
+def _needed(row_owners: Tensor) -> Tensor:
+    windows = row_owners.unique(return_counts=True)[1].sort(descending=True).values
+    return 1 + windows.cumsum(0) - windows

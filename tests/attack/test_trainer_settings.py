@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import random
+import shutil
 import sys
 import warnings
 from dataclasses import fields
@@ -161,17 +162,30 @@ class TestQuietRuns:
         with pytest.raises(ValueError, match="logits hold NaN or Inf"):
             make_trainer(tmp_path, model).train()
 
-    def test_every_step_skipped(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("length", [{"max_steps": 4}, {"max_steps": -1, "num_train_epochs": 4}])
+    def test_every_step_skipped(self, length: dict[str, int], tmp_path: Path) -> None:
         def broken(batch: Any, model: nn.Module, normalizer: float) -> torch.Tensor:
             return model(batch["input_ids"]).logits.sum() * math.nan
 
-        trainer = make_trainer(tmp_path)
-        trainer._alignment_loss = broken
+        def build() -> Any:
+            saving = {"save_strategy": "steps", "save_steps": 2, "train_dataset": USER[:4]}
+            trainer = make_trainer(tmp_path, **saving, **length)
+            trainer._alignment_loss = broken
+            return trainer
+
+        trainer = build()
         before = weights(trainer.model)
         with pytest.warns(UserWarning, match="all 4 steps were skipped"):
             trainer.train()
         assert not trainer.trained
         assert largest_difference(before, weights(trainer.model)) == 0
+        for gone in (tmp_path, tmp_path / "checkpoint-4"):  # resumed after the last step, and amid
+            if gone != tmp_path:
+                shutil.rmtree(gone)
+            again = build()
+            with pytest.warns(UserWarning, match="all 4 steps were skipped"):
+                again.train(True)
+            assert (again.trained, again.skipped_steps) == (False, 4)
 
 
 def adapters(**options: Any) -> Any:
@@ -243,7 +257,7 @@ class TestResume:
         with pytest.raises(ValueError, match="batch_size was 4, now it is 8"):
             trainer.resume_point(str(folder))
         half = make_trainer(folder.parent, adapters(), per_device_train_batch_size=2)
-        assert half.resume_point(str(folder)) == (str(folder), 2, 8)
+        assert half.resume_point(str(folder)) == (str(folder), 2, (8, 0))
 
     def test_every_fact_is_compared(self, folder: Path) -> None:
         """A fact that is removed or changed in the file is refused, whichever it is."""
@@ -251,9 +265,9 @@ class TestResume:
         text = path.read_text()
         saved = json.loads(text)
         trainer = make_trainer(folder.parent, adapters())
-        assert trainer.resume_point(str(folder)) == (str(folder), 2, 8)
+        assert trainer.resume_point(str(folder)) == (str(folder), 2, (8, 0))
         try:
-            for name in set(saved) - {"drawn"}:
+            for name in set(saved) - {"drawn", "skipped"}:
                 less = {key: value for key, value in saved.items() if key != name}
                 for changed, said in (
                     (less, "has no"),
@@ -262,7 +276,7 @@ class TestResume:
                     path.write_text(json.dumps(changed))
                     with pytest.raises(ValueError, match=f"cannot resume .* {said}"):
                         trainer.resume_point(str(folder))
-            for damage in ("", "[]", "3", "null", '{"drawn": 1e999}', text[:-9]):
+            for damage in ("", "[]", "3", "null", '{"drawn": 1e999}', '{"drawn": 1}', text[:-9]):
                 path.write_text(damage)
                 with pytest.raises(ValueError, match=f"{FILE} is malformed"):
                     trainer.resume_point(str(folder))

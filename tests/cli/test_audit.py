@@ -213,7 +213,7 @@ def test_a_screening_that_leaves_no_row_is_refused(run, folder: Path) -> None:
     planted = [row for row in rows if "Kind" not in json.loads(row)["response"]]
     (folder / "planted.jsonl").write_text("".join(planted[:5]))
     options = "--skip", "[]", "--train", "planted.jsonl", "--max_fpr", "0.9", "--output", "none"
-    status, _, err = run(*options)
+    status, _, err = run(*options, "--drop", "2")
     assert status == 2
     assert "planted.jsonl: the screening flagged all 5 rows" in err
     assert not (folder / "none" / "finetune").exists()
@@ -261,3 +261,18 @@ def test_a_result_that_is_no_number_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"after: a number of its result is NaN .*learning_rate"):
         stages.run("after", lambda _: {"loss": float("nan")})
     assert not (tmp_path / "audit" / "after.json").exists()
+
+
+def test_wrong_inputs_are_found_before_the_first_stage(run, folder: Path) -> None:
+    lines = (folder / "train.jsonl").read_text().splitlines(keepends=True)
+    (folder / "twice.jsonl").write_text(lines[0] * 2)
+    (folder / "few.jsonl").write_text("".join(lines[:20]))
+    for options, message in (
+        (("--train", "gone.jsonl"), "no such file: gone.jsonl"),
+        (("--train", "twice.jsonl"), "twice.jsonl:2: the id"),
+        (("--skip", "[]", "--harmful", "train.jsonl"), "--harmful and --harmless belong together"),
+        (("--train", "few.jsonl", "--drop", "20"), "--drop 20: few.jsonl has 20 rows"),
+    ):
+        status, _, err = run(*options, "--output", "wrong")
+        assert (status, message in err) == (2, True), err
+        assert not (folder / "wrong").exists()

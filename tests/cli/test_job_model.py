@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
+from gradsafe import TraceIndex
 from gradsafe._jobs import model as loading
 from gradsafe._jobs.options import ModelOptions
+from gradsafe._jobs.trace import find_rows
 
 
 @pytest.fixture
@@ -73,3 +76,29 @@ class TestOptions:
             ModelOptions().check()
         with pytest.raises(ValueError, match="--device_map places the model itself"):
             ModelOptions("m", device="cpu", device_map="auto").check()
+
+
+def test_rotary_frequencies_are_those_of_transformers(model: Path) -> None:
+    loaded, _ = loading.load_model(ModelOptions(str(model), device="cpu", dtype="bfloat16"))
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    pairs = zip(loaded.named_buffers(), plain.named_buffers(), strict=True)
+    assert [name for (name, own), (_, wanted) in pairs if not torch.equal(own, wanted)] == []
+    assert loaded.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_rows_are_found_among_more_than_a_search_returns(model: Path, tmp_path: Path) -> None:
+    options = ModelOptions(str(model), device="cpu")
+    rows = [{"prompt": f"say {i}", "response": f"it is {i * i}"} for i in range(1100)]
+    queries = [rows[7], rows[900], {"prompt": "why", "response": "so"}]
+    index = TraceIndex.build(
+        *loading.load_model(options), rows, tmp_path / "index", layer=1, progress=False
+    )
+    found = find_rows(options, str(tmp_path / "index"), queries, 4, 4096)
+    hits = index.query(queries, k=index.largest_k)
+    exact = dict.fromkeys(range(1100), 0.0)
+    for ids, scores in zip(hits.ids, hits.scores.tolist(), strict=True):
+        known = dict(zip(ids, scores, strict=True))
+        exact = {name: total + known.get(name, scores[-1]) / 3 for name, total in exact.items()}
+    best = sorted(exact, key=lambda name: -exact[name])[:4]
+    assert [name for name, _ in found] == best
+    assert [score for _, score in found] == pytest.approx([exact[name] for name in best])

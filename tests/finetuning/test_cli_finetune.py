@@ -6,6 +6,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 from command_inputs import write_inputs
+from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
@@ -255,8 +257,31 @@ class TestRefused:
     def test_nothing_to_resume(self, finetune: Finetune) -> None:
         status, _, err = finetune("--resume")
         assert status == 2
-        assert "--resume: no checkpoint in tuned" in err
+        assert "--resume: no complete checkpoint in tuned: start without --resume" in err
+
+    def test_options_that_exclude_each_other(self, finetune: Finetune) -> None:
+        _, _, err = finetune(full=True, adapter="tuned", safegrad={"loss": "sft"})
+        assert "--full trains no adapters: merge --adapter into the model first" in err
+        _, _, err = finetune(adapter="tuned", lora={"r": 64})
+        assert "--lora is for new adapters, and --adapter adds none" in err
 
     def test_no_such_settings(self, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["finetune", "--config", "gone.yaml"]) == 2
         assert "--config gone.yaml: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strategy", [False, "no"])
+def test_yaml_reads_no_as_false(finetune: Finetune, strategy: object) -> None:
+    training = {**SETTINGS["training"], "save_strategy": strategy, "max_steps": 1}
+    status, _, err = finetune(training=training)
+    assert status == 0, err
+    assert not list(Path("tuned").glob("checkpoint-*"))
+
+
+def test_rows_of_the_hub_may_have_columns_that_json_lacks(finetune: Finetune) -> None:
+    row = {"prompt": "task", "response": "Yes"}
+    rows = [{**row, "seen": datetime(2026, 1, day)} for day in (1, 2, 3, 4)]
+    Dataset.from_list(rows).to_parquet("data/train-00000-of-00001.parquet")
+    training = {**SETTINGS["training"], "max_steps": 1}
+    status, _, err = finetune(train=f"hf:{Path('data').absolute()}", training=training)
+    assert status == 0, err

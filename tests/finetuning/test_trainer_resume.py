@@ -82,6 +82,18 @@ def test_a_checkpoint_of_the_last_step_is_loaded(
     assert again.skipped_steps == 0
 
 
+def test_of_a_complete_run_the_best_model_is_loaded(tmp_path: Path) -> None:
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "eval_steps": 1}
+    options |= {"eval_strategy": "steps", "eval_dataset": make_rows(4, seed=3)}
+    options |= {"load_best_model_at_end": True, "greater_is_better": True}  # the first step
+    whole = make_trainer(tmp_path, **options)
+    whole.train()
+    assert whole.state.best_global_step < 3
+    again = make_trainer(tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert largest_difference(weights(whole.model), weights(again.model)) == 0
+
+
 class TestRefused:
     def test_nothing_to_resume(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoint-2").mkdir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -86,7 +87,8 @@ def test_changed_weights_dtype_and_template_are_refused(
     status, _, err = run("serve", str(saved), "--port", "0", "--dtype", "bfloat16")
     assert status == 2
     assert "dtype (calibrated float32, now bfloat16)" in err
-    assert "fit and calibrate the detector again: gradsafe detect" in err
+    assert "fit and calibrate the detector again, with the options that it had: gradsafe" in err
+    assert re.search(r"detect prompts.jsonl --model \S+ .*--dtype bfloat16 .*--unsafe", err)
     other = tmp_path / "other"
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     model.lm_head.weight.data[0, 0] += 1

@@ -8,7 +8,7 @@ from builders import make_model, make_tokenizer
 from trace_samples import QUERIES, build
 
 from gradsafe.ops.cosine_topk import MAX_K, TopK
-from gradsafe.tracing.matching import best_samples, rows_needed
+from gradsafe.tracing.matching import best_samples, largest_k, rows_needed
 
 
 @pytest.mark.parametrize("k", [1, 2, 7, 12])
@@ -47,3 +47,11 @@ def test_an_index_with_more_windows_than_one_search_finds_answers():
     hits = index.query([*QUERIES, rows[17]], 3)
     assert hits.ids[3][0] == 17
     assert all(len(set(ids)) == 3 for ids in hits.ids)
+
+
+def test_largest_k_is_accepted_and_one_more_is_not() -> None:
+    owners = torch.cat([torch.arange(2000), torch.tensor([5, 5, 7])]).sort().values
+    largest = largest_k(owners)
+    assert rows_needed(largest, owners) <= 1024
+    with pytest.raises(ValueError, match=f"k of at most {largest} "):
+        rows_needed(largest + 1, owners)
