@@ -140,7 +140,9 @@ class Command:
             kind = self._types.get(match[1])
             got = re.findall(r"(?:Got value|Given value): (.*?)(?= - Expected|$)", match[2])
             if kind is not None and got:
-                return f"{match[1]} must be {in_words(kind)}, got {got[-1]}"
+                words = in_words(kind)
+                do = f": write [{got[-1]}]" * words.startswith("a list")
+                return f"{match[1]} must be {words}, got {got[-1]}{do}"
             return f"{match[1]}: {match[2]}"
         return text
 

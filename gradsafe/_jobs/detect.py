@@ -106,6 +106,7 @@ class Detect:
         run = ""
         if self.output:
             run = detectors.settings_hash(self.fit, self.config, prompts, model, tokenizer)
+            run += "+text" * self.show_text  # all records have it, or none
         keys = [record_key(i, prompt_of(row, row.where), run) for i, row in enumerate(rows)]
         if not self.output:
             keys = [{"index": index} for index in range(len(rows))]

@@ -111,6 +111,7 @@ def test_more_prompts_may_follow(detect: Run) -> None:
         ("--calibrate", "benign.txt"),
         ("--dtype", "bfloat16"),
         ("--safe", "benign.txt"),
+        ("--show_text", "true"),
     ],
 )
 def test_other_settings_are_refused(detect: Run, options: tuple[str, ...]) -> None:
