@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from gradsafe.detection.calibration import FLOAT32_MAX
 from gradsafe.detection.detector import Detector
 from gradsafe.models.encode import ContextOverflowError
 from gradsafe.serving.access import CALLER, ApiError, Gate, Keys, TokenBucket
@@ -156,13 +157,18 @@ def create_app(detector: Detector, config: ServeConfig, keys: Sequence[str] = ()
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]  # "input" of it would be the prompt
-        place = ".".join(str(part) for part in first["loc"][1:])
+        errors = error.errors()  # the "input" of one would be the prompt
+        first = next((e for e in errors if e["type"] == "too_long"), errors[0])
         if first["type"] == "json_invalid":
             return ApiError(400, "the body is not valid JSON", "invalid_json").response()
-        return ApiError(
-            400, f"{place or 'body'}: {first['msg']}", "invalid_request", param=place or None
-        ).response()
+        name, *tried = first["loc"][1:] or ("body",)  # the types of an input
+        text = f"{name}: {first['msg']}"
+        if name == "input" and tried and first["type"] != "too_long":
+            text = "input: expected a text, a list of texts, or a list of parts with text"
+        if name == "body" and "json" not in request.headers.get("content-type", ""):
+            text = "the body must be a JSON object, sent with Content-Type: application/json"
+        param = None if name == "body" else str(name)
+        return ApiError(400, text, "invalid_request", param=param).response()
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
@@ -227,10 +233,11 @@ def _inputs(given: str | list[str] | list[Part]) -> list[str]:
 
 
 def _result(score: float, threshold: float) -> dict[str, Any]:
+    finite = max(-FLOAT32_MAX, min(FLOAT32_MAX, score))  # JSON has no infinity
     return {
         "flagged": score > threshold,
         "categories": {CATEGORY: score > threshold},
-        "category_scores": {CATEGORY: score},
+        "category_scores": {CATEGORY: finite},
         "category_applied_input_types": {CATEGORY: ["text"]},
     }
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -140,6 +141,25 @@ class TestRefusals:
         assert answer.status_code == 400
         error = error_of(answer)
         assert code in (None, error["code"])
+
+    @pytest.mark.parametrize(
+        ("sent", "param", "message"),
+        [
+            ({"json": {"input": ["a", 5]}}, "input", "input: expected a text, a list of texts"),
+            ({"json": {"input": ["a"] * 5000}}, "input", "input: List should have at most 4096"),
+            ({"json": {"input": 5}}, "input", "input: expected a text, a list of texts"),
+            ({"json": {}}, "input", "input: Field required"),
+            ({"data": {"input": "a"}}, None, "sent with Content-Type: application/json"),
+        ],
+        ids=str,
+    )
+    def test_what_is_wrong_is_named(
+        self, server: Server, sent: dict[str, Any], param: str | None, message: str
+    ) -> None:
+        answer = httpx.post(f"{server.url}/v1/moderations", **sent)
+        error = error_of(answer)
+        assert (answer.status_code, error["param"]) == (400, param)
+        assert message in error["message"]
 
     def test_unknown_models_and_urls_are_404(self, server: Server) -> None:
         body = {"input": "hello", "model": "omni-moderation-latest"}
