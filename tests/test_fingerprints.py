@@ -121,7 +121,9 @@ class TestModelFingerprint:
             model = make_model("llama")
             try:
                 model.add_adapter(LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj"]))
-            except ValueError as error:  # transformers asks for a newer PEFT
+            except ValueError as error:
+                if "version of PEFT" not in str(error):  # transformers asks for a newer one
+                    raise
                 pytest.skip(str(error))
             found.add(model_fingerprint(model))
         assert len(found) == 2

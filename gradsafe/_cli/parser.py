@@ -8,7 +8,7 @@ from argparse import SUPPRESS
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -140,8 +140,12 @@ class Command:
             kind = self._types.get(match[1])
             got = re.findall(r"(?:Got value|Given value): (.*?)(?= - Expected|$)", match[2])
             if kind is not None and got:
-                words = in_words(kind)
-                do = f": write [{got[-1]}]" * words.startswith("a list")
+                words, do = in_words(kind), ""
+                if words.startswith("a list"):
+                    choices = get_args(get_args(kind)[0])
+                    do = f": write [{got[-1]}]"
+                    if choices and got[-1] not in choices:
+                        do = f": the values are {', '.join(choices)}"
                 return f"{match[1]} must be {words}, got {got[-1]}{do}"
             return f"{match[1]}: {match[2]}"
         return text

@@ -69,12 +69,13 @@ def model_fingerprint(model: nn.Module, without: Collection[int] = ()) -> str:
 
 
 def model_sample(model: nn.Module) -> str:
-    """SHA-256 of 256 values of each weight: cheap, and another one after a step of training.
+    """SHA-256 of the config and 256 values of each weight: cheap, and other after a training step.
 
     Weights on the meta device, which have no values, count by their shapes.
     """
-    digest = hashlib.sha256()
-    for name, weight in _weights(getattr(model, "_orig_mod", model)).items():
+    model = getattr(model, "_orig_mod", model)
+    digest = hashlib.sha256(_config(model, adapters=True).encode())
+    for name, weight in _weights(model).items():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         for tensor in _plain(weight):
             digest.update(b"" if tensor.is_meta else _sample(tensor))
@@ -111,8 +112,13 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Parameters, and the buffers of the state dict, by name."""
-    saved = model.state_dict(keep_vars=True)
-    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in saved]
+    # Not by state_dict(): that of quantised layers computes.
+    passing = {
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in getattr(module, "_non_persistent_buffers_set", ())
+    }
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name not in passing]
     return dict(sorted([*model.named_parameters(), *buffers], key=lambda item: item[0]))
 
 

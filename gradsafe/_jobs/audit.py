@@ -172,20 +172,22 @@ class Audit:
 
     def _check_rows(self) -> None:
         """Reads what the later stages read: a stage may take hours."""
-        rows = read_pairs(self.train)
-        places_by_id(rows)
-        read_pairs(self.alignment)
         if "screen" not in self.skip:
             if (self.harmful is None) != (self.harmless is None):
                 raise ValueError("--harmful and --harmless belong together: give both files")
+            self._screening(self.output)._check()
             for source in (self.clean, self.harmful, self.harmless):
                 if source is not None:
                     read_pairs(source)
-        if not {"trace", "repair"} & set(self.skip) and len(rows) <= self.drop:
-            raise ValueError(
-                f"--drop {self.drop}: {self.train} has {len(rows)} rows, and some must be left to "
-                "train on: lower it"
-            )
+        read_pairs(self.alignment)
+        rows = read_pairs(self.train)
+        if not {"trace", "repair"} & set(self.skip):
+            places_by_id(rows)
+            if len(rows) <= self.drop:
+                raise ValueError(
+                    f"--drop {self.drop}: {self.train} has {len(rows)} rows, and some must be left "
+                    "to train on: lower it"
+                )
 
     def _settings(self) -> Facts:
         """What the results depend on: the options, and the SHA-256 of each input file."""
@@ -213,10 +215,10 @@ class Audit:
             if text.strip() and not holds(text, self.refusals)
         ][: self.queries]
 
-    def _screen(self, folder: Path) -> Facts:
-        job = Screen(
+    def _screening(self, output: str, resume: bool = False) -> Screen:
+        return Screen(
             rows=self.train,
-            output=str(folder),
+            output=output,
             model=self.model,
             unsafe=self.harmful,
             safe=self.harmless,
@@ -226,10 +228,12 @@ class Audit:
             config=self.screen,
             batch_tokens=self.batch_tokens,
             top=0,
-            resume=folder.exists(),
+            resume=resume,
             progress=self.progress,
         )
-        result = job.run()
+
+    def _screen(self, folder: Path) -> Facts:
+        result = self._screening(str(folder), folder.exists()).run()
         assert result is not None
         found = result.calibrations[result.decide]
         rows = len(result.columns[result.decide])

@@ -115,5 +115,10 @@ def _from_hub(source: str, limit: int | None) -> list[Row]:
         ) from error
     chosen = data if limit is None else data.select(range(min(limit, len(data))))
     read = ("prompt", "response", "completion", "messages", "label", "id", "source_id")
-    chosen = chosen.select_columns([name for name in chosen.column_names if name in read])
+    names = [name for name in chosen.column_names if name in read]
+    if not {"prompt", "messages"} & set(names):
+        raise ValueError(
+            f"{source}: expected a column 'prompt' or 'messages', got {chosen.column_names}"
+        )
+    chosen = chosen.select_columns(names)
     return [Row(row, f"{source}[{index}]", index + 1) for index, row in enumerate(chosen)]

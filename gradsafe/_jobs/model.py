@@ -66,7 +66,7 @@ def load_model(
     if options.adapter:
         model = _with_adapter(model, options.adapter, trainable)
     if not (options.device_map or options.quantization):
-        model = model.to(place)  # rotary frequencies stay float32 in any dtype
+        model = model.to(place)  # as transformers and PEFT: float32 rotary frequencies and adapters
     return model.eval(), tokenizer
 
 

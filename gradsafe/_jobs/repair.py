@@ -183,7 +183,7 @@ class Repair:
         inner = safegrad.loss == "kl" and safegrad.reference == "adapter_off"
         if self.how == "retrain":
             model = replace(model, adapter=None)
-            if self.start:
+            if self.start and self.start != model.model:
                 model = replace(model, model=self.start, revision=None)
         elif inner:  # the retained answers are those of the fine-tuned model
             safegrad = replace(safegrad, reference="cached")

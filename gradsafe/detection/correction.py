@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -9,7 +10,15 @@ from typing import Any, overload
 from torch import nn
 
 from gradsafe.detection.detector import Detector
-from gradsafe.models import Encoded, Encoding, Prompt, context_length, encode, generate
+from gradsafe.models import (
+    ContextOverflowError,
+    Encoded,
+    Encoding,
+    Prompt,
+    context_length,
+    encode,
+    generate,
+)
 from gradsafe.models.encode import located
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -72,23 +81,33 @@ def correct(
 
     Raises:
         ValueError: As in `Detector.flag`, an empty list, several answers per prompt, or (as
-            ContextOverflowError) a prompt beyond the context, also if the detector takes windows.
+            ContextOverflowError) a prompt that fills the context, with the prefix if it is flagged.
         TypeError: A prompt is neither a text nor a conversation.
     """
     one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
     prompts: list[Any] = [prompt] if one else list(prompt)
     config = detector.config
     encoding = Encoding(
-        config.template,
-        config.system,
-        max_length=context_length(model, tokenizer),
-        split_special_tokens=config.split_special_tokens,
+        config.template, config.system, split_special_tokens=config.split_special_tokens
     )
+    longest = context_length(model, tokenizer) or math.inf
+
+    def check(index: int, length: int, what: str) -> None:
+        if length >= longest:
+            raise ContextOverflowError(
+                f"gradsafe.correct: prompts[{index}]: {what} has {length} tokens, which leaves no "
+                f"room for an answer in a context of {longest}: shorten it"
+            )
+
     items: list[Encoded] = []
     for index, each in enumerate(prompts):
         with located(f"gradsafe.correct: prompts[{index}]"):
             items.append(encode(tokenizer, each, prefix, encoding))
+        check(index, items[index].prompt_length, "the prompt")
     flags = detector.flag(prompts, batch_tokens, progress).tolist()
+    for index, flag in enumerate(flags):
+        if flag:
+            check(index, len(items[index]), "the prompt with the prefix")
     found: list[list[int]] = [[] for _ in items]
     for flagged in (False, True):
         chosen = [index for index, flag in enumerate(flags) if flag == flagged]

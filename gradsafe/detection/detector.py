@@ -446,7 +446,7 @@ class Detector:
         Raises:
             FileNotFoundError: The parent folder does not exist.
             FileExistsError: `folder` exists and is not a saved detector.
-            ValueError: The weights of the model have changed since `fit` or `load`.
+            ValueError: The weights or active adapters have changed since `fit` or `load`.
         """
         if model_sample(self.model) != self._sample:
             raise ValueError(

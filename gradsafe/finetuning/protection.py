@@ -106,9 +106,9 @@ class SafeGradMixin(Trainer):
 
         Raises:
             ValueError: There is no checkpoint, `SafeGradTrainer` did not write it, it belongs to a
-                run with other rows, options or trainable parameters, or, with FSDP, it has every
-                step already; a token id or label of a row is out of range; or a new run took no
-                optimizer step.
+                run with other rows, options or trainable parameters, or it has every step of
+                `max_steps` already, with FSDP; a token id or label of a row is out of range; or a
+                new run took no optimizer step.
         """
         folder, start, progress = self.resume_point(resume_from_checkpoint)
         self._order.drawn, self._skipped_before = progress

@@ -44,14 +44,19 @@ def generate(
     Raises:
         ValueError: `num_return_sequences` or `num_beams` other than 1.
     """
-    config = options.get("generation_config") or getattr(model, "generation_config", None)
+    configs = [options.get("generation_config"), getattr(model, "generation_config", None)]
+
+    def chosen(name: str) -> Any:
+        """An option, as `model.generate` finds it."""
+        known = (getattr(config, name, None) for config in configs)
+        return options.get(name, next((value for value in known if value is not None), None))
+
     for name in ("num_return_sequences", "num_beams"):
-        given = options.get(name, getattr(config, name, None))
-        if given not in (None, 1):
-            refuse("generate", f"{name}=1", given)
+        if chosen(name) not in (None, 1):
+            refuse("generate", f"{name}=1", chosen(name))
     pad = pad_token_id(tokenizer, model)
     options = {"do_sample": False, "pad_token_id": pad, **options}
-    eos = options.get("eos_token_id", getattr(config, "eos_token_id", None))
+    eos = chosen("eos_token_id")
     ends = set(eos) if isinstance(eos, (list, tuple)) else {eos}
     given = [
         item.input_ids if keep_response else item.input_ids[: item.prompt_length] for item in items

@@ -272,6 +272,8 @@ def test_wrong_inputs_are_found_before_the_first_stage(run, folder: Path) -> Non
         (("--train", "twice.jsonl"), "twice.jsonl:2: the id"),
         (("--skip", "[]", "--harmful", "train.jsonl"), "--harmful and --harmless belong together"),
         (("--train", "few.jsonl", "--drop", "20"), "--drop 20: few.jsonl has 20 rows"),
+        (("--train", "hf:x", "--skip", "[]"), "save the data set as JSON Lines"),
+        (("--skip", "screen,trace"), "skip must be a list of values, got screen,trace: the values"),
     ):
         status, _, err = run(*options, "--output", "wrong")
         assert (status, message in err) == (2, True), err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,9 @@ class TestOptions:
         peft.save_pretrained(tmp_path / "adapter")
         options = ModelOptions(str(model), adapter=str(tmp_path / "adapter"), device="cpu")
         adapted, _ = loading.load_model(options)
+        rounded, _ = loading.load_model(replace(options, dtype="bfloat16"))
+        found = {"lora_" in name: p.dtype for name, p in rounded.named_parameters()}
+        assert found == {False: torch.bfloat16, True: torch.float32}  # as PEFT loads them
         ids = torch.tensor([tokenizer("abc")["input_ids"]])
         with torch.no_grad():
             assert torch.equal(adapted(ids).logits, peft.eval()(ids).logits)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -106,17 +107,29 @@ def test_with_a_calibrated_detector(model: Any, tokenizer: Any) -> None:
 
 
 def test_eos_of_a_given_generation_config(model: Any, tokenizer: Any, detector: Any) -> None:
-    config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=None)
+    config = GenerationConfig(max_new_tokens=6, do_sample=False)
     whole = gradsafe.correct(model, tokenizer, "x", detector, generation_config=config)
-    config.eos_token_id = whole.ids[2]
-    cut = gradsafe.correct(model, tokenizer, "x", detector, generation_config=config)
+    given = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=whole.ids[2])
+    cut = gradsafe.correct(model, tokenizer, "x", detector, generation_config=given)
     assert cut.ids == whole.ids[: whole.ids.index(whole.ids[2])]
-    config.num_beams = 2
+    with mock.patch.object(model.generation_config, "eos_token_id", whole.ids[2]):
+        assert gradsafe.correct(model, tokenizer, "x", detector, generation_config=config) == cut
+    given.num_beams = 2
     with pytest.raises(ValueError, match="expected num_beams=1, got 2"):
-        gradsafe.correct(model, tokenizer, "x", detector, generation_config=config)
+        gradsafe.correct(model, tokenizer, "x", detector, generation_config=given)
 
 
-def test_a_prompt_beyond_the_context_is_refused_first(model: Any, tokenizer: Any) -> None:
-    fitted = Detector.fit(model, tokenizer, method="nll", overflow="window", progress=False)
-    with pytest.raises(ContextOverflowError, match=r"gradsafe\.correct: prompts\[1\]"):
-        gradsafe.correct(model, tokenizer, ["x", "ab " * 60], fitted)
+def test_prompts_that_fill_the_context(model: Any, tokenizer: Any, detector: Any) -> None:
+    context = model.config.max_position_embeddings
+    longest = next(
+        text for n in range(context, 0, -1)
+        if encode(tokenizer, text := "a" * n, "x").prompt_length == context - 1
+    )  # fmt: skip
+    answer = gradsafe.correct(model, tokenizer, longest, detector, max_new_tokens=1)
+    assert len(answer.ids) <= 1
+    detector.flagged.append(longest)
+    with pytest.raises(ContextOverflowError, match=r"prompts\[0\]: the prompt with the prefix has"):
+        gradsafe.correct(model, tokenizer, longest, detector, max_new_tokens=1)
+    detector.flagged.remove(longest)
+    with pytest.raises(ContextOverflowError, match=r"prompts\[1\]: the prompt has \d+ tokens"):
+        gradsafe.correct(model, tokenizer, ["x", longest + "a"], detector)

@@ -7,6 +7,7 @@ import numpy
 import pytest
 import torch
 from builders import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
 
 from gradsafe import Detector
 from gradsafe._io.artifacts import StorageError
@@ -127,3 +128,17 @@ def test_numbers_of_numpy_are_saved(model, tokenizer, tmp_path):
     layers = [numpy.int64(0), numpy.int64(2)]
     fit(model, tokenizer, layers=layers).save(tmp_path / "detector")
     assert Detector.load(tmp_path / "detector", model, tokenizer).config.layers == (0, 2)
+
+
+def test_another_active_adapter_is_refused(tokenizer, tmp_path):
+    options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(make_model("llama", vocab_size=300), options)
+    model.add_adapter("second", options)
+    detector = fit(model, tokenizer)
+    model.set_adapter("second")
+    with pytest.raises(ValueError, match=r"Detector\.save: the model was changed"):
+        detector.save(tmp_path / "detector")
+    model.set_adapter("default")
+    with model.disable_adapter(), pytest.raises(ValueError, match="the model was changed"):
+        detector.save(tmp_path / "detector")
+    detector.save(tmp_path / "detector")
