@@ -159,8 +159,9 @@ def tables() -> None:
     write_csv(RESULTS / "safegrad_smollm2.csv", rows)
     drawn = [r for r in rows if (r["task"], float(r["ratio"]), int(r["seed"])) == DRAWN]
     tradeoff_chart(drawn, DOCS / "safegrad_tradeoff.png")
+    digits = {"cosine": 2}
     shown = [
-        {**r, **{k: f"{float(r[k]):.{2 * (k == 'cosine')}f}" for k in scored if r.get(k)}}
+        {**r, **{k: f"{float(r[k]):.{digits.get(k, 0)}f}" for k in scored if str(r.get(k, ""))}}
         for r in rows
     ]
     text = markdown(shown, [(key, key) for key in (*keys, *scored)])
