@@ -16,23 +16,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
-from sklearn.pipeline import Pipeline, make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from benchmarks import smollm2
 from benchmarks.experiments import EXTERNAL
 from benchmarks.experiments.rept_data import read_rows
 from benchmarks.experiments.safegrad_data import complies, refuses
 from benchmarks.experiments.safegrad_tables import RESULTS
+from benchmarks.experiments.state_probe import mean_states, probe
 from benchmarks.table import write_csv
-from gradsafe.models import collate, encode, pad_token_id, plan_batches
+from gradsafe.models import encode
 
 KINDS = ("compliance", "refusal", "answer to another question")
 ANSWER_TOKENS = 16
-BATCH_TOKENS = 1024
 FOLDS = 10
 
 
@@ -47,28 +43,13 @@ class AnswerJudge:
         self.table = self.states(requests, answers)
         self.probe = probe().fit(self.table, self.labels)
 
-    @torch.no_grad()
     def states(self, requests: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         """Mean hidden states `[n, H]` of answers, cut to the same number of tokens."""
         items = []
         for request, answer in zip(requests, answers, strict=True):
             ids = self.tokenizer.encode(answer, add_special_tokens=False)[:ANSWER_TOKENS]
             items.append(encode(self.tokenizer, request, self.tokenizer.decode(ids)))
-        found = torch.empty(len(items), self.model.config.hidden_size)
-        for indices in plan_batches([len(item) for item in items], BATCH_TOKENS):
-            batch = collate([items[i] for i in indices], pad_token_id(self.tokenizer, self.model))
-            layers = self.model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                output_hidden_states=True,
-                logits_to_keep=1,
-            ).hidden_states
-            middle = layers[len(layers) // 2]
-            for row, index in enumerate(indices):
-                begin = batch.starts[row] + batch.prompt_lengths[row]
-                end = batch.starts[row] + len(items[index])
-                found[index] = middle[row, begin:end].mean(0)
-        return found.numpy()
+        return mean_states(self.model, self.tokenizer, items, response_only=True)
 
     def complies(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Whether each answer complies; an empty one does not."""
@@ -100,11 +81,6 @@ class AnswerJudge:
             }
             rows.append({"answer": kind, "answers": int(own.sum()), **shares})
         return rows
-
-
-def probe() -> Pipeline:
-    """An untrained probe."""
-    return make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
 
 
 def training_answers() -> tuple[list[str], list[str], list[str]]:

@@ -24,8 +24,6 @@ import numpy as np
 import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from benchmarks import smollm2, testbed
 from benchmarks.document import DOCS, measured_note, replace_block
@@ -33,13 +31,13 @@ from benchmarks.environment import environment
 from benchmarks.experiments import ROOT
 from benchmarks.experiments.rept_tables import RESULTS
 from benchmarks.experiments.screen_data import HARMFUL, SETS, ScreenSet, screen_set
+from benchmarks.experiments.state_probe import mean_states, probe
 from benchmarks.table import markdown, write_csv
 from gradsafe._io.artifacts import write_text
 from gradsafe.detection.calibration import calibrate
 from gradsafe.detection.components import SUM_SQ
 from gradsafe.detection.gradients import EncodedPrompts
 from gradsafe.detection.metrics import rank
-from gradsafe.models import collate, pad_token_id, plan_batches
 from gradsafe.screening import Screener
 from gradsafe.screening.methods import Both
 
@@ -105,30 +103,11 @@ def classifier(kind: str, rows: Any, unsafe: Any, safe: Any) -> list[float]:
         learned = LogisticRegression(C=10.0, max_iter=1000)
         stack = np.concatenate([unsafe.toarray(), safe.toarray()])
     else:
-        learned = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+        learned = probe()
         stack = np.concatenate([unsafe, safe])
     labels = [1] * unsafe.shape[0] + [0] * safe.shape[0]
     found: list[float] = learned.fit(stack, labels).decision_function(rows).tolist()
     return found
-
-
-@torch.no_grad()
-def hidden_states(model: Any, tokenizer: Any, encoded: EncodedPrompts) -> np.ndarray:
-    """Mean hidden state `[n, H]` of the middle layer over prompt and response."""
-    items = encoded.items
-    found = torch.empty(len(items), model.config.hidden_size)
-    for indices in plan_batches([len(item) for item in items], BATCH_TOKENS):
-        batch = collate([items[i] for i in indices], pad_token_id(tokenizer, model))
-        states = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            output_hidden_states=True,
-            logits_to_keep=1,
-        ).hidden_states
-        middle = states[len(states) // 2]
-        mask = batch.attention_mask[..., None]
-        found[indices] = (middle * mask).sum(1) / mask.sum(1)
-    return found.numpy()
 
 
 def run(model_name: str, name: str, seed: int, model: Any, tokenizer: Any) -> None:
@@ -144,13 +123,13 @@ def run(model_name: str, name: str, seed: int, model: Any, tokenizer: Any) -> No
     encode = fitted["other"].encode
     scores = gradient_scores(fitted, encoded := encode(rows))
     seconds = time.monotonic() - began
-    states = hidden_states(model, tokenizer, encoded)
+    states = mean_states(model, tokenizer, encoded.items)
     for kind, unsafe in data.unsafe.items():
         of_texts = [
             [f"{r['prompt']} {r['response']}" for r in p] for p in (rows, unsafe, data.safe)
         ]
         scores[f"TF-IDF, {kind}"] = classifier("TF-IDF", *of_texts)
-        own = [hidden_states(model, tokenizer, encode(part)) for part in (unsafe, data.safe)]
+        own = [mean_states(model, tokenizer, encode(part).items) for part in (unsafe, data.safe)]
         scores[f"embedding, {kind}"] = classifier("embedding", states, *own)
     rng = random.Random(seed)
     scores["random"] = [rng.random() for _ in rows]

@@ -175,7 +175,7 @@ class Audit:
         if "screen" not in self.skip:
             if (self.harmful is None) != (self.harmless is None):
                 raise ValueError("--harmful and --harmless belong together: give both files")
-            self._screening(self.output)._check()
+            self._screening(self.output).check()
             for source in (self.clean, self.harmful, self.harmless):
                 if source is not None:
                     read_pairs(source)

@@ -92,7 +92,7 @@ class Screen:
             KeyboardInterrupt: Interrupted; the message says how to resume.
         """
         processes = processes or Processes()
-        self._check()
+        self.check()
         if processes.first:
             self._check_destinations()
         groups = {name: read_pairs(path) for name, path in self._references.items()}
@@ -134,7 +134,8 @@ class Screen:
         given = {"unsafe": self.unsafe, "safe": self.safe, "alignment": self.alignment}
         return {name: path for name, path in given.items() if path is not None}
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raises ValueError for options that are missing or exclude each other."""
         if not self.rows:
             raise ValueError("ROWS is missing: give a file of training rows")
         for path in (self.rows, self.calibrate):

@@ -91,10 +91,12 @@ class ResponsePass:
         """
         first_only = first_only and self.prompt_only
         responses = [item.input_ids[item.prompt_length :] for item in items]
-        with ExitStack() as stack:
-            stack.enter_context(torch.inference_mode(False))  # in which there are no gradients
-            for context in (alone(self.model), frozen(self.model), evaluating(self.model, ())):
-                stack.enter_context(context)
+        with (
+            torch.inference_mode(False),  # in which there are no gradients
+            alone(self.model),
+            frozen(self.model),
+            evaluating(self.model, ()),
+        ):
             targets = self._pad([ids[:1] if first_only else ids for ids in responses])
             prepared = None
             if self.cache_name is not None and not first_only:
