@@ -114,6 +114,17 @@ class TestModelFingerprint:
         found.append(model_fingerprint(adapted))
         assert len(set(found)) == 4
 
+    def test_sees_the_adapters_of_a_wrapped_model(self) -> None:
+        options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        base = make_model("llama")
+        adapted = get_peft_model(base, options)
+        adapted.add_adapter("second", options)
+        found = set()
+        for name in ("default", "second"):
+            adapted.set_adapter(name)
+            found |= {model_fingerprint(base), model_sample(base)}
+        assert len(found) == 4
+
     def test_sees_the_options_of_adapters_without_a_wrapper(self) -> None:
         found = set()
         for alpha in (2, 4):

@@ -128,13 +128,22 @@ def _config(model: nn.Module, *, adapters: bool) -> str:
     facts: list[Any] = []
     known = getattr(model, "peft_config", None)
     if adapters and isinstance(known, dict) and known:
-        active: Any = getattr(model, "active_adapters", ())
-        active = active() if callable(active) else active  # a method of transformers' models
+        active = _active_adapters(model)
         found += [known[name] for name in active if name in known]
         off = any(getattr(module, "disable_adapters", None) is True for module in model.modules())
-        facts = [list(active)] * (len(known) > 1) + ["adapters off"] * off
+        facts = [active] * (len(known) > 1) + ["adapters off"] * off
     parts = [config.to_dict() for config in found if hasattr(config, "to_dict")]
     return json.dumps([*map(_reduced, parts), *facts], sort_keys=True, default=str)
+
+
+def _active_adapters(model: nn.Module) -> list[str]:
+    # That of transformers' models is a method. It raises where PEFT wrapped the model, and for a
+    # version of PEFT that transformers does not support; the adapted layers know the names as well.
+    for module in model.modules():
+        names: Any = getattr(module, "active_adapters", None)
+        if names is not None and not callable(names):
+            return [names] if isinstance(names, str) else list(names)
+    return []
 
 
 def _reduced(value: Any) -> Any:
